@@ -1,0 +1,67 @@
+"""Settings of the run itself and of the Ray it runs on."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from afmrl_ray.config.base import Section
+
+
+class RunConfig(Section):
+    """Where a run lives (DESIGN 4.4)."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run; its directory is `<storage_path>/<name>`."""
+    storage_path: str = "runs"
+    """Folder or URI (s3://, gs://) of all runs; every node must see it."""
+    seed: int = Field(0, ge=0)
+    """Seed of weights, batches, prompts and sampling."""
+
+
+class RayConfig(Section):
+    """How a job reaches Ray."""
+
+    address: str | None = None
+    """Cluster to join; none = the one that RAY_ADDRESS names, else a local Ray started by the job."""
+    num_cpus: int | None = Field(None, gt=0)
+    """CPUs of the local Ray; none = all of the machine. Not used when a cluster is joined."""
+    object_store_mb: int = Field(512, ge=80)
+    """Object store of the local Ray, MiB. Not used when a cluster is joined."""
+    namespace: str = "afmrl"
+    """Ray namespace in which reward actors are named."""
+    wait_for_resources_s: float = Field(60, gt=0)
+    """Seconds to wait for a cluster to have what a stage asks for before the job ends with what was asked and is there."""
+
+
+class WorkersConfig(Section):
+    """A Ray Train worker group with DeepSpeed inside."""
+
+    num_workers: int = Field(1, ge=1)
+    """Data-parallel workers; a step's batch is cut evenly among them."""
+    cpus_per_worker: float = Field(1, gt=0)
+    """CPUs of a worker; also its torch threads, rounded down to at least 1."""
+    use_gpu: bool = False
+    """Whether each worker takes one GPU."""
+    zero_stage: int = Field(0, ge=0, le=3)
+    """DeepSpeed ZeRO stage."""
+    checkpoint_every: int = Field(100, gt=0)
+    """Steps between checkpoints; what a crash may cost is at most this many steps."""
+    checkpoints_kept: int = Field(2, ge=1)
+    """Latest checkpoints kept while training."""
+    max_failures: int = Field(3, ge=0)
+    """Worker failures survived by a restart from the last checkpoint."""
+    collective_timeout_s: float = Field(600, gt=0)
+    """Seconds after which a hung collective call ends the worker."""
+
+
+class PoolConfig(Section):
+    """A pool of Ray actors (or Ray Data actors) that run a model without training it."""
+
+    num_workers: int = Field(1, ge=1)
+    """Actors in the pool."""
+    cpus_per_worker: float = Field(1, gt=0)
+    """CPUs of an actor; also its torch threads, rounded down to at least 1."""
+    gpus_per_worker: float = Field(0, ge=0)
+    """GPUs of an actor; a fraction lets several share one."""
+    batch_size: int = Field(64, gt=0)
+    """Rows that an actor handles at once."""

@@ -1,0 +1,130 @@
+"""Settings of the two models, their adapters, their optimizers, and the tiny checkpoints that stand in for real ones."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from afmrl_ray.config.base import Section
+
+LANGUAGE_PROJECTIONS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+
+
+class PictureConfig(Section):
+    """Pixel budget of a picture, which decides its number of visual tokens."""
+
+    min_pixels: int = Field(56 * 56, gt=0)
+    """Smaller pictures are enlarged to this many pixels."""
+    max_pixels: int = Field(448 * 448, gt=0)
+    """Larger pictures are shrunk to this many pixels."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> PictureConfig:
+        if self.min_pixels > self.max_pixels:
+            raise ValueError("min_pixels is above max_pixels")
+        return self
+
+
+class EncoderConfig(Section):
+    """The embedding encoder (Qwen2-VL): picture, title and attributes to one vector."""
+
+    path: str | None = None
+    """Local folder, URI or hub name of the checkpoint; none = the run makes a tiny one."""
+    picture: PictureConfig = PictureConfig()
+    """Pixel budget."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights and activations; similarities are always float32."""
+    instruction: str = "Represent the product."
+    """Text before the listing; last-token pooling reads what the model makes of it."""
+    max_tokens: int = Field(2048, gt=0)
+    """Longest input; text is cut to fit, a picture never is."""
+
+
+class GeneratorConfig(Section):
+    """The attribute generator (Qwen2.5-VL): picture and title to attribute text."""
+
+    path: str | None = None
+    """Local folder, URI or hub name of the checkpoint; none = the run makes a tiny one."""
+    picture: PictureConfig = PictureConfig()
+    """Pixel budget."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights and activations; losses are always float32."""
+    inputs: Literal["picture", "text", "both"] = "both"
+    """What of a listing the generator sees."""
+    title_columns: tuple[str, ...] = ("title",)
+    """Columns whose texts, joined by a space, are the title that the generator reads."""
+    instruction: str = "List the key attributes."
+    """Text after the listing in the prompt."""
+    max_prompt_tokens: int = Field(2048, gt=0)
+    """Listings whose prompt is longer are dropped at load and counted, never truncated."""
+    max_new_tokens: int = Field(128, gt=0)
+    """Longest completion; one without an end by then is invalid."""
+    max_attributes: int = Field(16, gt=0)
+    """More pairs than this make a completion invalid."""
+
+
+class AdapterConfig(Section):
+    """What of a model is trained."""
+
+    kind: Literal["lora", "full"] = "lora"
+    """`lora` trains low-rank adapters on the projections matched by `targets`; `full` trains every weight."""
+    r: int = Field(16, gt=0)
+    """Rank of the adapters."""
+    alpha: int = Field(32, gt=0)
+    """Scale of the adapters, relative to the rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout before the adapters."""
+    targets: str = LANGUAGE_PROJECTIONS
+    """Regular expression over full module names; the default is the language model's projections only."""
+    train_vision: bool = False
+    """With `full`: whether the vision tower is trained too."""
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule."""
+
+    learning_rate: float = Field(1e-4, gt=0)
+    """Peak learning rate."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the moments."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """What follows the warm-up: constant, or decay to zero at the last step."""
+    warmup_share: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps in which the rate rises from zero."""
+    gradient_clip: float = Field(1.0, ge=0)
+    """Largest global gradient norm; 0 = no clipping."""
+
+
+class TinyConfig(Section):
+    """Tiny checkpoints from a config, trained briefly at captioning, saved as ordinary ones.
+
+    They are made when `encoder.path` or `generator.path` is none, and are loaded as any other checkpoint.
+    """
+
+    hidden_size: int = Field(128, gt=0)
+    """Width of the language model."""
+    num_layers: int = Field(4, gt=0)
+    """Layers of the language model."""
+    num_heads: int = Field(4, gt=0)
+    """Attention heads; half as many key-value heads."""
+    vision_width: int = Field(64, gt=0)
+    """Width of the vision tower."""
+    vision_depth: int = Field(3, gt=0)
+    """Layers of the vision tower."""
+    patch_px: int = Field(7, gt=0)
+    """Side of a patch, pixels; a visual token covers two by two."""
+    vocabulary: int = Field(1024, ge=300)
+    """Entries of the byte-level BPE tokenizer that is trained on the catalogue's texts."""
+    pretrain_products: int = Field(600, ge=0)
+    """Products of the disjoint synthetic catalogue on which both are pre-trained."""
+    encoder_pretrain_steps: int = Field(300, ge=0)
+    """Captioning steps of the encoder's backbone; 0 leaves random weights."""
+    generator_pretrain_steps: int = Field(300, ge=0)
+    """Captioning steps of the generator; 0 leaves random weights."""
+    pretrain_batch_size: int = Field(48, gt=0)
+    """Listings per captioning step."""
+    pretrain_learning_rate: float = Field(2e-3, gt=0)
+    """Peak learning rate of the captioning."""

@@ -1,0 +1,67 @@
+"""The whole config tree."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from afmrl_ray.config.base import Section
+from afmrl_ray.config.catalogue import CatalogueConfig, SyntheticConfig
+from afmrl_ray.config.cit import AnnotateConfig, CITConfig
+from afmrl_ray.config.cluster import RayConfig, RunConfig
+from afmrl_ray.config.evaluation import EvaluationConfig
+from afmrl_ray.config.models import EncoderConfig, GeneratorConfig, TinyConfig
+from afmrl_ray.config.teacher import ColumnTeacherConfig, TeacherConfig
+from afmrl_ray.config.train import AGCLConfig, DistillConfig, RARConfig
+
+
+class Config(Section):
+    """Everything a job can be told. Every job takes the same tree and reads the sections it needs."""
+
+    run: RunConfig = RunConfig()
+    """The run and its directory."""
+    ray: RayConfig = RayConfig()
+    """The Ray it runs on."""
+    catalogue: CatalogueConfig = CatalogueConfig()
+    """The catalogue."""
+    synthetic: SyntheticConfig = SyntheticConfig()
+    """The synthetic catalogue, made when `catalogue.path` is none."""
+    tiny: TinyConfig = TinyConfig()
+    """Tiny checkpoints, made for a model whose path is none."""
+    encoder: EncoderConfig = EncoderConfig()
+    """The embedding encoder."""
+    generator: GeneratorConfig = GeneratorConfig()
+    """The attribute generator."""
+    teacher: TeacherConfig = ColumnTeacherConfig()
+    """Where distillation labels come from."""
+    distill: DistillConfig = DistillConfig()
+    """Distillation."""
+    annotate: AnnotateConfig = AnnotateConfig()
+    """Annotation."""
+    agcl: AGCLConfig = AGCLConfig()
+    """Stage 1."""
+    rar: RARConfig = RARConfig()
+    """Stage 2."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Evaluation."""
+    cit: CITConfig = CITConfig()
+    """The loop."""
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Config:
+        for name in ("distill", "agcl"):
+            section = getattr(self, name)
+            if section.batch_size % section.workers.num_workers:
+                raise ValueError(
+                    f"{name}.batch_size {section.batch_size} does not divide among "
+                    f"{name}.workers.num_workers {section.workers.num_workers}; use a multiple"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _headline_is_a_retrieval_protocol(self) -> Config:
+        names = [p.name for p in self.evaluation.protocols if p.kind == "retrieval"]
+        if self.evaluation.headline not in names:
+            raise ValueError(
+                f"evaluation.headline {self.evaluation.headline!r} is not a retrieval protocol; there are: {', '.join(names)}"
+            )
+        return self

@@ -1,0 +1,201 @@
+"""Settings of the three trainings: distillation, AGCL and RAR."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from afmrl_ray.config.base import Section
+from afmrl_ray.config.catalogue import SideConfig
+from afmrl_ray.config.cluster import PoolConfig, WorkersConfig
+from afmrl_ray.config.models import AdapterConfig, OptimizerConfig
+
+Enriched = Literal["none", "query", "both"]
+
+
+class DistillConfig(Section):
+    """Supervised fine-tuning of the generator on the teacher's attributes."""
+
+    items: SideConfig = SideConfig(split=("train",))
+    """Listings that the teacher labels."""
+    steps: int = Field(500, gt=0)
+    """Optimizer steps."""
+    batch_size: int = Field(32, gt=0)
+    """Listings per step, over all workers."""
+    adapter: AdapterConfig = AdapterConfig(kind="full")
+    """What is trained; the paper fine-tunes the generator fully."""
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5)
+    """Optimizer."""
+    workers: WorkersConfig = WorkersConfig()
+    """Ray Train worker group."""
+
+
+class LexicalConfig(Section):
+    """BM25 weights of negatives, `w_ij = exp(1 + tanh(B_ij))`."""
+
+    enabled: bool = True
+    """Off = every weight is one, plain InfoNCE."""
+    positive_weight: Literal["bm25", "one"] = "bm25"
+    """`bm25`: the positive is weighted as printed in the paper; `one`: w_ii = 1, which up-weights hard negatives."""
+    scale: Literal["raw", "self", "temperature"] = "raw"
+    """How B enters tanh: as it is, divided by B_ii, or divided by `temperature`."""
+    temperature: float = Field(1.0, gt=0)
+    """Divisor for scale `temperature`."""
+
+
+class MaskConfig(Section):
+    """Masking of probable false negatives."""
+
+    enabled: bool = True
+    """Off = only listings of the same product are masked."""
+    threshold: float = Field(0.9, ge=-1, le=1)
+    """Delta: a candidate whose cosine to the positive is above it is no negative."""
+    min_negatives: int = Field(8, ge=0)
+    """Negatives that every query keeps, the least similar ones first."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps before the mask begins, while embeddings are still all alike."""
+
+
+class PairConfig(Section):
+    """A source of positive pairs: two listings of one product, one from each side."""
+
+    query: SideConfig = SideConfig(split=("train",))
+    """Where queries come from."""
+    positive: SideConfig = SideConfig(split=("train",))
+    """Where their positives come from."""
+    weight: float = Field(1.0, gt=0)
+    """Relative share of the batch."""
+
+
+class AGCLConfig(Section):
+    """Stage 1: attribute-guided contrastive learning of the encoder."""
+
+    pairs: tuple[PairConfig, ...] = (PairConfig(),)
+    """Sources of positive pairs."""
+    steps: int = Field(1000, gt=0)
+    """Optimizer steps of a round."""
+    batch_size: int = Field(64, gt=1)
+    """Pairs per step, over all workers; negatives come from all of them."""
+    temperature: float = Field(0.05, gt=0)
+    """Temperature of the similarities."""
+    bidirectional: bool = True
+    """Whether positives also retrieve their queries."""
+    lexical: LexicalConfig = LexicalConfig()
+    """BM25 weights."""
+    mask: MaskConfig = MaskConfig()
+    """False-negative mask."""
+    enrich_query: float = Field(0.7, ge=0, le=1)
+    """Chance that a query is shown to the encoder with its attributes."""
+    enrich_positive: float = Field(0.7, ge=0, le=1)
+    """Chance that a positive is shown to the encoder with its attributes."""
+    adapter: AdapterConfig = AdapterConfig()
+    """What is trained; the paper uses LoRA."""
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-5)
+    """Optimizer."""
+    workers: WorkersConfig = WorkersConfig()
+    """Ray Train worker group."""
+
+
+class TaskConfig(Section):
+    """The retrieval that RAR is rewarded for."""
+
+    query: SideConfig = SideConfig(split=("train",))
+    """Listings for which attributes are generated."""
+    gallery: SideConfig = SideConfig(split=("train",))
+    """Listings that are searched; the query's own is excluded."""
+    heldout_query: SideConfig = SideConfig(split=("val",), role="query")
+    """Listings never trained on, for the reward before and after."""
+    heldout_gallery: SideConfig = SideConfig(split=("val", "train"))
+    """Listings searched by the held-out queries."""
+    gallery_enriched: bool = True
+    """Whether the gallery is embedded with its attributes of this round."""
+
+
+class RewardConfig(Section):
+    """The reward service: frozen encoder and gallery behind Ray actors."""
+
+    kind: Literal["hit", "recall"] = "recall"
+    """hit@k or recall@k of the enriched query."""
+    k: int = Field(50, gt=0)
+    """Depth of the retrieval."""
+    invalid: float = -0.1
+    """Reward of an output that the parser refuses."""
+    pool: PoolConfig = PoolConfig()
+    """Reward actors."""
+    timeout_s: float = Field(120, gt=0)
+    """Deadline of one scoring call."""
+    max_retries: int = Field(3, ge=0)
+    """Times that a failed call is tried again, on another actor if there is one."""
+    max_failed_share: float = Field(0.1, ge=0, le=1)
+    """Share of a step's rewards that may fail for reasons of infrastructure before the job stops."""
+
+
+class RolloutConfig(Section):
+    """Sampling of completions by Ray actors."""
+
+    pool: PoolConfig = PoolConfig(batch_size=8)
+    """Rollout actors; `batch_size` counts prompts (groups) sampled at once."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature; log-probabilities are those at this temperature."""
+    timeout_s: float = Field(600, gt=0)
+    """Deadline of one rollout call and of one weight push."""
+    max_restarts: int = Field(5, ge=0)
+    """Times that a dead actor is replaced before the job stops."""
+
+
+class RARConfig(Section):
+    """Stage 2: GRPO of the generator, rewarded with the retrieval of the frozen encoder."""
+
+    task: TaskConfig = TaskConfig()
+    """What is retrieved."""
+    steps: int = Field(200, gt=0)
+    """Optimizer steps of a round; one per batch of rollouts."""
+    prompts_per_step: int = Field(32, gt=0)
+    """Groups per step."""
+    group_size: int = Field(8, ge=2)
+    """Completions per prompt."""
+    tokens_per_microbatch: int = Field(16384, gt=0)
+    """Prompt and completion tokens per forward pass of a learner; decides memory, never the result."""
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    """Lower clip of the ratio: 1 - clip_low."""
+    clip_high: float = Field(0.2, gt=0)
+    """Upper clip of the ratio: 1 + clip_high."""
+    kl_coef: float = Field(0.001, ge=0)
+    """Weight of the k3 KL to the policy at the round's start; 0 frees the reference model."""
+    advantage_scale: Literal["group", "batch", "none"] = "group"
+    """What advantages are divided by: the group's deviation, the batch's, or nothing."""
+    advantage_eps: float = Field(1e-4, gt=0)
+    """Added to the deviation."""
+    logprob_gap_limit: float = Field(0.05, gt=0)
+    """Largest mean gap between the sampler's and the learner's log-probabilities of fresh rollouts."""
+    adapter: AdapterConfig = AdapterConfig(kind="full")
+    """What is trained; the paper fine-tunes the generator fully."""
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-6, schedule="constant")
+    """Optimizer."""
+    num_learners: int = Field(1, ge=0)
+    """RLlib learners; 0 = one inside the driver's process."""
+    cpus_per_learner: float = Field(1, gt=0)
+    """CPUs of a learner; also its torch threads."""
+    gpus_per_learner: float = Field(0, ge=0)
+    """GPUs of a learner."""
+    zero_stage: int = Field(0, ge=0, le=3)
+    """DeepSpeed ZeRO stage inside the learners."""
+    rollout: RolloutConfig = RolloutConfig()
+    """Rollout actors."""
+    reward: RewardConfig = RewardConfig()
+    """Reward service."""
+    checkpoint_every: int = Field(20, gt=0)
+    """Steps between checkpoints."""
+    heldout_samples: int = Field(4, gt=0)
+    """Completions per held-out prompt for the reward before and after."""
+
+    @model_validator(mode="after")
+    def _even_shards(self) -> RARConfig:
+        learners = max(1, self.num_learners)
+        if self.prompts_per_step % learners:
+            raise ValueError(
+                f"prompts_per_step {self.prompts_per_step} does not divide among num_learners {learners}; "
+                "use a multiple, so that no group is split and no learner idles"
+            )
+        return self

@@ -1,0 +1,138 @@
+"""What of a model is trained, and how it is saved and loaded so that stock transformers and peft can read it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from afmrl_ray.config.models import AdapterConfig
+from afmrl_ray.errors import CheckpointError
+from afmrl_ray.models.backbones import load_backbone
+
+ADAPTER_FILE = "adapter_model.safetensors"
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+)
+
+
+def make_trainable(model: Any, config: AdapterConfig) -> Any:
+    """Freeze what `config` does not train and return the model, wrapped by PEFT where it asks for LoRA.
+
+    Raises:
+        CheckpointError: `targets` matches no module.
+    """
+    if config.kind == "full":
+        model.requires_grad_(True)
+        if not config.train_vision:
+            model.model.visual.requires_grad_(False)
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=config.targets, bias="none"
+    )
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        raise CheckpointError(f"adapter.targets {config.targets!r} matches no module of the model") from error
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a local folder holds a PEFT adapter rather than a whole model."""
+    return os.path.isfile(os.path.join(path, "adapter_config.json"))
+
+
+def save_trained(model: Any, path: str, *, base: str) -> None:
+    """Save an adapter (PEFT layout) or a whole model with tokenizer and picture processor, in safetensors.
+
+    Args:
+        model: the trained model, PEFT-wrapped or not.
+        base: local folder or hub name of the checkpoint that training began with.
+    """
+    Path(path).mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(path, safe_serialization=True)
+    if is_adapter(path):
+        config_file = Path(path) / "adapter_config.json"
+        config = json.loads(config_file.read_text())
+        config["base_model_name_or_path"] = base
+        config_file.write_text(json.dumps(config, indent=2, sort_keys=True))
+    copy_processor(base, path)
+
+
+def copy_processor(source: str, target: str) -> None:
+    """Copy tokenizer and picture processor beside weights; a hub name is resolved by loading and saving them."""
+    if os.path.isdir(source):
+        for name in PROCESSOR_FILES:
+            if os.path.isfile(os.path.join(source, name)):
+                shutil.copyfile(os.path.join(source, name), os.path.join(target, name))
+        return
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    AutoTokenizer.from_pretrained(source).save_pretrained(target)
+    AutoImageProcessor.from_pretrained(source, backend="pil").save_pretrained(target)
+
+
+def load_trained(
+    path: str,
+    role: str,
+    *,
+    base: str | None = None,
+    dtype: str = "float32",
+    device: torch.device | str = "cpu",
+    trainable: bool = False,
+) -> Any:
+    """Load a whole model, or a base with an adapter on it, strictly.
+
+    Args:
+        path: folder of a model or of an adapter, or a hub name of a model.
+        role: `encoder` or `generator`.
+        base: checkpoint below an adapter; none = the one that its config names.
+        trainable: keep the adapter apart and trainable; else it is merged into the weights for speed.
+
+    Raises:
+        CheckpointError: a path is missing or of another architecture, or any LoRA tensor is missing or unexpected.
+    """
+    if not is_adapter(path):
+        return load_backbone(path, role, dtype=dtype, device=device)
+    from peft import PeftConfig, PeftModel
+
+    named = PeftConfig.from_pretrained(path).base_model_name_or_path
+    backbone = load_backbone(base or str(named), role, dtype=dtype, device=device)
+    model = PeftModel.from_pretrained(backbone, path, is_trainable=trainable)
+    check_adapter(model, path)
+    return model if trainable else model.merge_and_unload()
+
+
+def check_adapter(model: Any, path: str) -> None:
+    """Compare the adapter's tensors with those that the model holds after loading.
+
+    Raises:
+        CheckpointError: a LoRA tensor is missing, unexpected, or did not reach the model.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    saved = load_file(os.path.join(path, ADAPTER_FILE))
+    held = get_peft_model_state_dict(model)
+    missing, unexpected = sorted(held.keys() - saved.keys()), sorted(saved.keys() - held.keys())
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{path}: the adapter does not fit: {len(missing)} tensors missing, {len(unexpected)} unexpected "
+            f"(first: {(missing + unexpected)[0]})"
+        )
+    changed = [name for name, tensor in saved.items() if not torch.equal(held[name].cpu(), tensor.to(held[name].dtype))]
+    if changed:
+        raise CheckpointError(f"{path}: {len(changed)} adapter tensors did not reach the model (first: {changed[0]})")

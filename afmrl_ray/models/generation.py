@@ -1,0 +1,122 @@
+"""Sampling from the generator: the prompt is computed once per group, and every group draws from its own seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afmrl_ray.models.backbones import inner_model
+from afmrl_ray.models.listing import ListingProcessor, Row, collate
+
+
+@dataclass(frozen=True)
+class Completions:
+    """What was sampled, groups in the order of the prompts.
+
+    Attributes:
+        ids: [B*G, C] token ids; padding after the end of turn.
+        mask: [B*G, C] True at sampled tokens, the end of turn included.
+        logp: [B*G, C] float32 log-probabilities at the sampling temperature; 0 at padding.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    logp: Tensor
+
+    def texts(self, processor: ListingProcessor) -> list[tuple[str, bool]]:
+        """Text of every completion and whether it ended by itself."""
+        return [
+            processor.decode(row[keep].tolist()) for row, keep in zip(self.ids, self.mask, strict=True)
+        ]
+
+
+def token_logprobs(logits: Tensor, *, temperature: float, forbidden_ids: Sequence[int]) -> Tensor:
+    """Log-probabilities that sampler and learner agree on: float32, tempered, special tokens excluded.
+
+    Args:
+        logits: [..., V].
+    """
+    logits = logits.float() / temperature
+    if len(forbidden_ids):
+        index = torch.tensor(forbidden_ids, device=logits.device)
+        logits = logits.index_fill(-1, index, float("-inf"))
+    return torch.log_softmax(logits, dim=-1)
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    processor: ListingProcessor,
+    prompts: Sequence[Row],
+    *,
+    max_new_tokens: int,
+    group_size: int = 1,
+    seeds: Sequence[int] | None = None,
+    temperature: float = 1.0,
+) -> Completions:
+    """Sample `group_size` completions of every prompt, or decode greedily.
+
+    A group's draws come from its own seed alone, so they do not depend on the other prompts of the call.
+
+    Args:
+        prompts: B prompts.
+        seeds: one per prompt; none = greedy decoding (then `group_size` must be 1).
+    """
+    if seeds is None and group_size != 1:
+        raise ValueError("greedy decoding gives one completion per prompt; pass seeds to sample groups")
+    backbone = inner_model(model)
+    device = backbone.device
+    batch = collate(prompts, processor.pad_id, device)
+    noise = _noise(seeds, group_size, max_new_tokens, device) if seeds is not None else None
+
+    out = backbone.model(**batch, use_cache=True)
+    cache = out.past_key_values
+    if group_size > 1:
+        cache.batch_repeat_interleave(group_size)
+    mask = batch["attention_mask"].repeat_interleave(group_size, dim=0)
+    position = batch["position_ids"].amax(dim=(0, 2)).repeat_interleave(group_size)
+    hidden = out.last_hidden_state[:, -1].repeat_interleave(group_size, dim=0)
+
+    alive = torch.ones(len(hidden), dtype=torch.bool, device=device)
+    ids, kept, logps = [], [], []
+    for step in range(max_new_tokens):
+        logp = token_logprobs(
+            backbone.lm_head(hidden), temperature=temperature, forbidden_ids=processor.forbidden_ids
+        )
+        token = logp.argmax(-1) if noise is None else _draw(logp, noise[:, step])
+        token = torch.where(alive, token, processor.pad_id)
+        ids.append(token)
+        kept.append(alive)
+        logps.append(torch.where(alive, logp.gather(-1, token[:, None])[:, 0], 0.0))
+        alive = alive & (token != processor.end_id)
+        if step + 1 == max_new_tokens or not alive.any():
+            break
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        position = position + 1
+        out = backbone.model(
+            input_ids=token[:, None],
+            attention_mask=mask,
+            position_ids=position.expand(3, -1)[..., None],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        hidden = out.last_hidden_state[:, -1]
+    return Completions(torch.stack(ids, 1), torch.stack(kept, 1), torch.stack(logps, 1))
+
+
+def _noise(seeds: Sequence[int], group_size: int, steps: int, device: torch.device) -> Tensor:
+    draws = [
+        torch.rand(group_size, steps, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        for seed in seeds
+    ]
+    return torch.cat(draws).to(device)
+
+
+def _draw(logp: Tensor, uniform: Tensor) -> Tensor:
+    """Inverse-CDF sampling of one token per row: a function of the distribution and the number drawn."""
+    cumulative = logp.double().exp().cumsum(-1)
+    return torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]

@@ -1,0 +1,215 @@
+"""From listings to model inputs: token ids, patches and M-RoPE positions, with the checkpoint's own tokenizer.
+
+Every prompt is `prefix | picture | text | suffix`, where prefix and suffix come from the checkpoint's chat template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from afmrl_ray.config.models import PictureConfig
+from afmrl_ray.errors import CheckpointError
+
+_SENTINEL = "\u2042"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence before padding.
+
+    Attributes:
+        input_ids: [L] token ids.
+        patches: [n, patch_dim] pixels of the picture in the tower's order, or none.
+        grid: (1, height, width) of the patches, or none.
+        token_types: [L] 1 at visual tokens, else 0.
+        positions: [3, L] M-RoPE positions (time, height, width).
+    """
+
+    input_ids: np.ndarray
+    patches: np.ndarray | None
+    grid: tuple[int, int, int] | None
+    token_types: np.ndarray
+    positions: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def mrope_positions(token_types: np.ndarray, grids: Sequence[tuple[int, int, int]], merge_size: int) -> np.ndarray:
+    """M-RoPE positions of one sequence, as Qwen2-VL and Qwen2.5-VL define them for still pictures.
+
+    Text counts up by one on all three axes. A picture that starts at p has time p, height p + row, width p + column,
+    and text goes on at p + max(rows, columns).
+
+    Args:
+        token_types: [L] 1 at visual tokens, else 0.
+        grids: patch grid of each picture in order.
+        merge_size: patches per visual token along each axis.
+
+    Returns:
+        [3, L] int64.
+    """
+    positions = np.empty((3, len(token_types)), dtype=np.int64)
+    remaining = iter(grids)
+    index, start = 0, 0
+    while index < len(token_types):
+        if token_types[index]:
+            _, height, width = next(remaining)
+            rows, columns = height // merge_size, width // merge_size
+            stop = index + rows * columns
+            positions[0, index:stop] = start
+            positions[1, index:stop] = start + np.repeat(np.arange(rows), columns)
+            positions[2, index:stop] = start + np.tile(np.arange(columns), rows)
+            start += max(rows, columns)
+        else:
+            visual = np.flatnonzero(token_types[index:])
+            stop = index + int(visual[0]) if len(visual) else len(token_types)
+            positions[:, index:stop] = start + np.arange(stop - index)
+            start += stop - index
+        index = stop
+    return positions
+
+
+class ListingProcessor:
+    """Tokenizer and picture processor of one checkpoint."""
+
+    def __init__(self, tokenizer: Any, image_processor: Any, picture: PictureConfig) -> None:
+        self.tokenizer = tokenizer
+        self._image_processor = image_processor
+        self._size = {"shortest_edge": picture.min_pixels, "longest_edge": picture.max_pixels}
+        self._merge_size = int(image_processor.merge_size)
+        self._image_id = self._special("<|image_pad|>")
+        self._vision_start, self._vision_end = self._special("<|vision_start|>"), self._special("<|vision_end|>")
+        self.end_id = self._special("<|im_end|>")
+        self.pad_id = int(tokenizer.pad_token_id)
+        self.forbidden_ids = sorted(
+            i for token, i in tokenizer.get_added_vocab().items() if token != "<|im_end|>" and token.startswith("<|")
+        )
+        self._prefix, self._suffix = self._template()
+        self._cache: dict[str, np.ndarray] = {}
+
+    @classmethod
+    def from_pretrained(cls, path: str, picture: PictureConfig) -> ListingProcessor:
+        """Load from a checkpoint folder or hub name.
+
+        Raises:
+            CheckpointError: the folder has no tokenizer, or no picture processor, that fits.
+        """
+        from transformers import AutoImageProcessor, AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: no tokenizer or picture processor ({_one_line(error)})") from error
+        return cls(tokenizer, image_processor, picture)
+
+    def _special(self, token: str) -> int:
+        index = self.tokenizer.convert_tokens_to_ids(token)
+        if index is None or index == self.tokenizer.unk_token_id and token != self.tokenizer.unk_token:
+            raise CheckpointError(f"the tokenizer lacks {token}; use a Qwen2-VL or Qwen2.5-VL checkpoint")
+        return int(index)
+
+    def _template(self) -> tuple[np.ndarray, np.ndarray]:
+        if not self.tokenizer.chat_template:
+            raise CheckpointError("the tokenizer has no chat template; use an instruct checkpoint")
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": [{"type": "text", "text": _SENTINEL}]}],
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+        before, _, after = text.partition(_SENTINEL)
+        return self._encode(before), self._encode(after)
+
+    def _encode(self, text: str) -> np.ndarray:
+        return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
+
+    def patches(self, picture: Image.Image) -> tuple[np.ndarray, tuple[int, int, int]]:
+        """Pixels of one picture in the tower's order, [n, patch_dim] float32, and their grid."""
+        out = self._image_processor(images=[picture], size=self._size, return_tensors="np")
+        grid = tuple(int(n) for n in out["image_grid_thw"][0])
+        return out["pixel_values"].astype(np.float32), grid  # type: ignore[return-value]
+
+    def row(self, picture: Image.Image | None, text: str, *, max_tokens: int | None = None) -> Row:
+        """Build the sequence of one listing.
+
+        Args:
+            picture: the picture, or none for a text-only input.
+            text: everything after the picture.
+            max_tokens: cut the end of `text` so that the sequence has at most this many tokens; pictures are never cut.
+        """
+        patches, grid = self.patches(picture) if picture is not None else (None, None)
+        visual = np.empty(0, dtype=np.int64)
+        if grid is not None:
+            count = grid[1] * grid[2] // self._merge_size**2
+            visual = np.array([self._vision_start, *[self._image_id] * count, self._vision_end], dtype=np.int64)
+        body = self._encode(text)
+        if max_tokens is not None:
+            room = max_tokens - len(self._prefix) - len(visual) - len(self._suffix)
+            body = body[: max(room, 0)]
+        input_ids = np.concatenate([self._prefix, visual, body, self._suffix])
+        token_types = (input_ids == self._image_id).astype(np.int64)
+        positions = mrope_positions(token_types, [grid] if grid is not None else [], self._merge_size)
+        return Row(input_ids, patches, grid, token_types, positions)
+
+    def completion_ids(self, text: str) -> np.ndarray:
+        """[C] token ids of a completion, ended by the end-of-turn token."""
+        return np.append(self._encode(text), self.end_id)
+
+    def decode(self, ids: Sequence[int]) -> tuple[str, bool]:
+        """Text of a completion up to its end, and whether it has one; other special tokens stay visible in the text."""
+        ids = list(ids)
+        complete = self.end_id in ids
+        body = ids[: ids.index(self.end_id)] if complete else ids
+        return self.tokenizer.decode(body, skip_special_tokens=False), complete
+
+
+def append_completion(row: Row, completion: np.ndarray) -> Row:
+    """The sequence of a prompt followed by completion tokens, which go on counting from the prompt's last position."""
+    start = int(row.positions.max()) + 1
+    tail = np.broadcast_to(start + np.arange(len(completion)), (3, len(completion)))
+    return Row(
+        np.concatenate([row.input_ids, completion]),
+        row.patches,
+        row.grid,
+        np.concatenate([row.token_types, np.zeros(len(completion), dtype=np.int64)]),
+        np.concatenate([row.positions, tail], axis=1),
+    )
+
+
+def collate(rows: Sequence[Row], pad_id: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+    """Left-pad sequences into the keyword arguments of a Qwen2-VL or Qwen2.5-VL forward pass.
+
+    Left padding puts the last token of every row in the last column, for pooling and for decoding alike.
+
+    Returns:
+        input_ids, attention_mask, mm_token_type_ids [B, L], position_ids [3, B, L], and, where any row has a picture,
+        pixel_values [sum n, patch_dim], image_grid_thw [pictures, 3].
+    """
+    batch, longest = len(rows), max(len(row) for row in rows)
+    input_ids = np.full((batch, longest), pad_id, dtype=np.int64)
+    mask = np.zeros((batch, longest), dtype=np.int64)
+    types = np.zeros((batch, longest), dtype=np.int64)
+    positions = np.zeros((3, batch, longest), dtype=np.int64)
+    for index, row in enumerate(rows):
+        start = longest - len(row)
+        input_ids[index, start:] = row.input_ids
+        mask[index, start:] = 1
+        types[index, start:] = row.token_types
+        positions[:, index, start:] = row.positions
+    out = {"input_ids": input_ids, "attention_mask": mask, "mm_token_type_ids": types, "position_ids": positions}
+    pictured = [row for row in rows if row.patches is not None]
+    if pictured:
+        out["pixel_values"] = np.concatenate([row.patches for row in pictured if row.patches is not None])
+        out["image_grid_thw"] = np.array([row.grid for row in pictured], dtype=np.int64)
+    return {name: torch.from_numpy(array).to(device) for name, array in out.items()}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

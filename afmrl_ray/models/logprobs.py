@@ -1,0 +1,63 @@
+"""Log-probabilities of given completions, for distillation, the policy and its reference alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from afmrl_ray.models.backbones import inner_model
+from afmrl_ray.models.generation import token_logprobs
+from afmrl_ray.models.listing import ListingProcessor, Row, append_completion, collate
+
+
+def completion_batch(
+    processor: ListingProcessor, prompts: Sequence[Row], completions: Sequence[np.ndarray], device: torch.device | str
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Collate prompts followed by their completions.
+
+    Args:
+        prompts: B prompts.
+        completions: B arrays of token ids, at least one token each.
+
+    Returns:
+        The batch of `collate`, and [B, C] bool: True at the tokens of each completion, counted from its start.
+    """
+    rows = [append_completion(prompt, tokens) for prompt, tokens in zip(prompts, completions, strict=True)]
+    lengths = torch.tensor([len(tokens) for tokens in completions], device=device)
+    mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
+    return collate(rows, processor.pad_id, device), mask
+
+
+def completion_logprobs(
+    model: Any,
+    batch: dict[str, Tensor],
+    mask: Tensor,
+    *,
+    forbidden_ids: Sequence[int],
+    temperature: float = 1.0,
+) -> Tensor:
+    """Log-probabilities of the completion tokens; only their positions go through the language-model head.
+
+    Args:
+        batch: from `completion_batch`; completions end in the last column.
+        mask: [B, C] from `completion_batch`.
+
+    Returns:
+        [B, C] float32, 0 where the mask is False.
+    """
+    backbone = inner_model(model)
+    hidden = backbone.model(**batch, use_cache=False).last_hidden_state
+    longest = mask.shape[1]
+    # Rows end together (left padding), so column c of a completion of length n stands at longest - n + c.
+    shift = longest - mask.sum(1, keepdim=True)
+    column = (torch.arange(longest, device=mask.device) + shift).clamp(max=longest - 1)
+    states = hidden[:, -longest - 1 : -1].gather(1, column[..., None].expand(-1, -1, hidden.shape[-1]))
+    targets = batch["input_ids"][:, -longest:].gather(1, column)
+    logp = token_logprobs(backbone.lm_head(states[mask]), temperature=temperature, forbidden_ids=forbidden_ids)
+    out = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+    out[mask] = logp.gather(-1, targets[mask][:, None])[:, 0]
+    return out

@@ -1,0 +1,57 @@
+"""What the two models are asked: the text that follows a listing's picture."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from afmrl_ray.config.catalogue import Inputs
+from afmrl_ray.config.models import EncoderConfig, GeneratorConfig
+from afmrl_ray.models.listing import ListingProcessor, Row
+
+
+class Listings(Protocol):
+    """Random access to a catalogue's rows, as `catalogue.staging.StagedCatalogue` gives it."""
+
+    def picture(self, row: int) -> Image.Image: ...
+
+    def title(self, row: int, columns: tuple[str, ...] = ...) -> str: ...
+
+
+def encoder_row(
+    processor: ListingProcessor,
+    listings: Listings,
+    row: int,
+    *,
+    config: EncoderConfig,
+    inputs: Inputs,
+    title_columns: tuple[str, ...] = ("title",),
+    attributes: str = "",
+) -> Row:
+    """The encoder's input for one listing; attributes come last, so that listings with the same prefix can share it."""
+    parts = [config.instruction]
+    if inputs != "picture":
+        parts.append(listings.title(row, title_columns))
+    parts.append(attributes)
+    picture = listings.picture(row) if inputs != "text" else None
+    text = "\n".join(part for part in parts if part)
+    return processor.row(picture, text, max_tokens=config.max_tokens)
+
+
+def generator_row(processor: ListingProcessor, listings: Listings, row: int, *, config: GeneratorConfig) -> Row:
+    """The generator's prompt for one listing; never truncated (see `fits`)."""
+    title = listings.title(row, config.title_columns) if config.inputs != "picture" else ""
+    picture = listings.picture(row) if config.inputs != "text" else None
+    return processor.row(picture, "\n".join(part for part in (title, config.instruction) if part))
+
+
+def fits(prompt: Row, config: GeneratorConfig) -> bool:
+    """Whether a prompt is short enough to be used; prompts with pictures are dropped, never cut."""
+    return len(prompt) <= config.max_prompt_tokens
+
+
+def visual_tokens(row: Row) -> int:
+    """Tokens that stand for the picture."""
+    return int(np.sum(row.token_types))

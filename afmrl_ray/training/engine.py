@@ -1,0 +1,144 @@
+"""DeepSpeed as all three trainings use it: one optimizer step made of any number of backward passes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from afmrl_ray.config.models import OptimizerConfig
+
+_TAG = "engine"
+
+
+def schedule_factor(config: OptimizerConfig, steps: int) -> Callable[[int], float]:
+    """The learning rate of a step as a share of the peak: linear warm-up, then constant, linear or cosine decay."""
+    warmup = round(config.warmup_share * steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+        if config.schedule == "linear":
+            return 1.0 - progress
+        if config.schedule == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * progress))
+        return 1.0
+
+    return factor
+
+
+class Engine:
+    """A model under DeepSpeed. The process group must exist; parameters without `requires_grad` stay frozen.
+
+    Args:
+        model: module whose forward pass is trained.
+        optimizer: AdamW settings.
+        steps: length of the schedule.
+        zero_stage: DeepSpeed ZeRO stage.
+        bf16: train in bfloat16 with float32 masters.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: OptimizerConfig, *, steps: int, zero_stage: int, bf16: bool = False
+    ) -> None:
+        deepspeed = _import_deepspeed()
+        self._zero_stage = zero_stage
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        factor = schedule_factor(optimizer, steps)
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=self.parameters,
+            config=_deepspeed_config(optimizer, zero_stage, bf16),
+            lr_scheduler=lambda inner: torch.optim.lr_scheduler.LambdaLR(inner, factor),
+            dist_init_required=False,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self._engine.device)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        """Add the gradient of `loss`; gradients are averaged over the ranks once, with the `last` backward of a step.
+
+        Without the explicit boundary ZeRO 1 and 2 keep the gradient of the last backward pass only.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss)
+
+    def step(self) -> dict[str, float]:
+        """Clip, update, advance the schedule; returns the learning rate used and the global gradient norm."""
+        rate = float(self._engine.get_lr()[0])
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return {"learning_rate": rate, "gradient_norm": float(norm) if norm is not None else float("nan")}
+
+    def save(self, directory: str) -> None:
+        """Write this rank's share of weights and optimizer; call it on every rank."""
+        self._engine.save_checkpoint(directory, tag=_TAG, exclude_frozen_parameters=True)
+
+    def load(self, directory: str) -> None:
+        """Read what `save` wrote, with as many ranks as wrote it.
+
+        Raises:
+            FileNotFoundError: the directory holds no such checkpoint.
+        """
+        path, _ = self._engine.load_checkpoint(directory, tag=_TAG, load_module_strict=False)
+        if path is None:
+            raise FileNotFoundError(f"{directory}: no DeepSpeed checkpoint {_TAG!r}")
+
+    @contextmanager
+    def whole_parameters(self) -> Iterator[None]:
+        """Inside, every trained parameter is whole on every rank (it is sharded under ZeRO 3)."""
+        deepspeed = _import_deepspeed()
+        with deepspeed.zero.GatheredParameters(self.parameters, enabled=self._zero_stage == 3):
+            yield
+
+    def close(self) -> None:
+        self._engine.destroy()
+
+
+def has_engine_state(directory: str) -> bool:
+    return (Path(directory) / _TAG).is_dir()
+
+
+def _deepspeed_config(optimizer: OptimizerConfig, zero_stage: int, bf16: bool) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optimizer.gradient_clip,
+        "steps_per_print": 10**9,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": optimizer.learning_rate,
+                "betas": list(optimizer.betas),
+                "weight_decay": optimizer.weight_decay,
+                # torch's AdamW needs no compiled op
+                "torch_adam": True,
+            },
+        },
+        "zero_optimization": {"stage": zero_stage, "stage3_param_persistence_threshold": 0},
+        "bf16": {"enabled": bf16},
+    }
+
+
+def _import_deepspeed() -> Any:
+    import logging
+
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
+        # On CPU every initialize would compile this op, for a minute, for nothing that gloo cannot do.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

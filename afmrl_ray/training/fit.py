@@ -1,0 +1,165 @@
+"""Ray Train around a training: worker group, restarts, checkpoints, resume."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from afmrl_ray import errors, storage
+from afmrl_ray.config.cluster import WorkersConfig
+from afmrl_ray.training.cluster import require_resources, torch_threads
+from afmrl_ray.training.engine import Engine
+from afmrl_ray.training.metrics_log import MetricsLog
+
+TrainStep = Callable[[int], dict[str, float]]
+
+
+def fit(
+    loop: Callable[[dict[str, Any]], Any],
+    loop_config: dict[str, Any],
+    *,
+    name: str,
+    directory: str,
+    workers: WorkersConfig,
+    wait_s: float = 0.0,
+) -> Any:
+    """Run `loop` on a Ray Train worker group and return what rank 0 returned.
+
+    The same `directory` and `name` resume an interrupted training from its last committed checkpoint.
+
+    Raises:
+        UserError: raised in a worker; it reaches the caller as it was.
+        TrainingFailedError: more failures than `workers.max_failures`.
+    """
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    per_worker = {"CPU": workers.cpus_per_worker, "GPU": float(workers.use_gpu)}
+    require_resources(name, {key: value * workers.num_workers for key, value in per_worker.items()}, wait_s=wait_s)
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config=loop_config,
+        torch_config=TorchConfig(timeout_s=int(workers.collective_timeout_s)),
+        scaling_config=ScalingConfig(
+            num_workers=workers.num_workers,
+            use_gpu=workers.use_gpu,
+            resources_per_worker={key: value for key, value in per_worker.items() if value},
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=directory,
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=workers.checkpoints_kept),
+            logging_config=LoggingConfig("WARNING"),
+        ),
+    )
+    try:
+        return trainer.fit().return_value
+    except TrainingFailedError as error:
+        raise user_error_inside(error) or error from None
+
+
+def user_error_inside(error: BaseException) -> errors.UserError | None:
+    """The `UserError` that a failed worker raised, if that is what ended the training."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for failure in failures.values():
+        cause: BaseException | None = failure
+        while cause is not None:
+            if isinstance(cause, errors.UserError):
+                return cause
+            cause = getattr(cause, "cause", None) or cause.__cause__
+    return None
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make every random draw of a step (dropout) a function of seed, step and rank, so that a resume repeats it."""
+    torch.manual_seed((seed * 1_000_003 + step) * 1009 + rank)
+
+
+def run_steps(
+    engine: Engine,
+    train_step: TrainStep,
+    *,
+    steps: int,
+    seed: int,
+    workers: WorkersConfig,
+    log_directory: str,
+    label: str,
+    save_model: Callable[[str], None],
+) -> dict[str, float]:
+    """Train from the last checkpoint, or from the start, to the last step; call it on every rank of a worker group.
+
+    Args:
+        train_step: does the forward and backward passes of a step (without the optimizer's) and returns its numbers.
+        log_directory: where rank 0 keeps `metrics.jsonl` and TensorBoard events.
+        label: of the progress bar.
+        save_model: writes the portable model to a folder; called on every rank, writes on rank 0.
+
+    Returns:
+        The numbers of the last step.
+    """
+    import ray.train
+    from ray.experimental import tqdm_ray
+
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    start = _restore(engine)
+    log = MetricsLog(log_directory, resume_step=start) if rank == 0 else None
+    bar = tqdm_ray.tqdm(total=steps, desc=label) if rank == 0 else None
+    if bar is not None:
+        bar.update(start)
+    values: dict[str, float] = {}
+    for step in range(start, steps):
+        seed_step(seed, step, rank)
+        values = train_step(step)
+        values.update(engine.step())
+        if log is not None and bar is not None:
+            log.log(step, values)
+            bar.update(1)
+        done = step + 1
+        if done % workers.checkpoint_every == 0 or done == steps:
+            _report(engine, done, values, save_model)
+    if log is not None and bar is not None:
+        log.close()
+        bar.close()
+    return values
+
+
+def _restore(engine: Engine) -> int:
+    import ray.train
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return 0
+    with checkpoint.as_directory() as directory:
+        engine.load(os.path.join(directory, "engine"))
+        start = int(storage.read_json(os.path.join(directory, "progress.json"))["step"])
+        # The folder may be a temporary one: nobody leaves before everybody has read.
+        dist.barrier()
+    return start
+
+
+def _report(engine: Engine, step: int, values: dict[str, float], save_model: Callable[[str], None]) -> None:
+    import ray.train
+    from ray.train import Checkpoint
+
+    with tempfile.TemporaryDirectory() as directory:
+        engine.save(os.path.join(directory, "engine"))
+        save_model(os.path.join(directory, "model"))
+        if ray.train.get_context().get_world_rank() == 0:
+            storage.write_json(os.path.join(directory, "progress.json"), {"step": step})
+        ray.train.report(
+            {"step": step, **values},
+            checkpoint=Checkpoint.from_directory(directory),
+            checkpoint_dir_name=f"step_{step:07d}",
+        )
+
+
+def worker_threads(workers: WorkersConfig) -> None:
+    """Give torch in this worker the threads that its CPUs stand for."""
+    torch.set_num_threads(torch_threads(workers.cpus_per_worker))

@@ -1,0 +1,69 @@
+"""Numbers of a training: `metrics.jsonl` for programs and TensorBoard events for people, on any filesystem."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from afmrl_ray import storage
+
+
+class MetricsLog:
+    """Appends one JSON object per step and mirrors it to TensorBoard.
+
+    Args:
+        directory: where `metrics.jsonl` and the events stand, path or URI; remote ones are uploaded by `flush`.
+        resume_step: steps from this one on are done again, so what was logged of them is dropped.
+    """
+
+    def __init__(self, directory: str, *, resume_step: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._target = None if storage.is_local(directory) else directory
+        self._directory = Path(storage.resolve(directory)[1] if self._target is None else tempfile.mkdtemp())
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._file = self._directory / "metrics.jsonl"
+        self._drop_from(resume_step, directory)
+        self._writer = SummaryWriter(str(self._directory / "tensorboard"), purge_step=resume_step or None)
+
+    def _drop_from(self, step: int, directory: str) -> None:
+        if self._target is not None and storage.exists(storage.join(directory, "metrics.jsonl")):
+            self._file.write_bytes(storage.read_bytes(storage.join(directory, "metrics.jsonl")))
+        if not self._file.exists():
+            return
+        kept = [line for line in self._file.read_text().splitlines() if line and json.loads(line)["step"] < step]
+        self._file.write_text("".join(line + "\n" for line in kept))
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Write the numbers of one step; those that are not finite are written as null."""
+        record: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
+        for name, value in values.items():
+            record[name] = float(value) if math.isfinite(value) else None
+            if math.isfinite(value):
+                self._writer.add_scalar(name, value, step)
+        with self._file.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def flush(self) -> None:
+        self._writer.flush()
+        if self._target is not None:
+            storage.copy_dir(str(self._directory), self._target)
+
+    def close(self) -> None:
+        self._writer.close()
+        self.flush()
+        if self._target is not None:
+            shutil.rmtree(self._directory)
+
+
+def read_metrics(directory: str) -> list[dict[str, Any]]:
+    """The records of a `MetricsLog`, in order; empty if there is none."""
+    path = storage.join(directory, "metrics.jsonl")
+    if not storage.exists(path):
+        return []
+    return [json.loads(line) for line in storage.read_bytes(path).decode().splitlines() if line]
