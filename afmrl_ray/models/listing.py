@@ -83,6 +83,7 @@ class ListingProcessor:
         self.tokenizer = tokenizer
         self._image_processor = image_processor
         self._size = {"shortest_edge": picture.min_pixels, "longest_edge": picture.max_pixels}
+        self._budget = {"min_pixels": picture.min_pixels, "max_pixels": picture.max_pixels}
         self._merge_size = int(image_processor.merge_size)
         self._image_id = self._special("<|image_pad|>")
         self._vision_start, self._vision_end = self._special("<|vision_start|>"), self._special("<|vision_end|>")
@@ -92,7 +93,6 @@ class ListingProcessor:
             i for token, i in tokenizer.get_added_vocab().items() if token != "<|im_end|>" and token.startswith("<|")
         )
         self._prefix, self._suffix = self._template()
-        self._cache: dict[str, np.ndarray] = {}
 
     @classmethod
     def from_pretrained(cls, path: str, picture: PictureConfig) -> ListingProcessor:
@@ -157,6 +157,15 @@ class ListingProcessor:
         token_types = (input_ids == self._image_id).astype(np.int64)
         positions = mrope_positions(token_types, [grid] if grid is not None else [], self._merge_size)
         return Row(input_ids, patches, grid, token_types, positions)
+
+    def length(self, picture_size: tuple[int, int] | None, text: str) -> int:
+        """Tokens of the sequence that `row` would build, from the picture's (width, height) alone."""
+        visual = 0
+        if picture_size is not None:
+            width, height = picture_size
+            patches = self._image_processor.get_number_of_image_patches(height, width, self._budget)
+            visual = patches // self._merge_size**2 + 2
+        return len(self._prefix) + visual + len(self._encode(text)) + len(self._suffix)
 
     def completion_ids(self, text: str) -> np.ndarray:
         """[C] token ids of a completion, ended by the end-of-turn token."""

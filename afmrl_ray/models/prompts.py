@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from typing import Protocol
 
-import numpy as np
 from PIL import Image
 
 from afmrl_ray.config.catalogue import Inputs
@@ -16,6 +16,8 @@ class Listings(Protocol):
     """Random access to a catalogue's rows, as `catalogue.staging.StagedCatalogue` gives it."""
 
     def picture(self, row: int) -> Image.Image: ...
+
+    def picture_bytes(self, row: int) -> bytes: ...
 
     def title(self, row: int, columns: tuple[str, ...] = ...) -> str: ...
 
@@ -41,17 +43,23 @@ def encoder_row(
 
 
 def generator_row(processor: ListingProcessor, listings: Listings, row: int, *, config: GeneratorConfig) -> Row:
-    """The generator's prompt for one listing; never truncated (see `fits`)."""
-    title = listings.title(row, config.title_columns) if config.inputs != "picture" else ""
+    """The generator's prompt for one listing; never truncated (see `prompt_fits`)."""
     picture = listings.picture(row) if config.inputs != "text" else None
-    return processor.row(picture, "\n".join(part for part in (title, config.instruction) if part))
+    return processor.row(picture, _generator_text(listings, row, config))
 
 
-def fits(prompt: Row, config: GeneratorConfig) -> bool:
-    """Whether a prompt is short enough to be used; prompts with pictures are dropped, never cut."""
-    return len(prompt) <= config.max_prompt_tokens
+def prompt_fits(processor: ListingProcessor, listings: Listings, row: int, *, config: GeneratorConfig) -> bool:
+    """Whether a prompt is short enough to be used, from the picture's header alone.
+
+    Prompts with pictures are dropped when they are too long, never cut.
+    """
+    size = None
+    if config.inputs != "text":
+        with Image.open(io.BytesIO(listings.picture_bytes(row))) as picture:
+            size = picture.size
+    return processor.length(size, _generator_text(listings, row, config)) <= config.max_prompt_tokens
 
 
-def visual_tokens(row: Row) -> int:
-    """Tokens that stand for the picture."""
-    return int(np.sum(row.token_types))
+def _generator_text(listings: Listings, row: int, config: GeneratorConfig) -> str:
+    title = listings.title(row, config.title_columns) if config.inputs != "picture" else ""
+    return "\n".join(part for part in (title, config.instruction) if part)

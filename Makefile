@@ -1,0 +1,44 @@
+# Two commands do all set-up on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CATALOGUE ?= ../shared/data/grocery/products.parquet
+export RAY_ENABLE_AUTO_CONNECT := 0
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch-extensions
+
+.PHONY: help demo demo-grocery test lint format bench ladder chaos clean
+
+help: ## show this help
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13) and "Python 3.11 or 3.12 is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/.installed ## two rounds on the synthetic catalogue: table, report (about 15 minutes on 2 cores)
+	$(BIN)/python jobs/run_cit.py --config jobs/configs/demo.yaml
+
+demo-grocery: $(VENV)/.installed ## the same on real photographs: make demo-grocery CATALOGUE=products.parquet
+	$(BIN)/python jobs/run_cit.py --config jobs/configs/grocery.yaml catalogue.path=$(CATALOGUE)
+
+test: $(VENV)/.installed ## the tests, but for those marked slow
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/.installed ## ruff, mypy, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed ## mend what ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+chaos: $(VENV)/.installed ## the tests that kill things
+	$(BIN)/python -m pytest -m slow --timeout 1800
+
+clean: ## remove the environment, caches and runs
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache *.egg-info

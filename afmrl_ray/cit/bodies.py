@@ -1,0 +1,191 @@
+"""What the stages do: each body writes below its attempt directory and says what it wrote."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Iterable
+
+import numpy as np
+
+from afmrl_ray import storage
+from afmrl_ray.agcl.train import AGCLJob, plain_infonce, train_agcl
+from afmrl_ray.attributes.store import AttributeRow, read_attributes, write_attributes
+from afmrl_ray.attributes.teachers import Listing, make_teacher
+from afmrl_ray.attributes.text import InvalidAttributes, format_attributes
+from afmrl_ray.catalogue import Catalogue, CatalogueRef, make_catalogue, open_catalogue, write_catalogue
+from afmrl_ray.cit.stages import Stage, StageOutcome
+from afmrl_ray.config import Config
+from afmrl_ray.distill.train import DistillJob, train_distill
+from afmrl_ray.errors import CatalogueError
+from afmrl_ray.models.annotate import GeneratorRef, annotate_rows
+from afmrl_ray.rar.trainer import RARJob, train_rar
+from afmrl_ray.retrieval.embed import EncoderRef, embed_rows, save_embeddings
+from afmrl_ray.training.cluster import require_resources
+
+
+def open_given(config: Config) -> Catalogue:
+    """Open and check the catalogue that the config names."""
+    assert config.catalogue.path is not None
+    return open_catalogue(config.catalogue.path, config=config.catalogue)
+
+
+def catalogue_body(config: Config, directory: str) -> StageOutcome:
+    """Make the synthetic catalogue, or write down what was wrong with the given one."""
+    outputs = {}
+    if config.catalogue.path is None:
+        path = storage.join(directory, "catalogue.parquet")
+        write_catalogue(make_catalogue(config.synthetic), path)
+        outputs["catalogue"] = "catalogue.parquet"
+        catalogue = open_catalogue(path, config=config.catalogue)
+    else:
+        catalogue = open_given(config)
+    catalogue.write_quarantine(storage.join(directory, "quarantine.parquet"))
+    outputs["quarantine"] = "quarantine.parquet"
+    return StageOutcome(outputs, {"fingerprint": catalogue.fingerprint, "counts": catalogue.counts})
+
+
+def models_body(config: Config, catalogue: CatalogueRef, directory: str) -> StageOutcome:
+    """Make the tiny checkpoints side by side, one Ray task each."""
+    import ray
+
+    from afmrl_ray.cit.tiny import make_tiny
+
+    roles = [role for role in ("encoder", "generator") if getattr(config, role).path is None]
+    require_resources("models", {"CPU": 1}, wait_s=config.ray.wait_for_resources_s)
+    task = ray.remote(num_cpus=1, max_retries=1)(make_tiny)
+    losses = ray.get([task.remote(config, role, catalogue, storage.join(directory, role)) for role in roles])
+    return StageOutcome({role: role for role in roles}, dict(zip(roles, losses, strict=True)))
+
+
+def labels_body(config: Config, catalogue_ref: CatalogueRef, directory: str) -> StageOutcome:
+    """Ask the teacher about the listings of `distill.items`."""
+    catalogue = catalogue_ref.open()
+    rows = catalogue.rows(config.distill.items)
+    path = storage.join(directory, "attributes.parquet")
+    if config.teacher.kind == "model":
+        generator = GeneratorRef(config.teacher.path, config.teacher.path, config.generator)
+        found = annotate_rows(rows, generator, catalogue_ref, pool=config.annotate.pool)
+        source = storage.digest({"teacher": config.teacher.path})
+    else:
+        teacher = make_teacher(config.teacher, cache_dir=os.path.join(tempfile.gettempdir(), "afmrl_ray-teacher"))
+        items = [catalogue.item(int(row)) for row in rows]
+        listings = [
+            Listing(item.item_id, item.title or "", item.attributes, lambda row=item.row: catalogue.picture_bytes(row))
+            for item in items
+        ]
+        answers = teacher.annotate(listings)
+        found = [("", a.reason) if isinstance(a, InvalidAttributes) else (format_attributes(a), "") for a in answers]
+        source = storage.digest(config.teacher.model_dump(mode="json"))
+    write_attributes(path, attribute_rows(catalogue.column("item_id"), rows, found), fingerprint=source)
+    store = read_attributes(path)
+    if store.invalid_share == 1.0:
+        raise CatalogueError("teacher: gave no valid attributes for any listing of distill.items")
+    return StageOutcome({"attributes": "attributes.parquet"}, attribute_metrics(path))
+
+
+def attribute_rows(
+    items: list[str], rows: np.ndarray, found: Iterable[tuple[str, str]]
+) -> list[AttributeRow]:
+    """Rows of an attribute table from (text, reason of invalidity) pairs."""
+    return [
+        AttributeRow(items[int(row)], text, not reason, reason or None)
+        for row, (text, reason) in zip(rows, found, strict=True)
+    ]
+
+
+def attribute_metrics(path: str) -> dict[str, float]:
+    store = read_attributes(path)
+    return {"mean_pairs": store.mean_pairs, "mean_words": store.mean_words, "invalid_share": store.invalid_share}
+
+
+def distill_body(config: Config, catalogue: CatalogueRef, base: str, labels: str, directory: str) -> StageOutcome:
+    metrics = train_distill(config, DistillJob(base, labels, catalogue, directory, "distill"))
+    return StageOutcome({"model": "model"}, metrics)
+
+
+def attributes_body(
+    config: Config, catalogue_ref: CatalogueRef, generator: GeneratorRef, fingerprint: str, directory: str
+) -> StageOutcome:
+    catalogue = catalogue_ref.open()
+    rows = catalogue.rows(config.annotate.items)
+    pool = config.annotate.pool
+    asked = {"CPU": pool.num_workers * pool.cpus_per_worker, "GPU": pool.num_workers * pool.gpus_per_worker}
+    require_resources("attributes", asked, wait_s=config.ray.wait_for_resources_s)
+    found = annotate_rows(rows, generator, catalogue_ref, pool=pool)
+    path = storage.join(directory, "attributes.parquet")
+    write_attributes(path, attribute_rows(catalogue.column("item_id"), rows, found), fingerprint=fingerprint)
+    return StageOutcome({"attributes": "attributes.parquet"}, attribute_metrics(path))
+
+
+def baseline_config(config: Config) -> Config:
+    return config.model_copy(update={"agcl": plain_infonce(config.agcl)})
+
+
+def agcl_body(
+    config: Config,
+    catalogue: CatalogueRef,
+    base: str,
+    start: str | None,
+    attributes: str | None,
+    name: str,
+    directory: str,
+) -> StageOutcome:
+    metrics = train_agcl(config, AGCLJob(base, start, attributes, catalogue, directory, name))
+    return StageOutcome({"model": "model"}, metrics)
+
+
+def gallery_body(
+    config: Config, catalogue_ref: CatalogueRef, encoder: EncoderRef, attributes: str, directory: str
+) -> StageOutcome:
+    """Embed the gallery of the training queries and that of the held-out ones; rows in both are embedded once."""
+    catalogue = catalogue_ref.open()
+    task = config.rar.task
+    sides = {"gallery": task.gallery, "heldout_gallery": task.heldout_gallery}
+    rows = {name: catalogue.rows(side) for name, side in sides.items()}
+    by_inputs: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for name, side in sides.items():
+        by_inputs.setdefault((side.inputs, side.title_columns), []).append(name)
+    for (_, title_columns), names in by_inputs.items():
+        wanted = np.unique(np.concatenate([rows[name] for name in names]))
+        embeddings = embed_rows(
+            wanted,
+            encoder,
+            catalogue_ref,
+            attributes=attributes if task.gallery_enriched else None,
+            inputs=sides[names[0]].inputs,
+            title_columns=title_columns,
+            pool=config.evaluation.pool,
+        )
+        for name in names:
+            place = np.searchsorted(wanted, rows[name])
+            save_embeddings(storage.join(directory, f"{name}.safetensors"), rows[name], embeddings[place])
+    return StageOutcome(
+        {name: f"{name}.safetensors" for name in sides}, {name: len(rows[name]) for name in sides}
+    )
+
+
+def rar_body(
+    config: Config,
+    catalogue: CatalogueRef,
+    generator: GeneratorRef,
+    encoder: EncoderRef,
+    gallery: Stage,
+    name: str,
+    directory: str,
+) -> StageOutcome:
+    result = train_rar(
+        config,
+        RARJob(
+            generator=generator,
+            encoder=encoder,
+            catalogue=catalogue,
+            gallery=gallery.output("gallery"),
+            heldout_gallery=gallery.output("heldout_gallery"),
+            gallery_version=gallery.fingerprint,
+            directory=directory,
+            name=name,
+        ),
+    )
+    return StageOutcome({"model": "model"}, result if isinstance(result, dict) else dataclasses.asdict(result))

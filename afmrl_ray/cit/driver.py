@@ -1,0 +1,97 @@
+"""The driver: checks what it was given, then alternates the two trainings, stage by committed stage."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from typing import Any
+
+from afmrl_ray.catalogue import check_positives
+from afmrl_ray.cit.pipeline import Pipeline
+from afmrl_ray.cit.schedule import resources
+from afmrl_ray.cit.stages import RunDirectory
+from afmrl_ray.config import Config
+from afmrl_ray.config.evaluation import RetrievalProtocol
+from afmrl_ray.models.backbones import check_checkpoint
+from afmrl_ray.training.cluster import ray_session, require_resources
+
+PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "rank-bm25", "pyarrow")
+
+
+@contextmanager
+def open_run(config: Config) -> Iterator[Pipeline]:
+    """Check the config against the world, join or start Ray, and give the run's pipeline.
+
+    Nothing is written before the models, the resources and, where it exists already, the catalogue are known to fit.
+
+    Raises:
+        UserError: something that the config names does not exist, does not fit or is not there.
+    """
+    for role in ("encoder", "generator"):
+        path = getattr(config, role).path
+        if path is not None and "://" not in path:
+            check_checkpoint(path, role)
+    run = RunDirectory(config.run.storage_path, config.run.name)
+    with ray_session(config.ray):
+        for stage, asked in resources(config).items():
+            require_resources(stage, asked, wait_s=config.ray.wait_for_resources_s if config.ray.address else 0.0)
+        if config.catalogue.path is not None:
+            from afmrl_ray.cit.bodies import open_given
+
+            check_sides(config, open_given(config))
+        run.create()
+        pipeline = Pipeline(config, run)
+        if config.catalogue.path is None:
+            check_sides(config, pipeline.catalogue)
+        run.write_run(run_record(config, pipeline))
+        yield pipeline
+
+
+def run_cit(pipeline: Pipeline) -> None:
+    """Run every stage that is not committed yet."""
+    _ = pipeline.floor
+    if pipeline.config.cit.baseline:
+        pipeline.evaluate_baseline()
+    for number in range(pipeline.config.cit.rounds):
+        pipeline.evaluate(number)
+
+
+def check_sides(config: Config, catalogue: Any) -> None:
+    """Make sure that every side that the config names has rows, and that queries have positives.
+
+    Raises:
+        CatalogueError: a side is empty or a protocol has no positive.
+    """
+    catalogue.rows(config.distill.items)
+    catalogue.rows(config.annotate.items)
+    task = config.rar.task
+    check_positives(catalogue, task.query, task.gallery)
+    check_positives(catalogue, task.heldout_query, task.heldout_gallery)
+    for pair in config.agcl.pairs:
+        check_positives(catalogue, pair.query, pair.positive)
+    for protocol in config.evaluation.protocols:
+        if isinstance(protocol, RetrievalProtocol):
+            check_positives(catalogue, protocol.query, protocol.gallery)
+        else:
+            catalogue.rows(protocol.fit)
+            catalogue.rows(protocol.test)
+
+
+def run_record(config: Config, pipeline: Pipeline) -> dict[str, Any]:
+    """What `run.json` says: how the run was made."""
+    metrics = pipeline.catalogue_stage.metrics
+    return {
+        "name": config.run.name,
+        "config": config.model_dump(mode="json"),
+        "versions": {
+            "afmrl_ray": metadata.version("afmrl_ray"),
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in PACKAGES},
+        },
+        "catalogue": {"fingerprint": metrics["fingerprint"], **metrics["counts"]},
+        "command": " ".join(["python", *[os.path.relpath(part) if os.path.exists(part) else part for part in sys.argv]]),
+    }

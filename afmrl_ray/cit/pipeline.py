@@ -1,0 +1,224 @@
+"""The stages of a run and what each stands on; asking for one runs whatever it needs first.
+
+Round r: attributes(r) -> agcl(r) -> gallery(r) -> rar(r) -> evaluate(r). The attributes of round r + 1 are what the
+generator writes after the RAR of round r; evaluation of round r is done with them.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue
+from afmrl_ray.cit import bodies
+from afmrl_ray.cit.evaluation import EvaluationInputs, evaluate_body, floor_body
+from afmrl_ray.cit.stages import RunDirectory, Stage
+from afmrl_ray.config import Config
+from afmrl_ray.models.annotate import GeneratorRef
+from afmrl_ray.retrieval.embed import EncoderRef
+
+
+class Pipeline:
+    """All stages of one run.
+
+    Args:
+        config: the whole config.
+        run: the run's directory, which must exist.
+    """
+
+    def __init__(self, config: Config, run: RunDirectory) -> None:
+        self.config = config
+        self.run = run
+
+    def _inputs(self, sections: tuple[str, ...], *upstream: Stage | None, **more: Any) -> dict[str, Any]:
+        dumped = {name: getattr(self.config, name).model_dump(mode="json") for name in sections}
+        return {
+            "config": dumped,
+            "seed": self.config.run.seed,
+            "upstream": {stage.name: stage.fingerprint for stage in upstream if stage is not None},
+            **more,
+        }
+
+    @cached_property
+    def catalogue_stage(self) -> Stage:
+        """The catalogue as a file: the synthetic one made, or the given one checked."""
+        config = self.config
+        if config.catalogue.path is None:
+            inputs = {"synthetic": config.synthetic.model_dump(mode="json")}
+        else:
+            inputs = {"path": config.catalogue.path, "fingerprint": bodies.open_given(config).fingerprint}
+        return self.run.run_stage("catalogue", inputs, lambda at: bodies.catalogue_body(config, at))
+
+    @cached_property
+    def catalogue_ref(self) -> CatalogueRef:
+        """The catalogue as workers open it."""
+        path = self.config.catalogue.path or self.catalogue_stage.output("catalogue")
+        return CatalogueRef(path, self.config.catalogue, self.catalogue_stage.metrics["fingerprint"])
+
+    @cached_property
+    def catalogue(self) -> StagedCatalogue:
+        return self.catalogue_ref.open()
+
+    @cached_property
+    def models_stage(self) -> Stage | None:
+        """Tiny checkpoints, where a model has no path."""
+        config = self.config
+        if config.encoder.path is not None and config.generator.path is not None:
+            return None
+        inputs = self._inputs(
+            ("tiny",),
+            self.catalogue_stage,
+            roles=[role for role in ("encoder", "generator") if getattr(config, role).path is None],
+            pictures=[config.encoder.picture.model_dump(), config.generator.picture.model_dump()],
+            instructions=[config.encoder.instruction, config.generator.instruction],
+        )
+        return self.run.run_stage("models", inputs, lambda at: bodies.models_body(config, self.catalogue_ref, at))
+
+    def _base(self, role: str) -> str:
+        path = getattr(self.config, role).path
+        if path is not None:
+            return path
+        assert self.models_stage is not None
+        return self.models_stage.output(role)
+
+    @property
+    def encoder_base(self) -> str:
+        """Checkpoint of the encoder's backbone."""
+        return self._base("encoder")
+
+    @property
+    def generator_base(self) -> str:
+        """Checkpoint that the generator begins with."""
+        return self._base("generator")
+
+    @cached_property
+    def labels(self) -> Stage:
+        """The teacher's attributes."""
+        inputs = self._inputs(("teacher",), self.catalogue_stage, items=self.config.distill.items.model_dump(mode="json"))
+        return self.run.run_stage(
+            "labels", inputs, lambda at: bodies.labels_body(self.config, self.catalogue_ref, at), resumable=True
+        )
+
+    @cached_property
+    def distill(self) -> Stage:
+        """The generator fine-tuned on the teacher's attributes."""
+        inputs = self._inputs(("generator", "distill"), self.catalogue_stage, self.models_stage, self.labels)
+        return self.run.run_stage(
+            "distill",
+            inputs,
+            lambda at: bodies.distill_body(
+                self.config, self.catalogue_ref, self.generator_base, self.labels.output("attributes"), at
+            ),
+            resumable=True,
+        )
+
+    def _generator(self, path: str) -> GeneratorRef:
+        return GeneratorRef(path, self.generator_base, self.config.generator)
+
+    def _encoder(self, stage: Stage) -> EncoderRef:
+        return EncoderRef(stage.output("model"), self.encoder_base, self.config.encoder)
+
+    def attributes(self, number: int) -> Stage:
+        """Attributes by the generator as it is before round `number`."""
+        before = self.rar(number - 1) if number else self.distill
+        inputs = self._inputs(("generator",), self.catalogue_stage, before, items=self.config.annotate.items.model_dump())
+        return self.run.run_stage(
+            f"attributes-r{number}",
+            inputs,
+            lambda at: bodies.attributes_body(
+                self.config, self.catalogue_ref, self._generator(before.output("model")), before.fingerprint, at
+            ),
+        )
+
+    @cached_property
+    def baseline(self) -> Stage:
+        """Plain InfoNCE on the backbone, without attributes."""
+        inputs = self._inputs(("encoder", "agcl"), self.catalogue_stage, self.models_stage)
+        return self.run.run_stage(
+            "baseline",
+            inputs,
+            lambda at: bodies.agcl_body(
+                bodies.baseline_config(self.config), self.catalogue_ref, self.encoder_base, None, None, "baseline", at
+            ),
+            resumable=True,
+        )
+
+    def agcl(self, number: int) -> Stage:
+        """The encoder trained with the attributes of round `number`."""
+        previous = self.agcl(number - 1) if number and self.config.cit.encoder_start == "previous" else None
+        attributes = self.attributes(number)
+        inputs = self._inputs(("encoder", "agcl"), self.catalogue_stage, self.models_stage, attributes, previous)
+        name = f"agcl-r{number}"
+        return self.run.run_stage(
+            name,
+            inputs,
+            lambda at: bodies.agcl_body(
+                self.config,
+                self.catalogue_ref,
+                self.encoder_base,
+                previous.output("model") if previous is not None else None,
+                attributes.output("attributes"),
+                name,
+                at,
+            ),
+            resumable=True,
+        )
+
+    def gallery(self, number: int) -> Stage:
+        """Embeddings of the galleries that RAR searches."""
+        agcl, attributes = self.agcl(number), self.attributes(number)
+        task = self.config.rar.task.model_dump(mode="json")
+        inputs = self._inputs(("encoder",), self.catalogue_stage, agcl, attributes, task=task)
+        return self.run.run_stage(
+            f"gallery-r{number}",
+            inputs,
+            lambda at: bodies.gallery_body(
+                self.config, self.catalogue_ref, self._encoder(agcl), attributes.output("attributes"), at
+            ),
+        )
+
+    def rar(self, number: int) -> Stage:
+        """The generator reinforced by the retrieval of round `number`'s encoder."""
+        before = self.rar(number - 1) if number else self.distill
+        agcl, gallery = self.agcl(number), self.gallery(number)
+        inputs = self._inputs(("encoder", "generator", "rar"), self.catalogue_stage, before, agcl, gallery)
+        name = f"rar-r{number}"
+        return self.run.run_stage(
+            name,
+            inputs,
+            lambda at: bodies.rar_body(
+                self.config,
+                self.catalogue_ref,
+                self._generator(before.output("model")),
+                self._encoder(agcl),
+                gallery,
+                name,
+                at,
+            ),
+            resumable=True,
+        )
+
+    def evaluate(self, number: int) -> Stage:
+        """All protocols with the encoder of round `number` and the generator after its RAR."""
+        agcl, attributes = self.agcl(number), self.attributes(number + 1)
+        return self._evaluation(f"evaluate-r{number}", agcl, attributes)
+
+    def evaluate_baseline(self) -> Stage:
+        """All protocols with the baseline encoder, without attributes."""
+        return self._evaluation("evaluate-baseline", self.baseline, None)
+
+    def _evaluation(self, name: str, encoder: Stage, attributes: Stage | None) -> Stage:
+        inputs = self._inputs(("encoder", "evaluation"), self.catalogue_stage, encoder, attributes)
+        evaluation = EvaluationInputs(
+            self.config,
+            self.catalogue_ref,
+            self._encoder(encoder),
+            attributes.output("attributes") if attributes is not None else None,
+        )
+        return self.run.run_stage(name, inputs, lambda at: evaluate_body(evaluation, at))
+
+    @cached_property
+    def floor(self) -> Stage:
+        """Pixel baseline and chance."""
+        inputs = self._inputs(("evaluation",), self.catalogue_stage)
+        return self.run.run_stage("floor", inputs, lambda at: floor_body(self.config, self.catalogue_ref, at))

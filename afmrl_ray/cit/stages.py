@@ -1,0 +1,160 @@
+"""The run directory: stages with inputs, outputs and a commit (DESIGN 4.4).
+
+A stage's fingerprint is a digest of its inputs, which name the settings it reads and the fingerprints of the stages it
+stands on. A committed stage with the same fingerprint is skipped, so running the same command again resumes, and a
+changed setting re-runs exactly what depends on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from afmrl_ray import storage
+from afmrl_ray.cit.memory import PeakMemory
+
+log = logging.getLogger(__name__)
+
+RECORD = "stage.json"
+
+
+@dataclass(frozen=True)
+class StageOutcome:
+    """What the body of a stage hands back.
+
+    Attributes:
+        outputs: name to path relative to the attempt directory.
+        metrics: JSON values for the report.
+    """
+
+    outputs: dict[str, str]
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A committed stage."""
+
+    name: str
+    fingerprint: str
+    directory: str
+    outputs: dict[str, str]
+    metrics: dict[str, Any]
+    seconds: float
+    peak_memory_mb: float
+
+    def output(self, name: str) -> str:
+        """Full path of an output."""
+        return storage.join(self.directory, self.outputs[name])
+
+
+Body = Callable[[str], StageOutcome]
+
+
+class RunDirectory:
+    """`<storage_path>/<run>/` with `run.json` and one folder per stage."""
+
+    def __init__(self, storage_path: str, name: str) -> None:
+        self.path = storage.join(storage_path if "://" in storage_path else storage.resolve(storage_path)[1], name)
+
+    def create(self) -> None:
+        """Make the directory and see that it can be written.
+
+        Raises:
+            StorageError: it cannot.
+        """
+        storage.make_dir(self.path)
+        probe = storage.join(self.path, ".writable")
+        storage.write_bytes(probe, b"")
+        storage.remove(probe)
+
+    def write_run(self, record: dict[str, Any]) -> None:
+        storage.write_json(storage.join(self.path, "run.json"), record)
+
+    def read_run(self) -> dict[str, Any]:
+        return storage.read_json(storage.join(self.path, "run.json"))
+
+    def committed(self, name: str) -> Stage | None:
+        """The stage of that name as it was last committed, whatever its inputs were."""
+        path = storage.join(self.path, "stages", name, RECORD)
+        if not storage.exists(path):
+            return None
+        record = storage.read_json(path)
+        fields = ("name", "fingerprint", "outputs", "metrics", "seconds", "peak_memory_mb")
+        return Stage(
+            directory=storage.join(self.path, "stages", name, record["attempt"]),
+            **{field: record[field] for field in fields},
+        )
+
+    def stages(self) -> list[Stage]:
+        """All committed stages in the order of their commits."""
+        root = storage.join(self.path, "stages")
+        names = {path.split("/")[0] for path in storage.list_files(root) if path.count("/") == 1}
+        records = [(storage.read_json(storage.join(root, name, RECORD))["committed_at"], name) for name in names]
+        return [stage for _, name in sorted(records) if (stage := self.committed(name)) is not None]
+
+    def run_stage(self, name: str, inputs: dict[str, Any], body: Body, *, resumable: bool = False) -> Stage:
+        """Return the committed stage of these inputs, running `body` first if there is none.
+
+        Args:
+            inputs: JSON values that decide the outputs.
+            body: gets the attempt's directory, writes its outputs below it and returns them.
+            resumable: the body goes on from what an interrupted attempt with the same inputs left behind; otherwise
+                the directory is empty when the body begins.
+        """
+        fingerprint = storage.digest({"stage": name, "inputs": inputs})
+        found = self.committed(name)
+        if found is not None and found.fingerprint == fingerprint and self._outputs_exist(found):
+            log.info("stage %s: committed, skipped", name)
+            return found
+        attempt = fingerprint[:12]
+        directory = storage.join(self.path, "stages", name, attempt)
+        if not resumable:
+            storage.remove(directory)
+        storage.make_dir(directory)
+        log.info("stage %s: running", name)
+        began = time.monotonic()
+        with PeakMemory() as memory:
+            try:
+                outcome = body(directory)
+            except Exception as error:
+                error.add_note(f"in stage {name}")
+                raise
+        record = {
+            "name": name,
+            "fingerprint": fingerprint,
+            "inputs": inputs,
+            "attempt": attempt,
+            "outputs": outcome.outputs,
+            "digests": {key: digest_path(storage.join(directory, path)) for key, path in outcome.outputs.items()},
+            "metrics": outcome.metrics,
+            "seconds": round(time.monotonic() - began, 2),
+            "peak_memory_mb": memory.peak_mb,
+            "committed_at": datetime.now(UTC).isoformat(),
+        }
+        storage.write_json(storage.join(self.path, "stages", name, RECORD), record)
+        log.info("stage %s: committed after %.1f s", name, record["seconds"])
+        committed = self.committed(name)
+        assert committed is not None
+        return committed
+
+    @staticmethod
+    def _outputs_exist(stage: Stage) -> bool:
+        return all(storage.exists(stage.output(name)) for name in stage.outputs)
+
+
+def digest_path(path: str) -> str:
+    """SHA-256 over the names and bytes of a file or of all files below a directory."""
+    total = hashlib.sha256()
+    if storage.is_dir(path):
+        for name in storage.list_files(path):
+            total.update(name.encode() + b"\0")
+            total.update(hashlib.sha256(storage.read_bytes(storage.join(path, name))).digest())
+    else:
+        total.update(storage.read_bytes(path))
+    return total.hexdigest()

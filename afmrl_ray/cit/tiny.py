@@ -1,0 +1,88 @@
+"""Tiny checkpoints of a run: tokenizer from the catalogue's texts, captioning on a disjoint synthetic catalogue."""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+
+import numpy as np
+import torch
+from PIL import Image
+
+from afmrl_ray import storage
+from afmrl_ray.attributes.text import format_attributes, normalise_attributes
+from afmrl_ray.catalogue import CatalogueRef, make_catalogue
+from afmrl_ray.config import Config
+from afmrl_ray.config.catalogue import SyntheticConfig
+from afmrl_ray.models.listing import ListingProcessor, Row
+from afmrl_ray.models.pretrain import caption, pretrain
+from afmrl_ray.models.tiny import build_encoder, build_generator, save_checkpoint, train_tokenizer
+
+# Far from any seed a user would pick, so that the products differ from those of the run's own catalogue.
+_DISJOINT_SEED = 900_001
+
+
+def make_tiny(config: Config, role: str, catalogue: CatalogueRef, directory: str) -> dict[str, float]:
+    """Build, pre-train and save the tiny checkpoint of `role`; returns the first and last captioning loss."""
+    tiny = config.tiny
+    torch.set_num_threads(1)
+    examples = _examples(config)
+    texts = _texts(catalogue) + [text for _, title, text in examples for text in (title, text)]
+    instructions = [config.encoder.instruction, config.generator.instruction, "user assistant"]
+    tokenizer = train_tokenizer(texts + instructions * 50, tiny.vocabulary)
+    model = (build_encoder if role == "encoder" else build_generator)(tiny, tokenizer, config.run.seed)
+    with tempfile.TemporaryDirectory() as local:
+        save_checkpoint(model, tokenizer, tiny, local)
+        section = config.encoder if role == "encoder" else config.generator
+        processor = ListingProcessor.from_pretrained(local, section.picture)
+        steps = tiny.encoder_pretrain_steps if role == "encoder" else tiny.generator_pretrain_steps
+
+        def example(index: int) -> tuple[Row, str]:
+            picture, title, text = examples[index]
+            parts = (section.instruction, title) if role == "encoder" else (title, section.instruction)
+            return processor.row(Image.open(io.BytesIO(picture)).convert("RGB"), "\n".join(parts)), text
+
+        losses = pretrain(
+            model,
+            processor,
+            example,
+            len(examples),
+            steps=steps,
+            batch_size=tiny.pretrain_batch_size,
+            learning_rate=tiny.pretrain_learning_rate,
+            seed=config.run.seed,
+            label=f"captioning {role}",
+        )
+        model.save_pretrained(local)
+        storage.copy_dir(local, directory)
+    tail = losses[-20:] or [float("nan")]
+    return {"first_loss": losses[0] if losses else float("nan"), "last_loss": float(np.mean(tail))}
+
+
+def _examples(config: Config) -> list[tuple[bytes, str, str]]:
+    """Picture, title and caption of the listings of a synthetic catalogue with other products."""
+    products = max(config.tiny.pretrain_products, 1)
+    synthetic = SyntheticConfig(
+        preset=config.synthetic.preset,
+        seed=_DISJOINT_SEED + config.synthetic.seed,
+        train_products=products,
+        val_products=1,
+        test_products=1,
+        listings_per_product=2,
+        duplicate_share=0.0,
+        picture_px=config.synthetic.picture_px,
+    )
+    table = make_catalogue(synthetic)
+    return [
+        (row["image"], row["title"] or "", caption(row["category"], json.loads(row["true_attributes"]).items()))
+        for row in table.to_pylist()
+    ]
+
+
+def _texts(catalogue_ref: CatalogueRef) -> list[str]:
+    """Everything that the run's models may read or write, for the tokenizer."""
+    catalogue = catalogue_ref.open()
+    items = [catalogue.item(row) for row in range(len(catalogue))]
+    titles = [item.title for item in items if item.title]
+    return titles + [format_attributes(normalise_attributes(item.attributes)) for item in items if item.attributes]

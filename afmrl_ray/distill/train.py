@@ -1,0 +1,171 @@
+"""Distillation on a Ray Train worker group: supervised fine-tuning of the generator on the teacher's attributes."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import distributed as dist
+
+from afmrl_ray import storage
+from afmrl_ray.attributes.store import read_attributes
+from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue
+from afmrl_ray.config import Config, validate
+from afmrl_ray.errors import CatalogueError, ConfigError
+from afmrl_ray.models.adapters import load_trained, make_trainable, save_trained
+from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.logprobs import completion_batch, completion_logprobs
+from afmrl_ray.models.policy import Policy
+from afmrl_ray.models.prompts import generator_row, prompt_fits
+from afmrl_ray.training.engine import Engine
+from afmrl_ray.training.fit import fit, run_steps, worker_threads
+
+
+@dataclass(frozen=True)
+class DistillJob:
+    """What a distillation starts from.
+
+    Attributes:
+        base: checkpoint of the generator.
+        labels: path of the teacher's attribute table.
+        catalogue: the catalogue.
+        directory: attempt directory; the model is written to `<directory>/model`.
+        name: Ray Train run name.
+    """
+
+    base: str
+    labels: str
+    catalogue: CatalogueRef
+    directory: str
+    name: str
+
+
+def train_distill(config: Config, job: DistillJob) -> dict[str, float]:
+    """Fine-tune the generator and write it to `<job.directory>/model`; returns the numbers of the last step."""
+    result = fit(
+        train_loop,
+        {"config": config.model_dump(mode="json"), "job": job},
+        name=job.name,
+        directory=storage.join(job.directory, "train"),
+        workers=config.distill.workers,
+        wait_s=config.ray.wait_for_resources_s,
+    )
+    with result.checkpoint.as_directory() as checkpoint:
+        storage.copy_dir(os.path.join(checkpoint, "model"), storage.join(job.directory, "model"))
+    return {name: value for name, value in result.metrics.items() if isinstance(value, float)}
+
+
+def train_loop(payload: dict[str, Any]) -> None:
+    """What every worker runs; `payload` is the plain-data argument that Ray Train ships."""
+    config, job = validate(payload["config"]), payload["job"]
+    distill = config.distill
+    worker_threads(distill.workers)
+    with tempfile.TemporaryDirectory() as cache:
+        base = storage.localise(job.base, cache) if storage.exists(job.base) else job.base
+        model = make_trainable(load_trained(base, "generator", dtype=config.generator.dtype), distill.adapter)
+    processor = ListingProcessor.from_pretrained(base, config.generator.picture)
+    engine = Engine(
+        Policy(model),
+        distill.optimizer,
+        steps=distill.steps,
+        zero_stage=distill.workers.zero_stage,
+        bf16=config.generator.dtype == "bfloat16",
+    )
+    rank = dist.get_rank()
+    catalogue = job.catalogue.open()
+    step_fn = DistillStep(
+        config,
+        labelled_rows(config, catalogue, processor, job.labels),
+        catalogue,
+        processor,
+        engine,
+        rank=rank,
+        world=dist.get_world_size(),
+    )
+
+    def save_model(path: str) -> None:
+        with engine.whole_parameters():
+            if rank == 0:
+                save_trained(model, path, base=job.base)
+
+    run_steps(
+        engine,
+        step_fn,
+        steps=distill.steps,
+        seed=config.run.seed,
+        workers=distill.workers,
+        log_directory=storage.join(job.directory, "log"),
+        label=job.name,
+        save_model=save_model,
+    )
+
+
+def labelled_rows(
+    config: Config, catalogue: StagedCatalogue, processor: ListingProcessor, labels: str
+) -> list[tuple[int, str]]:
+    """Catalogue rows that the teacher labelled, with their attribute text, in row order; too long prompts are left out.
+
+    Raises:
+        CatalogueError: the teacher labelled nothing.
+        ConfigError: fewer labels than a batch.
+    """
+    store = read_attributes(labels)
+    items = catalogue.column("item_id")
+    found = [
+        (row, text)
+        for row in catalogue.rows(config.distill.items).tolist()
+        if (text := store.text(items[row])) and prompt_fits(processor, catalogue, row, config=config.generator)
+    ]
+    if not found:
+        raise CatalogueError("distill.items: the teacher gave no valid attributes for any of these rows")
+    if len(found) < config.distill.batch_size:
+        raise ConfigError(
+            f"distill.batch_size {config.distill.batch_size} exceeds the {len(found)} labelled rows; lower it"
+        )
+    return found
+
+
+class DistillStep:
+    """Forward and backward pass of one step on one worker; the loss is a mean over the tokens of the global batch."""
+
+    def __init__(
+        self,
+        config: Config,
+        labels: list[tuple[int, str]],
+        catalogue: StagedCatalogue,
+        processor: ListingProcessor,
+        engine: Engine,
+        *,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self._config, self._labels = config, labels
+        self._catalogue, self._processor, self._engine = catalogue, processor, engine
+        self._rank, self._world = rank, world
+
+    def batch(self, step: int) -> list[tuple[int, str]]:
+        """Rows and labels of a step, over all workers: a pure function of seed and step."""
+        size = self._config.distill.batch_size
+        epoch, place = divmod(step, len(self._labels) // size)
+        order = np.random.default_rng([self._config.run.seed, epoch]).permutation(len(self._labels))
+        return [self._labels[i] for i in order[place * size : (place + 1) * size]]
+
+    def __call__(self, step: int) -> dict[str, float]:
+        batch = self.batch(step)
+        completions = [self._processor.completion_ids(text) for _, text in batch]
+        tokens = sum(len(ids) for ids in completions)
+        share = len(batch) // self._world
+        local = slice(self._rank * share, (self._rank + 1) * share)
+        prompts = [
+            generator_row(self._processor, self._catalogue, row, config=self._config.generator)
+            for row, _ in batch[local]
+        ]
+        inputs, mask = completion_batch(self._processor, prompts, completions[local], self._engine.device)
+        logp = self._engine(inputs, mask, forbidden_ids=self._processor.forbidden_ids)
+        # The engine averages over workers, so each counts its sum once per worker.
+        loss = -logp.sum() * self._world / tokens
+        self._engine.backward(loss)
+        return {"loss": float(loss.detach()), "tokens": float(tokens)}

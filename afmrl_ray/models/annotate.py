@@ -1,0 +1,88 @@
+"""Attributes of many listings, written by the generator in a pool of Ray Data actors."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from afmrl_ray import storage
+from afmrl_ray.attributes.text import InvalidAttributes, format_attributes, parse_attributes
+from afmrl_ray.catalogue import CatalogueRef
+from afmrl_ray.config.cluster import PoolConfig
+from afmrl_ray.config.models import GeneratorConfig
+from afmrl_ray.models.adapters import load_trained
+from afmrl_ray.models.generation import generate
+from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.pool import map_rows
+from afmrl_ray.models.prompts import generator_row, prompt_fits
+
+
+@dataclass(frozen=True)
+class GeneratorRef:
+    """A generator as actors load it.
+
+    Attributes:
+        path: model or adapter folder, or hub name.
+        base: checkpoint below an adapter.
+        config: how listings are shown to it.
+    """
+
+    path: str
+    base: str
+    config: GeneratorConfig
+
+
+class Annotator:
+    """A generator over a catalogue, decoding greedily; plain code that actors and tests call alike."""
+
+    def __init__(self, generator: GeneratorRef, catalogue: CatalogueRef) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        with tempfile.TemporaryDirectory() as cache:
+            path = storage.localise(generator.path, cache) if storage.exists(generator.path) else generator.path
+            base = storage.localise(generator.base, cache) if storage.exists(generator.base) else generator.base
+            self._model = load_trained(
+                path, "generator", base=base, dtype=generator.config.dtype, device=device
+            ).eval()
+            self._processor = ListingProcessor.from_pretrained(base, generator.config.picture)
+        self._config = generator.config
+        self._catalogue = catalogue.open()
+
+    def annotate(self, rows: list[int]) -> list[tuple[str, str]]:
+        """Canonical attribute text and reason of invalidity of each row; one of the two is empty."""
+        fitting = [row for row in rows if prompt_fits(self._processor, self._catalogue, row, config=self._config)]
+        found: dict[int, tuple[str, str]] = dict.fromkeys(rows, ("", "prompt_too_long"))
+        if fitting:
+            prompts = [generator_row(self._processor, self._catalogue, row, config=self._config) for row in fitting]
+            completions = generate(self._model, self._processor, prompts, max_new_tokens=self._config.max_new_tokens)
+            for row, (text, complete) in zip(fitting, completions.texts(self._processor), strict=True):
+                parsed = parse_attributes(text, max_attributes=self._config.max_attributes, complete=complete)
+                invalid = isinstance(parsed, InvalidAttributes)
+                found[row] = ("", parsed.reason) if invalid else (format_attributes(parsed), "")
+        return [found[row] for row in rows]
+
+
+class AnnotateActor:
+    """Ray Data's shell around `Annotator`."""
+
+    def __init__(self, generator: GeneratorRef, catalogue: CatalogueRef, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._annotator = Annotator(generator, catalogue)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = self._annotator.annotate(batch["row"].tolist())
+        return {
+            "row": batch["row"],
+            "attributes": np.array([text for text, _ in found], dtype=object),
+            "reason": np.array([reason for _, reason in found], dtype=object),
+        }
+
+
+def annotate_rows(
+    rows: np.ndarray, generator: GeneratorRef, catalogue: CatalogueRef, *, pool: PoolConfig
+) -> list[tuple[str, str]]:
+    """Attribute text and reason of invalidity of each catalogue row, in the order of `rows`."""
+    table = map_rows(AnnotateActor, rows, pool=pool, arguments={"generator": generator, "catalogue": catalogue})
+    return list(zip(table["attributes"], table["reason"], strict=True))

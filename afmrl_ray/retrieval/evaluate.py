@@ -1,0 +1,152 @@
+"""Protocols: from a config's description of sides and labels to metrics with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from afmrl_ray.catalogue import StagedCatalogue
+from afmrl_ray.config.catalogue import SideConfig
+from afmrl_ray.config.evaluation import EvaluationConfig, LabelProtocol, RetrievalProtocol
+from afmrl_ray.errors import CatalogueError
+from afmrl_ray.retrieval import metrics
+from afmrl_ray.retrieval.ranking import Ranking, rank_gallery
+
+Embed = Callable[[SideConfig, bool], tuple[np.ndarray, np.ndarray]]
+"""(side, with attributes) to catalogue rows [N] and embeddings [N, D]."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """A metric: a share between 0 and 1 and its 95 % interval over queries, where it is a mean over queries."""
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+
+
+def evaluate(
+    config: EvaluationConfig, catalogue: StagedCatalogue, embed: Embed, *, seed: int
+) -> tuple[dict[str, Any], Ranking]:
+    """Run every protocol.
+
+    Returns:
+        JSON values by protocol name (kind, counts, metrics), and the headline protocol's ranking.
+    """
+    results: dict[str, Any] = {}
+    headline: Ranking | None = None
+    for protocol in config.protocols:
+        if isinstance(protocol, RetrievalProtocol):
+            results[protocol.name], ranking = retrieval_protocol(
+                protocol, catalogue, embed, samples=config.bootstrap_samples, seed=seed
+            )
+            headline = ranking if protocol.name == config.headline else headline
+        else:
+            results[protocol.name] = label_protocol(protocol, catalogue, embed, seed=seed)
+    assert headline is not None  # the config's validator made sure
+    return results, headline
+
+
+def retrieval_protocol(
+    protocol: RetrievalProtocol, catalogue: StagedCatalogue, embed: Embed, *, samples: int, seed: int
+) -> tuple[dict[str, Any], Ranking]:
+    """hit@k, recall@k, both readings of mean average precision, and reciprocal rank, with bootstrap intervals."""
+    query_rows, queries = embed(protocol.query, protocol.enriched != "none")
+    gallery_rows, gallery = embed(protocol.gallery, protocol.enriched == "both")
+    ranking = rank(catalogue, protocol.label, query_rows, queries, gallery_rows, gallery, depth=_depth(protocol))
+    per_query: dict[str, np.ndarray] = {}
+    for k in protocol.ks:
+        per_query[f"hit@{k}"] = metrics.hit_at_k(ranking, k)
+        per_query[f"recall@{k}"] = metrics.recall_at_k(ranking, k)
+    per_query[f"map@{protocol.map_k}"] = metrics.average_precision(ranking, protocol.map_k, protocol="standard")
+    per_query[f"map_m5@{protocol.map_k}"] = metrics.average_precision(ranking, protocol.map_k, protocol="m5")
+    per_query["mrr"] = metrics.reciprocal_rank(ranking)
+    values = {name: asdict(interval(value, samples=samples, seed=seed)) for name, value in per_query.items()}
+    counts = {"queries": len(ranking.query_rows), "gallery": len(gallery_rows), "without_positive": ranking.excluded}
+    return {"kind": "retrieval", **counts, "metrics": values}, ranking
+
+
+def _depth(protocol: RetrievalProtocol) -> int:
+    return max(*protocol.ks, protocol.map_k)
+
+
+def rank(
+    catalogue: StagedCatalogue,
+    label: str,
+    query_rows: np.ndarray,
+    queries: np.ndarray,
+    gallery_rows: np.ndarray,
+    gallery: np.ndarray,
+    *,
+    depth: int,
+) -> Ranking:
+    """Rank a gallery for queries of the same catalogue; items are positives when their `label` is equal and not null.
+
+    Raises:
+        CatalogueError: the catalogue has no such column, or no query has a positive.
+    """
+    labels = np.array(label_codes(catalogue.column(label)))
+    order = np.argsort(np.argsort(np.array(catalogue.column("item_id"), dtype=object), kind="stable"))
+    ranking = rank_gallery(
+        queries,
+        gallery,
+        query_rows=query_rows,
+        gallery_rows=gallery_rows,
+        query_labels=labels[query_rows],
+        gallery_labels=labels[gallery_rows],
+        gallery_order=order[gallery_rows],
+        depth=depth,
+    )
+    if not len(ranking.query_rows):
+        raise CatalogueError(f"no query has a positive in the gallery by column {label!r}; check the protocol's sides")
+    return ranking
+
+
+def label_codes(values: Sequence[Any]) -> list[int]:
+    """Integer codes of labels in order of first appearance; null is -1 and equals nothing."""
+    codes: dict[Any, int] = {}
+    return [-1 if value is None else codes.setdefault(value, len(codes)) for value in values]
+
+
+def label_protocol(
+    protocol: LabelProtocol, catalogue: StagedCatalogue, embed: Embed, *, seed: int
+) -> dict[str, Any]:
+    """Accuracy of a linear probe and of nearest neighbours, and k-means clustering of the test side."""
+    codes = np.array(label_codes(catalogue.column(protocol.label)))
+    fit_rows, fit = embed(protocol.fit, protocol.enriched)
+    test_rows, test = embed(protocol.test, protocol.enriched)
+    fit, fit_rows = fit[codes[fit_rows] >= 0], fit_rows[codes[fit_rows] >= 0]
+    test, test_rows = test[codes[test_rows] >= 0], test_rows[codes[test_rows] >= 0]
+    fit_codes, test_codes = codes[fit_rows], codes[test_rows]
+    if not np.isin(test_codes, fit_codes).any():
+        raise CatalogueError(f"protocol {protocol.name!r}: no class of the test side occurs on the fit side")
+    clusters = metrics.kmeans_labels(test, len(np.unique(test_codes)), seed=seed)
+    values = {
+        "probe_accuracy": metrics.linear_probe_accuracy(fit, fit_codes, test, test_codes, seed=seed),
+        "knn_accuracy": metrics.knn_accuracy(fit, fit_codes, test, test_codes, k=protocol.neighbours),
+        "nmi": metrics.nmi(test_codes, clusters),
+        "ari": metrics.ari(test_codes, clusters),
+        "purity": metrics.purity(test_codes, clusters),
+    }
+    return {
+        "kind": "labels",
+        "queries": len(test_rows),
+        "gallery": len(fit_rows),
+        "classes": len(np.unique(test_codes)),
+        "metrics": {name: asdict(Value(float(value))) for name, value in values.items()},
+    }
+
+
+def interval(values: np.ndarray, *, samples: int, seed: int) -> Value:
+    """Mean over queries and its 95 % percentile bootstrap interval.
+
+    Args:
+        values: [Q] one number per query.
+    """
+    draw = np.random.default_rng(seed)
+    means = np.array([values[draw.integers(len(values), size=len(values))].mean() for _ in range(samples)])
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Value(float(values.mean()), float(low), float(high))

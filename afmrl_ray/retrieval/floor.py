@@ -1,0 +1,50 @@
+"""What costs nothing: pictures shrunk to 8x8 pixels, and chance. A trained encoder must beat both by far."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from afmrl_ray.catalogue import StagedCatalogue
+from afmrl_ray.config.evaluation import RetrievalProtocol
+from afmrl_ray.retrieval.ranking import Ranking
+
+SIDE = 8
+
+
+def pixel_embedding(picture: Image.Image) -> np.ndarray:
+    """[192] float32 of unit length: the picture as 8x8 RGB pixels."""
+    small = np.asarray(picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR), dtype=np.float32)
+    return small.ravel() / max(float(np.linalg.norm(small)), 1e-6)
+
+
+def pixel_embeddings(catalogue: StagedCatalogue, rows: np.ndarray) -> np.ndarray:
+    """[N, 192] pixel embeddings of catalogue rows."""
+    return np.stack([pixel_embedding(catalogue.picture(int(row))) for row in rows])
+
+
+def chance(protocol: RetrievalProtocol, ranking: Ranking) -> dict[str, Any]:
+    """Expected hit@k and recall@k of a random order, from each query's number of positives and candidates."""
+    values: dict[str, Any] = {}
+    for k in protocol.ks:
+        hits = [hit_by_chance(int(p), int(n), k) for p, n in zip(ranking.positives, ranking.candidates, strict=True)]
+        recalls = [min(k, int(n)) / int(n) for n in ranking.candidates]
+        values[f"hit@{k}"] = {"mean": float(np.mean(hits)), "low": None, "high": None}
+        values[f"recall@{k}"] = {"mean": float(np.mean(recalls)), "low": None, "high": None}
+    return values
+
+
+def hit_by_chance(positives: int, candidates: int, k: int) -> float:
+    """Chance that k items drawn from `candidates` hold at least one of `positives`."""
+    misses = candidates - positives
+    if k > misses:
+        return 1.0
+    return 1.0 - math.exp(
+        math.lgamma(misses + 1)
+        - math.lgamma(misses - k + 1)
+        - math.lgamma(candidates + 1)
+        + math.lgamma(candidates - k + 1)
+    )

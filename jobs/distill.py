@@ -1,0 +1,26 @@
+"""Fine-tune the generator on the teacher's attributes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from afmrl_ray.cit.driver import open_run
+from afmrl_ray.cit.schedule import describe
+from afmrl_ray.cli import job_main
+from afmrl_ray.config import Config
+
+
+def body(config: Config, options: argparse.Namespace) -> None:
+    with open_run(config) as pipeline:
+        stage = pipeline.distill
+        print(f"{stage.name}: {stage.directory}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return job_main(__doc__ or "", body, argv, dry_run=lambda config, _: describe(config))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""Cyclic iterative training: distillation, then rounds of AGCL and RAR, evaluation and report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from afmrl_ray.cit.driver import open_run, run_cit
+from afmrl_ray.cit.schedule import describe
+from afmrl_ray.cli import job_main
+from afmrl_ray.config import Config
+from afmrl_ray.report import run_table, write_report
+
+
+def body(config: Config, options: argparse.Namespace) -> None:
+    with open_run(config) as pipeline:
+        run_cit(pipeline)
+        index = write_report(pipeline.run, listings=pipeline.catalogue)
+        print(run_table(pipeline.run))
+        print(f"report: {index}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return job_main(__doc__ or "", body, argv, dry_run=lambda config, _: describe(config))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

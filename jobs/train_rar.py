@@ -1,0 +1,30 @@
+"""Reinforce the generator of a round with the retrieval of the frozen encoder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from afmrl_ray.cit.driver import open_run
+from afmrl_ray.cit.schedule import describe
+from afmrl_ray.cli import job_main
+from afmrl_ray.config import Config
+
+
+def body(config: Config, options: argparse.Namespace) -> None:
+    with open_run(config) as pipeline:
+        stage = pipeline.rar(options.round)
+        print(f"{stage.name}: {stage.directory}")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--round", type=int, default=0, help="round of the run, from 0; earlier ones are run if needed")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return job_main(__doc__ or "", body, argv, arguments=arguments, dry_run=lambda config, _: describe(config))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from afmrl_ray.config.models import PictureConfig
+from afmrl_ray.models.backbones import load_backbone
+from afmrl_ray.models.generation import generate, token_logprobs
+from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.logprobs import completion_batch, completion_logprobs
+from tests.models.test_listing import noise
+
+
+@pytest.fixture(scope="module")
+def generator(tiny_checkpoints):
+    path = tiny_checkpoints["generator"]
+    processor = ListingProcessor.from_pretrained(path, PictureConfig(min_pixels=28 * 28, max_pixels=84 * 84))
+    return load_backbone(path, "generator").eval(), processor
+
+
+@pytest.fixture(scope="module")
+def prompts(generator):
+    _, processor = generator
+    sizes = [(60, 60), (90, 60), (84, 140)]
+    return [processor.row(noise(*size, seed), "new mug " * (seed + 1)) for seed, size in enumerate(sizes)]
+
+
+def test_sampled_logprobs_are_those_of_a_forward_pass(generator, prompts):
+    model, processor = generator
+    out = generate(model, processor, prompts, max_new_tokens=12, group_size=3, seeds=[1, 2, 3], temperature=0.8)
+    completions = [ids[keep].numpy() for ids, keep in zip(out.ids, out.mask, strict=True)]
+    repeated = [prompt for prompt in prompts for _ in range(3)]
+    batch, mask = completion_batch(processor, repeated, completions, "cpu")
+    with torch.no_grad():
+        logp = completion_logprobs(model, batch, mask, forbidden_ids=processor.forbidden_ids, temperature=0.8)
+    assert torch.equal(mask, out.mask[:, : mask.shape[1]])
+    torch.testing.assert_close(logp, out.logp[:, : logp.shape[1]], atol=2e-5, rtol=1e-4)
+
+
+def test_a_group_is_a_function_of_its_prompt_and_seed(generator, prompts):
+    model, processor = generator
+    together = generate(model, processor, prompts, max_new_tokens=10, group_size=2, seeds=[5, 6, 7])
+    alone = generate(model, processor, prompts[1:2], max_new_tokens=10, group_size=2, seeds=[6])
+    width = min(together.ids.shape[1], alone.ids.shape[1])
+    assert torch.equal(together.ids[2:4, :width], alone.ids[:, :width])
+    other = generate(model, processor, prompts[1:2], max_new_tokens=10, group_size=2, seeds=[8])
+    assert not torch.equal(other.ids, alone.ids)
+
+
+def test_greedy_decoding_takes_the_likeliest_token_of_every_step(generator, prompts):
+    model, processor = generator
+    out = generate(model, processor, prompts[:1], max_new_tokens=6)
+    tokens: list[int] = []
+    for expected in out.ids[0][out.mask[0]].tolist():
+        batch, mask = completion_batch(processor, prompts[:1], [np.array([*tokens, 0])], "cpu")
+        hidden = model.model(**batch).last_hidden_state[:, -2]
+        logp = token_logprobs(model.lm_head(hidden), temperature=1.0, forbidden_ids=processor.forbidden_ids)
+        assert int(logp.argmax()) == expected
+        tokens.append(expected)
+
+
+def test_special_tokens_are_never_sampled(generator, prompts):
+    model, processor = generator
+    out = generate(model, processor, prompts, max_new_tokens=16, group_size=8, seeds=[1, 2, 3], temperature=5.0)
+    sampled = set(out.ids[out.mask].tolist())
+    assert not sampled & set(processor.forbidden_ids)
+
+
+def test_sampling_follows_the_distribution(generator, prompts):
+    model, processor = generator
+    out = generate(model, processor, prompts[:1], max_new_tokens=1, group_size=4000, seeds=[3])
+    with torch.no_grad():
+        batch, _ = completion_batch(processor, prompts[:1], [np.array([0])], "cpu")
+        hidden = model.model(**batch).last_hidden_state[:, -2]
+        expected = token_logprobs(model.lm_head(hidden), temperature=1.0, forbidden_ids=processor.forbidden_ids).exp()[0]
+    counts = torch.bincount(out.ids[:, 0], minlength=len(expected)) / 4000
+    assert (counts - expected).abs().max() < 4 * (0.25 / 4000) ** 0.5
+
+
+def test_groups_without_seeds_are_refused(generator, prompts):
+    model, processor = generator
+    with pytest.raises(ValueError, match="pass seeds"):
+        generate(model, processor, prompts, max_new_tokens=2, group_size=2)
