@@ -11,8 +11,8 @@ import numpy as np
 
 from afmrl_ray import storage
 from afmrl_ray.agcl.train import AGCLJob, plain_infonce, train_agcl
-from afmrl_ray.attributes.store import AttributeRow, read_attributes, write_attributes
-from afmrl_ray.attributes.teachers import Listing, make_teacher
+from afmrl_ray.attributes.store import AttributeRow, AttributeStore, read_attributes, write_attributes
+from afmrl_ray.attributes.teachers import Listing, open_teacher
 from afmrl_ray.attributes.text import InvalidAttributes, format_attributes
 from afmrl_ray.catalogue import Catalogue, CatalogueRef, make_catalogue, open_catalogue, write_catalogue
 from afmrl_ray.cit.stages import Stage, StageOutcome
@@ -69,7 +69,9 @@ def labels_body(config: Config, catalogue_ref: CatalogueRef, directory: str) -> 
         found = annotate_rows(rows, generator, catalogue_ref, pool=config.annotate.pool)
         source = storage.digest({"teacher": config.teacher.path})
     else:
-        teacher = make_teacher(config.teacher, cache_dir=os.path.join(tempfile.gettempdir(), "afmrl_ray-teacher"))
+        teacher = open_teacher(
+            config.teacher, max_attributes=config.generator.max_attributes, cache_dir=teacher_cache(directory)
+        )
         items = [catalogue.item(int(row)) for row in rows]
         listings = [
             Listing(item.item_id, item.title or "", item.attributes, lambda row=item.row: catalogue.picture_bytes(row))
@@ -82,7 +84,7 @@ def labels_body(config: Config, catalogue_ref: CatalogueRef, directory: str) -> 
     store = read_attributes(path)
     if store.invalid_share == 1.0:
         raise CatalogueError("teacher: gave no valid attributes for any listing of distill.items")
-    return StageOutcome({"attributes": "attributes.parquet"}, attribute_metrics(path))
+    return StageOutcome({"attributes": "attributes.parquet"}, attribute_metrics(store))
 
 
 def attribute_rows(
@@ -90,14 +92,15 @@ def attribute_rows(
 ) -> list[AttributeRow]:
     """Rows of an attribute table from (text, reason of invalidity) pairs."""
     return [
-        AttributeRow(items[int(row)], text, not reason, reason or None)
+        AttributeRow(items[int(row)], text, reason or None)
         for row, (text, reason) in zip(rows, found, strict=True)
     ]
 
 
-def attribute_metrics(path: str) -> dict[str, float]:
-    store = read_attributes(path)
-    return {"mean_pairs": store.mean_pairs, "mean_words": store.mean_words, "invalid_share": store.invalid_share}
+def attribute_metrics(store: AttributeStore) -> dict[str, float]:
+    """What the report says about an attribute table."""
+    length = store.mean_length
+    return {"mean_pairs": length.pairs, "mean_words": length.words, "invalid_share": store.invalid_share}
 
 
 def distill_body(config: Config, catalogue: CatalogueRef, base: str, labels: str, directory: str) -> StageOutcome:
@@ -116,7 +119,7 @@ def attributes_body(
     found = annotate_rows(rows, generator, catalogue_ref, pool=pool)
     path = storage.join(directory, "attributes.parquet")
     write_attributes(path, attribute_rows(catalogue.column("item_id"), rows, found), fingerprint=fingerprint)
-    return StageOutcome({"attributes": "attributes.parquet"}, attribute_metrics(path))
+    return StageOutcome({"attributes": "attributes.parquet"}, attribute_metrics(read_attributes(path)))
 
 
 def baseline_config(config: Config) -> Config:

@@ -9,6 +9,7 @@ import numpy as np
 
 from afmrl_ray import storage
 from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue
+from afmrl_ray.cit.bodies import attribute_metrics
 from afmrl_ray.cit.stages import StageOutcome
 from afmrl_ray.config import Config
 from afmrl_ray.config.catalogue import SideConfig
@@ -59,11 +60,7 @@ def evaluate_body(inputs: EvaluationInputs, directory: str) -> StageOutcome:
     metrics: dict[str, Any] = {"protocols": protocols}
     store = read_attributes(inputs.attributes) if inputs.attributes is not None else None
     if store is not None:
-        metrics["attributes"] = {
-            "mean_pairs": store.mean_pairs,
-            "mean_words": store.mean_words,
-            "invalid_share": store.invalid_share,
-        }
+        metrics["attributes"] = attribute_metrics(store)
     texts = store.text if store is not None else lambda item: ""
     storage.write_json(
         storage.join(directory, "examples.json"), examples(ranking, catalogue, texts, seed=config.run.seed)
@@ -81,9 +78,9 @@ def examples(ranking: Ranking, catalogue: StagedCatalogue, texts: Any, *, seed: 
         hits = [
             {"row": int(row), "item_id": catalogue.item(int(row)).item_id, "score": float(score), "right": bool(right)}
             for row, score, right in zip(
-                ranking.top_rows[index, :HITS_SHOWN],
+                ranking.top[index, :HITS_SHOWN],
                 ranking.top_scores[index, :HITS_SHOWN],
-                ranking.top_right[index, :HITS_SHOWN],
+                ranking.top_positive[index, :HITS_SHOWN],
                 strict=True,
             )
         ]

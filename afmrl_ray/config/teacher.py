@@ -28,7 +28,8 @@ class OpenAITeacherConfig(Section):
     api_key_env: str | None = None
     """Name of the environment variable that holds the key; none = no key is sent."""
     prompt: str = (
-        "List the key attributes of this product as 'name: value; name: value', lower case, nothing else. Title: {title}"
+        "List the key attributes of this product as 'name: value; name: value', lower case, nothing else. "
+        "Title: {title}"
     )
     """Text sent with the picture; {title} is replaced."""
     max_tokens: int = Field(256, gt=0)
@@ -39,6 +40,8 @@ class OpenAITeacherConfig(Section):
     """Deadline of one request, seconds."""
     max_retries: int = Field(5, ge=0)
     """Times that a request is tried again after 429, 5xx or a timeout."""
+    backoff_s: float = Field(1.0, gt=0)
+    """First wait before trying again, seconds; doubled each time, up to a minute; Retry-After can prolong it."""
 
 
 class ModelTeacherConfig(Section):
@@ -50,6 +53,4 @@ class ModelTeacherConfig(Section):
     """Local folder, URI or hub name of the checkpoint."""
 
 
-TeacherConfig = Annotated[
-    ColumnTeacherConfig | OpenAITeacherConfig | ModelTeacherConfig, Field(discriminator="kind")
-]
+TeacherConfig = Annotated[ColumnTeacherConfig | OpenAITeacherConfig | ModelTeacherConfig, Field(discriminator="kind")]

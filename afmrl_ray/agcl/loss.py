@@ -1,0 +1,171 @@
+"""The contrastive loss of AGCL: InfoNCE with BM25-weighted negatives and a mask of probable false negatives.
+
+Source: AFMRL (arXiv 2604.20135), stage 1. Pure functions: tensors in, tensors out.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PositiveWeight = Literal["bm25", "one"]
+LexicalScale = Literal["raw", "self", "temperature"]
+
+_SAMPLED_WEIGHTS = 65_536
+
+
+def agcl_loss(
+    similarity: Tensor,
+    positives: Tensor,
+    *,
+    temperature: float,
+    lexical: Tensor | None = None,
+    keep: Tensor | None = None,
+    positive_weight: PositiveWeight = "bm25",
+) -> tuple[Tensor, dict[str, float]]:
+    """Attribute-guided InfoNCE.
+
+    `-log(w_ii e^{s_ii/t} / (w_ii e^{s_ii/t} + sum_{j kept} w_ij e^{s_ij/t}))` with `w = exp(1 + tanh(B))`, mean over
+    queries, in float32. Weights are added to logits as `tanh(B_ij) - tanh(B_ii)`, where the 1 cancels, so a negative is
+    weighted by e^-1 to 1 relative to a positive whose own B is large. With `positive_weight="one"`, w_ii = 1 and a
+    negative adds `1 + tanh(B_ij)`: it is weighted by e to e^2. Without `lexical` and `keep` this is InfoNCE.
+
+    Args:
+        similarity: [Q, D] cosines of queries and candidates.
+        positives: [Q] column of each query's positive.
+        temperature: divides the cosines.
+        lexical: [Q, D] BM25 `B`, as `scale_lexical` returns it.
+        keep: [Q, D] bool, False = not a negative; the positive is kept in any case.
+        positive_weight: how the positive is weighted.
+
+    Returns:
+        The scalar loss, and `loss`, `accuracy` (share of queries whose positive is the most similar kept candidate),
+        `positive_similarity`, `hardest_negative_similarity` (means), `masked_share` (of negatives), and quantiles of
+        w_ij / w_ii over kept negatives, from an even sample of the matrix: `weight_p10`, `weight_p50`, `weight_p90`.
+    """
+    similarity = similarity.float()
+    logits = similarity / temperature
+    bias = None
+    if lexical is not None:
+        bias = _log_weights(lexical.detach().float(), positives, positive_weight)
+        logits = logits + bias
+    if keep is not None:
+        keep = keep.scatter(1, positives[:, None], True)
+        logits = logits.masked_fill(~keep, -torch.inf)
+    loss = F.cross_entropy(logits, positives)
+    with torch.no_grad():
+        stats = _stats(loss, similarity, positives, bias, keep)
+    return loss, stats
+
+
+def _log_weights(lexical: Tensor, positives: Tensor, positive_weight: PositiveWeight) -> Tensor:
+    """[Q, D] log(w_ij / w_ii), or log w_ij with log w_ii = 0."""
+    weights = lexical.tanh()
+    if positive_weight == "bm25":
+        return weights - weights.gather(1, positives[:, None])
+    return (weights + 1).scatter(1, positives[:, None], 0.0)
+
+
+def _stats(
+    loss: Tensor, similarity: Tensor, positives: Tensor, bias: Tensor | None, keep: Tensor | None
+) -> dict[str, float]:
+    own = similarity.gather(1, positives[:, None])
+    negative = torch.ones_like(similarity, dtype=torch.bool) if keep is None else keep
+    negative = negative.scatter(1, positives[:, None], False)
+    hardest = similarity.masked_fill(~negative, -torch.inf).amax(1)
+    possible = max(1, similarity.numel() - len(similarity))
+    values = {
+        "loss": loss,
+        "accuracy": (own[:, 0] > hardest).float().mean(),
+        "positive_similarity": own.mean(),
+        "hardest_negative_similarity": hardest[hardest.isfinite()].mean(),
+        "masked_share": 1 - negative.sum() / possible if keep is not None else loss.new_zeros(()),
+    }
+    quantiles = _weight_quantiles(bias, negative)
+    # One transfer from the accelerator instead of one for each number.
+    numbers = torch.cat([torch.stack([value.float() for value in values.values()]), quantiles]).tolist()
+    return dict(zip([*values, "weight_p10", "weight_p50", "weight_p90"], numbers, strict=True))
+
+
+def _weight_quantiles(bias: Tensor | None, negative: Tensor) -> Tensor:
+    if bias is None:
+        return torch.ones(3, device=negative.device)
+    # An odd stride visits all columns of a matrix whose width is a power of two.
+    stride = (bias.numel() // _SAMPLED_WEIGHTS) | 1
+    sample = bias.flatten()[::stride][negative.flatten()[::stride]].exp()
+    if not len(sample):
+        return torch.full((3,), torch.nan, device=negative.device)
+    return sample.quantile(torch.tensor([0.1, 0.5, 0.9], device=bias.device))
+
+
+def scale_lexical(
+    lexical: Tensor, positives: Tensor, *, scale: LexicalScale = "raw", temperature: float = 1.0
+) -> Tensor:
+    """Bring BM25 scores into the range that `tanh` can tell apart.
+
+    Negative scores become 0. A query whose own positive shares no word with it (`B_ii <= 0`, as when its attributes are
+    missing) gets zeros, hence uniform weights: otherwise an incomplete listing would up-weight all its lexical
+    neighbours.
+
+    Args:
+        lexical: [Q, D] BM25 of each query's attributes against each candidate's.
+        positives: [Q] column of each query's positive.
+        scale: `raw` = as it is, `self` = B_ij / B_ii, `temperature` = B_ij / temperature.
+        temperature: divisor for `temperature`.
+
+    Returns:
+        [Q, D] float32.
+    """
+    lexical = lexical.float()
+    own = lexical.gather(1, positives[:, None])
+    scaled = lexical.clamp(min=0)
+    if scale == "self":
+        scaled = scaled / own
+    elif scale == "temperature":
+        scaled = scaled / temperature
+    return torch.where(own > 0, scaled, 0.0)
+
+
+@torch.no_grad()
+def false_negative_keep(
+    candidates: Tensor,
+    positives: Tensor,
+    *,
+    threshold: float,
+    product_ids: Tensor | None = None,
+    min_negatives: int = 0,
+) -> Tensor:
+    """Which candidates may serve as negatives of which query.
+
+    Args:
+        candidates: [D, dim] embeddings of the candidates.
+        positives: [Q] candidate that is each query's positive.
+        threshold: a candidate whose cosine to the positive is above it is no negative.
+        product_ids: [D] int64 codes of the candidates' products, -1 = unknown, which equals nothing; a candidate of the
+            positive's product is no negative.
+        min_negatives: a query left with fewer gets back those least similar to its positive, up to this many, but never
+            one of the positive's product.
+
+    Returns:
+        [Q, D] bool, False = not a negative; True for the positive itself.
+    """
+    unit = F.normalize(candidates.float(), dim=1)
+    cosine = unit[positives] @ unit.T
+    able = torch.ones_like(cosine, dtype=torch.bool)
+    if product_ids is not None:
+        own = product_ids[positives][:, None]
+        able = (product_ids[None, :] != own) | (own < 0)
+    able.scatter_(1, positives[:, None], False)
+    keep = able & (cosine <= threshold)
+    short = (keep.sum(1) < min_negatives).nonzero()[:, 0]
+    if len(short):
+        # What the threshold keeps are the least similar ones, so restoring only ever extends that set.
+        least = (
+            cosine[short].masked_fill(~able[short], torch.inf).topk(min(min_negatives, cosine.shape[1]), largest=False)
+        )
+        restored = torch.zeros_like(keep[short]).scatter_(1, least.indices, True)
+        keep[short] |= restored & able[short]
+    return keep.scatter_(1, positives[:, None], True)

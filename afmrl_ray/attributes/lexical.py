@@ -1,0 +1,97 @@
+"""BM25 between attribute texts, all queries against all documents by one sparse product.
+
+Statistics come from `rank_bm25.BM25Okapi`, so that the variant (Robertson idf, negative ones floored at epsilon times
+the mean idf) is that package's and not our reading of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from rank_bm25 import BM25Okapi
+from scipy import sparse
+
+from afmrl_ray.errors import CatalogueError
+
+_CHUNK = 1024
+_SEPARATORS = str.maketrans(";:", "  ")
+
+
+def tokenize(text: str) -> list[str]:
+    """Lower-cased words of an attribute text, names and values alike, split at `;`, `:` and white space."""
+    return text.translate(_SEPARATORS).lower().split()
+
+
+class BM25:
+    """Okapi BM25 with the numbers of `rank_bm25.BM25Okapi`.
+
+    Args:
+        k1: saturation of term frequency.
+        b: strength of length normalisation.
+        epsilon: a negative idf becomes `epsilon` times the mean idf.
+    """
+
+    def __init__(self, k1: float = 1.5, b: float = 0.75, epsilon: float = 0.25) -> None:
+        self.k1, self.b, self.epsilon = k1, b, epsilon
+        self._columns: dict[str, int] = {}
+        self._idf = np.zeros(0)
+        self._average_length = 0.0
+
+    def fit(self, corpus: Sequence[str]) -> BM25:
+        """Take document frequencies and the mean length from `corpus`; returns itself.
+
+        Raises:
+            CatalogueError: no text of the corpus has a word.
+        """
+        documents = [tokenize(text) for text in corpus]
+        if not any(documents):
+            raise CatalogueError(
+                f"BM25: none of the {len(documents)} attribute texts has a word; "
+                "annotate these listings first, or set agcl.lexical.enabled=false"
+            )
+        statistics = BM25Okapi(documents, k1=self.k1, b=self.b, epsilon=self.epsilon)
+        self._columns = {word: column for column, word in enumerate(statistics.idf)}
+        self._idf = np.fromiter(statistics.idf.values(), dtype=np.float64, count=len(self._columns))
+        self._average_length = statistics.avgdl
+        return self
+
+    def scores(self, queries: Sequence[str], documents: Sequence[str]) -> np.ndarray:
+        """BM25 of every document for every query.
+
+        A word counts as often as it stands in the query. Words outside the corpus score nothing, but lengthen the
+        document. Documents outside the corpus use the corpus' statistics.
+
+        Returns:
+            [Q, D] float32.
+
+        Raises:
+            RuntimeError: called before `fit`.
+        """
+        if not self._columns:
+            raise RuntimeError("BM25.scores before BM25.fit")
+        asked, _ = self._counts(queries)
+        there, lengths = self._counts(documents)
+        saturation = self.k1 * (1 - self.b + self.b * lengths / self._average_length)
+        frequency = there.data
+        there.data = frequency * (self.k1 + 1) / (frequency + np.repeat(saturation, np.diff(there.indptr)))
+        asked.data *= self._idf[asked.indices]
+        # Names of attributes stand in nearly every text, so the result is dense: a dense right side, cut down to the
+        # words that are asked for, is several times faster than a sparse one. Chunks bound its memory.
+        words = np.unique(asked.indices)
+        asked, there = asked[:, words], there[:, words]
+        scores = np.empty((len(queries), len(documents)), dtype=np.float32)
+        for start in range(0, len(documents), _CHUNK):
+            scores[:, start : start + _CHUNK] = asked @ there[start : start + _CHUNK].T.toarray()
+        return scores
+
+    def _counts(self, texts: Sequence[str]) -> tuple[sparse.csr_array, np.ndarray]:
+        """Word counts [len(texts), V] without words outside the corpus, and lengths in words with them."""
+        tokens = [tokenize(text) for text in texts]
+        known = [[column for word in words if (column := self._columns.get(word)) is not None] for words in tokens]
+        indptr = np.concatenate([[0], np.cumsum([len(columns) for columns in known], dtype=np.int64)])
+        indices = np.fromiter((column for columns in known for column in columns), dtype=np.int64, count=indptr[-1])
+        shape = (len(texts), len(self._columns))
+        counts = sparse.csr_array((np.ones(len(indices)), indices, indptr), shape=shape)
+        counts.sum_duplicates()
+        return counts, np.array([len(words) for words in tokens], dtype=np.float64)

@@ -1,0 +1,170 @@
+"""Attributes of many listings as one Parquet table, keyed by item and by the generator that wrote them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from afmrl_ray import storage
+from afmrl_ray.attributes.text import Attributes, InvalidAttributes, format_attributes, parse_attributes
+from afmrl_ray.errors import CatalogueError
+
+_SCHEMA = pa.schema(
+    [
+        pa.field("item_id", pa.string(), nullable=False),
+        pa.field("attributes", pa.string(), nullable=False),
+        pa.field("valid", pa.bool_(), nullable=False),
+        pa.field("reason", pa.string()),
+        pa.field("generator", pa.string(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class AttributeRow:
+    """One listing's attributes.
+
+    Attributes:
+        item_id: the listing.
+        text: canonical attribute text; empty if invalid.
+        reason: why there are none; none (or empty) if there are.
+    """
+
+    item_id: str
+    text: str
+    reason: str | None = None
+
+    @classmethod
+    def of(cls, item_id: str, result: Attributes | InvalidAttributes) -> AttributeRow:
+        """The row of what a parser or teacher returned."""
+        if isinstance(result, InvalidAttributes):
+            return cls(item_id, "", result.reason)
+        return cls(item_id, format_attributes(result))
+
+
+class MeanLength(NamedTuple):
+    """Mean size of valid attributes: pairs, and words of the text."""
+
+    pairs: float
+    words: float
+
+
+class AttributeStore:
+    """Attribute texts by item, in memory."""
+
+    def __init__(self, texts: dict[str, str], reasons: dict[str, str], fingerprint: str) -> None:
+        self._texts = texts
+        self._reasons = reasons
+        self.fingerprint = fingerprint
+        """Of the generator or teacher that wrote them."""
+
+    def __len__(self) -> int:
+        return len(self._texts) + len(self._reasons)
+
+    def text(self, item_id: str) -> str:
+        """Canonical attribute text; empty if the item's were invalid or the item is not there."""
+        return self._texts.get(item_id, "")
+
+    def get(self, item_id: str) -> Attributes:
+        """Attributes; empty if the item's were invalid or the item is not there."""
+        text = self.text(item_id)
+        return _pairs(text) if text else ()
+
+    @property
+    def invalid_share(self) -> float:
+        """Share of the rows that are invalid."""
+        return len(self._reasons) / max(1, len(self))
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """Invalid rows by reason."""
+        return dict(Counter(self._reasons.values()))
+
+    @property
+    def mean_length(self) -> MeanLength:
+        """Over the valid rows; zero where there are none."""
+        count = max(1, len(self._texts))
+        pairs = sum(text.count(";") + 1 for text in self._texts.values())
+        words = sum(len(text.split()) for text in self._texts.values())
+        return MeanLength(pairs / count, words / count)
+
+
+def write_attributes(path: str, rows: Iterable[AttributeRow], *, fingerprint: str) -> None:
+    """Write an attribute table to `path`, one Parquet file on any filesystem.
+
+    Args:
+        fingerprint: of the generator or teacher.
+
+    Raises:
+        CatalogueError: there are no rows, an item comes twice, or a text is not canonical.
+        StorageError: the path cannot be written.
+    """
+    rows = list(rows)
+    if not rows:
+        raise CatalogueError(f"{path}: no listing to write attributes of; check the sides that are annotated")
+    ids = [row.item_id for row in rows]
+    if len(set(ids)) < len(ids):
+        raise CatalogueError(f"{path}: item {Counter(ids).most_common(1)[0][0]!r} has attributes more than once")
+    for row in rows:
+        if bool(row.text) == bool(row.reason) or (row.text and format_attributes(_pairs(row.text)) != row.text):
+            raise CatalogueError(
+                f"{path}: item {row.item_id!r} needs either canonical attribute text or a reason, "
+                f"got {row.text!r} and {row.reason!r}"
+            )
+    columns = {
+        "item_id": ids,
+        "attributes": [row.text for row in rows],
+        "valid": [bool(row.text) for row in rows],
+        "reason": [row.reason or None for row in rows],
+        "generator": [fingerprint] * len(rows),
+    }
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns, schema=_SCHEMA), sink)
+    storage.write_bytes(path, sink.getvalue().to_pybytes())
+
+
+def read_attributes(path: str, *, expect_fingerprint: str | None = None) -> AttributeStore:
+    """Read what `write_attributes` wrote.
+
+    Args:
+        expect_fingerprint: of the generator whose attributes are wanted; none = any.
+
+    Raises:
+        CatalogueError: there is no such table, it lacks columns, or another generator wrote it.
+    """
+    try:
+        table = pq.read_table(pa.BufferReader(storage.read_bytes(path)))
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CatalogueError(f"{path}: no attribute table ({reason}); write it with jobs/annotate.py") from error
+    missing = [name for name in _SCHEMA.names if name not in table.column_names]
+    if missing:
+        raise CatalogueError(f"{path}: the attribute table lacks {', '.join(missing)}; write it with jobs/annotate.py")
+    generators = table["generator"].unique().to_pylist()
+    if len(generators) != 1:
+        raise CatalogueError(
+            f"{path}: attributes of {len(generators)} generators in one table; keep one table for each"
+        )
+    if expect_fingerprint is not None and generators[0] != expect_fingerprint:
+        raise CatalogueError(
+            f"{path}: written by generator {generators[0]}, not by {expect_fingerprint}; annotate again with the latter"
+        )
+    texts: dict[str, str] = {}
+    reasons: dict[str, str] = {}
+    columns = (table[name].to_pylist() for name in ("item_id", "attributes", "valid", "reason"))
+    for item_id, text, valid, reason in zip(*columns, strict=True):
+        if valid:
+            texts[item_id] = text
+        else:
+            reasons[item_id] = reason
+    return AttributeStore(texts, reasons, generators[0])
+
+
+def _pairs(text: str) -> Attributes:
+    parsed = parse_attributes(text, max_attributes=text.count(";") + 1)
+    return () if isinstance(parsed, InvalidAttributes) else parsed

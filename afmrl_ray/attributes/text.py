@@ -1,0 +1,82 @@
+"""The text form of attributes, `color: red; neckline: v-neck`, and the strict parser that RAR's -0.1 hangs on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Attributes = tuple[tuple[str, str], ...]
+"""Ordered (name, value) pairs in normal form: lower case, single spaces, no `;` or `:`, every name once."""
+
+InvalidReason = Literal["empty", "no_pair", "repeated_name", "too_many", "unfinished", "special_token"]
+INVALID_REASONS: tuple[InvalidReason, ...] = get_args(InvalidReason)
+
+_SPECIAL_TOKEN = re.compile(r"<\|.*?\|>", re.DOTALL)
+_DROPPED = re.compile(r"[;:]|<\||\|>")
+
+
+@dataclass(frozen=True)
+class InvalidAttributes:
+    """A text that is no attributes.
+
+    Attributes:
+        reason: `unfinished` (no end of text within the token limit), `special_token` (`<|...|>` in it), `empty`,
+            `no_pair` (a segment between semicolons is no `name: value`), `repeated_name`, `too_many`.
+    """
+
+    reason: InvalidReason
+
+
+def format_attributes(pairs: Iterable[tuple[str, str]]) -> str:
+    """Join pairs in normal form to `name: value; name: value`; no pairs give the empty text."""
+    return "; ".join(f"{name}: {value}" for name, value in pairs)
+
+
+def normalise_attributes(attributes: Mapping[str, str | None] | Iterable[tuple[str, str | None]]) -> Attributes:
+    """Bring attributes as a source gives them into normal form, in their order.
+
+    Semicolons, colons and the brackets of special tokens become spaces; pairs with an empty name or value are left out,
+    and so is a name that was there before.
+    """
+    pairs = attributes.items() if isinstance(attributes, Mapping) else attributes
+    found: dict[str, str] = {}
+    for raw_name, raw_value in pairs:
+        name, value = _fold(raw_name), _fold(raw_value)
+        if name and value:
+            found.setdefault(name, value)
+    return tuple(found.items())
+
+
+def parse_attributes(text: str, *, max_attributes: int, complete: bool = True) -> Attributes | InvalidAttributes:
+    """Read attributes that a model wrote; `parse(format(a)) == a` for non-empty `a` in normal form.
+
+    A segment is split at its first colon; further colons belong to the value and are dropped. Nothing else is forgiven,
+    an empty last segment neither.
+
+    Args:
+        text: decoded completion up to its end-of-text token, special tokens left in.
+        max_attributes: most pairs allowed.
+        complete: whether the end-of-text token came within the token limit.
+    """
+    if not complete:
+        return InvalidAttributes("unfinished")
+    if _SPECIAL_TOKEN.search(text):
+        return InvalidAttributes("special_token")
+    if not text.strip():
+        return InvalidAttributes("empty")
+    found: dict[str, str] = {}
+    for segment in text.split(";"):
+        raw_name, _, raw_value = segment.partition(":")
+        name, value = _fold(raw_name), _fold(raw_value)
+        if not (name and value):
+            return InvalidAttributes("no_pair")
+        if name in found:
+            return InvalidAttributes("repeated_name")
+        found[name] = value
+    return InvalidAttributes("too_many") if len(found) > max_attributes else tuple(found.items())
+
+
+def _fold(text: str | None) -> str:
+    return " ".join(_DROPPED.sub(" ", text or "").lower().split())

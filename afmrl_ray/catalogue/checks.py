@@ -1,0 +1,72 @@
+"""Which rows of a catalogue cannot be used, and why."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow as pa
+from PIL import Image
+
+from afmrl_ray.catalogue.schema import parse_source_attributes
+
+_WORKERS = 4
+
+
+def bad_rows(table: pa.Table, max_picture_pixels: int) -> dict[int, str]:
+    """Reason of quarantine by row: missing_item_id, duplicate_item_id, bad_attributes, empty, missing_image,
+    decompression_bomb or undecodable_image.
+    """
+    found = _bad_text(table)
+    pictures = table["image"]
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        rows = [row for row in range(len(table)) if row not in found]
+        for row, reason in zip(
+            rows, pool.map(lambda row: picture_fault(pictures[row].as_py(), max_picture_pixels), rows), strict=True
+        ):
+            if reason:
+                found[row] = reason
+    return found
+
+
+def _bad_text(table: pa.Table) -> dict[int, str]:
+    found: dict[int, str] = {}
+    seen: set[str] = set()
+    columns = (table[name].to_pylist() for name in ("item_id", "title", "attributes"))
+    for row, (item_id, title, attributes) in enumerate(zip(*columns, strict=True)):
+        if item_id is None or item_id == "":
+            found[row] = "missing_item_id"
+            continue
+        if item_id in seen:
+            found[row] = "duplicate_item_id"
+            continue
+        seen.add(item_id)
+        try:
+            parsed = parse_source_attributes(attributes)
+        except (ValueError, AttributeError, TypeError):
+            found[row] = "bad_attributes"
+            continue
+        if not title and not parsed and table["image"].is_null()[row].as_py():
+            found[row] = "empty"
+    return found
+
+
+def picture_fault(data: bytes | None, max_pixels: int) -> str | None:
+    """Why encoded bytes are no usable picture; the size is judged from the header before anything is decoded."""
+    if not data:
+        return "missing_image"
+    try:
+        with warnings.catch_warnings():
+            # The limit that counts is the catalogue's own, below.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data)) as picture:
+                if picture.width * picture.height > max_pixels:
+                    return "decompression_bomb"
+                picture.load()
+    except Image.DecompressionBombError:
+        return "decompression_bomb"
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError):
+        # What Pillow's decoders raise on damaged files.
+        return "undecodable_image"
+    return None

@@ -1,0 +1,36 @@
+"""A page of listings, to look at a catalogue."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+from afmrl_ray.catalogue.table import CatalogueTable
+
+_PAD, _LINES, _LINE = 8, 6, 13
+
+
+def contact_sheet(catalogue: CatalogueTable, rows: Sequence[int], *, columns: int = 6, side: int = 150) -> Image.Image:
+    """Pictures with title and attributes below each, row by row.
+
+    Args:
+        rows: catalogue rows in reading order.
+        columns: pictures per line.
+        side: of a picture, pixels.
+    """
+    cell = (side + _PAD, side + _LINES * _LINE + _PAD)
+    lines = -(-len(rows) // columns)
+    sheet = Image.new("RGB", (columns * cell[0] + _PAD, lines * cell[1] + _PAD), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(11)
+    for index, row in enumerate(rows):
+        x, y = _PAD + index % columns * cell[0], _PAD + index // columns * cell[1]
+        sheet.paste(catalogue.picture(row).resize((side, side)), (x, y))
+        item = catalogue.item(row)
+        attributes = "; ".join(f"{name}: {value}" for name, value in item.attributes.items())
+        text = textwrap.wrap(item.title or "", 27)[:2] + textwrap.wrap(attributes, 28)[: _LINES - 2]
+        for line, words in enumerate(text[:_LINES]):
+            draw.text((x, y + side + line * _LINE), words, fill="black" if line < 2 else "#667", font=font)
+    return sheet

@@ -1,0 +1,127 @@
+"""Opening a catalogue: schema, pictures, quarantine, fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+
+from afmrl_ray import storage
+from afmrl_ray.catalogue.checks import bad_rows
+from afmrl_ray.catalogue.schema import NULLABLE, PICTURE_COLUMNS, REQUIRED, write_catalogue
+from afmrl_ray.catalogue.table import CatalogueTable
+from afmrl_ray.config.catalogue import CatalogueConfig
+from afmrl_ray.errors import CatalogueError
+
+
+class Catalogue(CatalogueTable):
+    """The good rows of a catalogue, and what was wrong with the others."""
+
+    def __init__(self, table: pa.Table, name: str, quarantine: pa.Table) -> None:
+        super().__init__(table, name, fingerprint(table))
+        self.quarantine = quarantine
+        """item_id, row and reason of every row that was put aside."""
+
+    @property
+    def counts(self) -> dict[str, object]:
+        """rows, kept, and quarantined by reason."""
+        reasons = dict(Counter(self.quarantine["reason"].to_pylist()))
+        return {"rows": len(self) + len(self.quarantine), "kept": len(self), "quarantined": reasons}
+
+    def write_quarantine(self, path: str) -> None:
+        """Write the quarantine as Parquet, empty or not."""
+        write_catalogue(self.quarantine, path)
+
+
+def open_catalogue(path: str, *, config: CatalogueConfig | None = None) -> Catalogue:
+    """Read a Parquet file or directory, on any filesystem, and put bad rows aside.
+
+    Raises:
+        CatalogueError: it is missing, lacks columns, has no good row, or more bad rows than `catalogue.max_bad_share`.
+    """
+    config = config or CatalogueConfig()
+    table = _with_pictures(_normalised(_read(path), path), path)
+    bad = bad_rows(table, config.max_picture_pixels)
+    rows = sorted(bad)
+    quarantine = pa.table(
+        {
+            "item_id": pa.array([table["item_id"][row].as_py() for row in rows], pa.string()),
+            "row": pa.array(rows, pa.int64()),
+            "reason": pa.array([bad[row] for row in rows], pa.string()),
+        }
+    )
+    if len(rows) > config.max_bad_share * len(table):
+        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(bad.values()).most_common())
+        raise CatalogueError(
+            f"{path}: {len(rows)} of {len(table)} rows are bad ({reasons}), more than catalogue.max_bad_share "
+            f"{config.max_bad_share:g} allows; mend them or raise it"
+        )
+    good = table.filter(pa.array([row not in bad for row in range(len(table))])) if bad else table
+    if not len(good):
+        raise CatalogueError(f"{path}: the catalogue has no rows")
+    return Catalogue(good, path, quarantine)
+
+
+def fingerprint(table: pa.Table) -> str:
+    """SHA-256 over column names, types and the values in their order."""
+    total = hashlib.sha256()
+    for name in sorted(table.column_names):
+        column = table[name].combine_chunks()
+        total.update(f"{name}:{column.type}:{len(column)}".encode())
+        sink = pa.BufferOutputStream()
+        batch = pa.record_batch([column if not isinstance(column, pa.ChunkedArray) else column.chunk(0)], names=[name])
+        with pa.ipc.new_stream(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        total.update(sink.getvalue())
+    return total.hexdigest()
+
+
+def _read(path: str) -> pa.Table:
+    filesystem, inner = storage.resolve(path)
+    if not storage.exists(path):
+        raise CatalogueError(f"catalogue.path: {path} does not exist")
+    try:
+        return ds.dataset(inner, filesystem=filesystem, format="parquet").to_table()
+    except (OSError, pa.ArrowException) as error:
+        raise CatalogueError(f"catalogue.path: {path} is no Parquet ({' '.join(str(error).split())[:160]})") from error
+
+
+def _normalised(table: pa.Table, path: str) -> pa.Table:
+    missing = [name for name in REQUIRED if name not in table.column_names]
+    if not any(name in table.column_names for name in PICTURE_COLUMNS):
+        missing.append("image or image_uri")
+    if missing:
+        raise CatalogueError(
+            f"{path}: the catalogue lacks the columns {', '.join(missing)}; it has: {', '.join(table.column_names)}"
+        )
+    for name in NULLABLE:
+        if name not in table.column_names:
+            table = table.append_column(name, pa.nulls(len(table), pa.string()))
+    for name in ("item_id", "split", "product_id", "category", "title", "role"):
+        index = table.column_names.index(name)
+        try:
+            table = table.set_column(index, name, table[name].cast(pa.string()))
+        except pa.ArrowException as error:
+            raise CatalogueError(f"{path}: column {name} is {table[name].type}, it must be text") from error
+    return table
+
+
+def _with_pictures(table: pa.Table, path: str) -> pa.Table:
+    """The table with encoded pictures in `image`; URIs are read, relative ones from the catalogue's folder."""
+    if "image" in table.column_names:
+        if not pa.types.is_binary(table["image"].type) and not pa.types.is_large_binary(table["image"].type):
+            raise CatalogueError(f"{path}: column image is {table['image'].type}, it must hold encoded pictures (binary)")
+        return table
+    folder = path if storage.is_dir(path) else os.path.dirname(path)
+    pictures = [_read_picture(uri, folder) for uri in table["image_uri"].to_pylist()]
+    return table.append_column("image", pa.array(pictures, pa.binary()))
+
+
+def _read_picture(uri: str | None, folder: str) -> bytes | None:
+    if not uri:
+        return None
+    full = uri if "://" in uri or os.path.isabs(uri) else storage.join(folder or ".", uri)
+    return storage.read_bytes(full) if storage.exists(full) else None

@@ -1,0 +1,69 @@
+"""The columns of a catalogue (DESIGN 4.1) and one row of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from afmrl_ray import storage
+
+REQUIRED = ("item_id", "split")
+PICTURE_COLUMNS = ("image", "image_uri")
+NULLABLE = ("product_id", "category", "title", "attributes", "role")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One listing.
+
+    Attributes:
+        row: its row in the catalogue.
+        item_id: unique.
+        product_id: identity; items that share it are positives; none = unknown.
+        category: coarse label.
+        title: the seller's text.
+        attributes: as the source gives them, in its order.
+        split: train, val, test or gallery.
+        role: query or gallery, for evaluation.
+        extra: the catalogue's further columns.
+    """
+
+    row: int
+    item_id: str
+    product_id: str | None
+    category: str | None
+    title: str | None
+    attributes: dict[str, str]
+    split: str
+    role: str | None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def parse_source_attributes(value: Any) -> dict[str, str]:
+    """Attributes of a row as an ordered dict, from a map column, a JSON object or null.
+
+    Raises:
+        ValueError: the text is no JSON object.
+    """
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        value = json.loads(value) if value.strip() else {}
+    pairs = value.items() if isinstance(value, Mapping) else value
+    return {str(name): str(content) for name, content in pairs if content is not None}
+
+
+def write_catalogue(table: pa.Table, path: str) -> None:
+    """Write a catalogue as one Parquet file, atomically, on any filesystem.
+
+    Raises:
+        StorageError: the path cannot be written.
+    """
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, row_group_size=1024)
+    storage.write_bytes(path, sink.getvalue().to_pybytes())

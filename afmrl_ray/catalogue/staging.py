@@ -1,0 +1,89 @@
+"""A local, memory-mapped copy of the good rows, from which any worker fetches any row."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import tempfile
+import uuid
+from dataclasses import dataclass
+from functools import lru_cache
+
+import pyarrow as pa
+
+from afmrl_ray.catalogue.reading import Catalogue, open_catalogue
+from afmrl_ray.catalogue.table import CatalogueTable
+from afmrl_ray.config.catalogue import CatalogueConfig
+from afmrl_ray.errors import CatalogueError
+
+_ROWS_PER_BATCH = 256
+
+
+class StagedCatalogue(CatalogueTable):
+    """A staged catalogue; pickles as its path and is mapped again where it is unpickled.
+
+    Args:
+        path: Arrow IPC file that `stage` wrote.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        reader = pa.ipc.open_file(pa.memory_map(path))
+        metadata = reader.schema.metadata or {}
+        super().__init__(reader.read_all(), metadata[b"name"].decode(), metadata[b"fingerprint"].decode())
+
+    def __reduce__(self) -> tuple[type[StagedCatalogue], tuple[str]]:
+        return StagedCatalogue, (self.path,)
+
+
+@dataclass(frozen=True)
+class CatalogueRef:
+    """A catalogue as plain data that any process on any node can open.
+
+    Attributes:
+        path: where the catalogue lies.
+        config: how it is read.
+        fingerprint: what its content must be.
+    """
+
+    path: str
+    config: CatalogueConfig
+    fingerprint: str
+
+    def open(self) -> StagedCatalogue:
+        """The staged copy of this node, made on first use.
+
+        Raises:
+            CatalogueError: the catalogue's content has changed since the reference was made.
+        """
+        return _open_staged(staged_path(self.config, self.fingerprint), self)
+
+
+@lru_cache(maxsize=4)
+def _open_staged(path: str, ref: CatalogueRef) -> StagedCatalogue:
+    if not os.path.exists(path):
+        catalogue = open_catalogue(ref.path, config=ref.config)
+        if catalogue.fingerprint != ref.fingerprint:
+            raise CatalogueError(f"{ref.path}: the catalogue has changed while it was used; start the job again")
+        stage(catalogue, ref.config)
+    return StagedCatalogue(path)
+
+
+def staged_path(config: CatalogueConfig, fingerprint: str) -> str:
+    """Where the staged copy of a catalogue lies on every node."""
+    folder = config.staging_dir or os.path.join(tempfile.gettempdir(), f"afmrl_ray-{getpass.getuser()}")
+    return os.path.join(folder, f"{fingerprint[:32]}.arrow")
+
+
+def stage(catalogue: Catalogue, config: CatalogueConfig) -> str:
+    """Write the staged copy unless it is there; safe for concurrent processes, since it appears by one rename."""
+    path = staged_path(config, catalogue.fingerprint)
+    if os.path.exists(path):
+        return path
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    table = catalogue.table.replace_schema_metadata({"name": catalogue.name, "fingerprint": catalogue.fingerprint})
+    partial = f"{path}.{uuid.uuid4().hex}.partial"
+    with pa.OSFile(partial, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=_ROWS_PER_BATCH)
+    os.replace(partial, path)
+    return path

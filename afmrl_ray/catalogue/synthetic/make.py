@@ -1,0 +1,87 @@
+"""The synthetic catalogue as a table; a function of its config alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from afmrl_ray.catalogue.synthetic.products import Product, families
+from afmrl_ray.catalogue.synthetic.render import render
+from afmrl_ray.catalogue.synthetic.texts import teacher_attributes, title
+from afmrl_ray.config.catalogue import SyntheticConfig
+
+PRESETS: dict[str, dict[str, int]] = {
+    "tiny": {"train_products": 24, "val_products": 8, "test_products": 12, "listings_per_product": 3},
+    "demo": {"train_products": 900, "val_products": 100, "test_products": 400, "listings_per_product": 3},
+    "bench": {"train_products": 2400, "val_products": 200, "test_products": 2100, "listings_per_product": 3},
+}
+SCHEMA = pa.schema(
+    [
+        ("item_id", pa.string()),
+        ("product_id", pa.string()),
+        ("category", pa.string()),
+        ("title", pa.string()),
+        ("attributes", pa.string()),
+        ("image", pa.binary()),
+        ("split", pa.string()),
+        ("role", pa.string()),
+        ("family_id", pa.string()),
+        ("true_product_id", pa.string()),
+        ("true_attributes", pa.string()),
+        ("boxes", pa.string()),
+    ]
+)
+
+
+def make_catalogue(config: SyntheticConfig) -> pa.Table:
+    """Make all listings.
+
+    Beyond the columns of DESIGN 4.1: `family_id`, `true_product_id` (the identity before duplicates were listed under
+    another product_id), `true_attributes` and `boxes` (JSON). `attributes` are the teacher's.
+    """
+    return pa.Table.from_pylist(list(_listings(config)), schema=SCHEMA)
+
+
+def _listings(config: SyntheticConfig) -> Iterator[dict[str, Any]]:
+    size = {name: getattr(config, name) or value for name, value in PRESETS[config.preset].items()}
+    draw = np.random.default_rng([config.seed, 0])
+    seen: set[Product] = set()
+    for split in ("train", "val", "test"):
+        number = 0
+        made = families(size[f"{split}_products"], config.siblings_per_family, draw, seen)
+        for index, family in enumerate(made):
+            for product in family:
+                identity = f"{split}-{number:05d}"
+                number += 1
+                copies = [identity]
+                if split == "train" and draw.random() < config.duplicate_share:
+                    copies.append(f"{identity}-again")
+                for listed in copies:
+                    for copy in range(size["listings_per_product"]):
+                        yield _listing(config, product, listed, identity, f"{split}-f{index:04d}", split, copy)
+
+
+def _listing(
+    config: SyntheticConfig, product: Product, listed: str, identity: str, family: str, split: str, copy: int
+) -> dict[str, Any]:
+    item = f"{listed}-{copy}"
+    draw = np.random.default_rng([config.seed, 1, *item.encode()])
+    picture = render(product, draw, config.picture_px)
+    return {
+        "item_id": item,
+        "product_id": listed,
+        "category": product.category,
+        "title": title(product, draw, config),
+        "attributes": json.dumps(teacher_attributes(product, picture.background, draw, config)),
+        "image": picture.data,
+        "split": split,
+        "role": None if split == "train" else "query" if copy == 0 else "gallery",
+        "family_id": family,
+        "true_product_id": identity,
+        "true_attributes": json.dumps(product.attributes()),
+        "boxes": json.dumps(picture.boxes),
+    }

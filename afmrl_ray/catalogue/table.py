@@ -1,0 +1,119 @@
+"""Rows, sides and items of a catalogue's table, in memory or memory-mapped alike."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from afmrl_ray.catalogue.schema import NULLABLE, REQUIRED, Item, parse_source_attributes
+from afmrl_ray.config.catalogue import SideConfig
+from afmrl_ray.errors import CatalogueError
+
+_KNOWN = {*REQUIRED, *NULLABLE, "image"}
+
+
+class CatalogueTable:
+    """Access by row to a table of good rows.
+
+    Args:
+        table: with the columns of DESIGN 4.1 and encoded pictures in `image`.
+        name: of the catalogue, for messages.
+        fingerprint: digest of the rows' content.
+    """
+
+    def __init__(self, table: pa.Table, name: str, fingerprint: str) -> None:
+        self.table = table
+        self.name = name
+        self.fingerprint = fingerprint
+        self._columns: dict[str, list[Any]] = {}
+        self._batches = table.select(["image"]).to_batches()
+        self._starts = np.cumsum([0, *[len(batch) for batch in self._batches]])
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def column(self, name: str) -> list[Any]:
+        """Values of a column by row.
+
+        Raises:
+            CatalogueError: there is no such column.
+        """
+        if name not in self._columns:
+            if name not in self.table.column_names:
+                known = ", ".join(column for column in self.table.column_names if column != "image")
+                raise CatalogueError(f"{self.name} has no column {name!r}; it has: {known}")
+            self._columns[name] = self.table[name].to_pylist()
+        return self._columns[name]
+
+    def rows(self, side: SideConfig) -> np.ndarray:
+        """Row indexes [N] int64 of a side, in the table's order.
+
+        Raises:
+            CatalogueError: a column of `where` or `title_columns` is missing, or no row matches.
+        """
+        keep = np.isin(np.array(self.column("split"), dtype=object).astype(str), list(side.split))
+        wanted = {**({"role": side.role} if side.role is not None else {}), **side.where}
+        for name, value in wanted.items():
+            keep &= np.array([str(found) == value for found in self.column(name)])
+        if side.inputs != "picture":
+            for name in side.title_columns:
+                self.column(name)
+        found = np.flatnonzero(keep)
+        if not len(found):
+            conditions = "".join(f", {name} {value!r}" for name, value in wanted.items())
+            raise CatalogueError(
+                f"{self.name} has no row of split {' or '.join(side.split)}{conditions}; it has the splits: "
+                + ", ".join(sorted({str(split) for split in self.column("split")}))
+            )
+        return found.astype(np.int64)
+
+    def item(self, row: int) -> Item:
+        """A row without its picture."""
+        values = {name: self.column(name)[row] for name in self.table.column_names if name != "image"}
+        return Item(
+            row=row,
+            item_id=values["item_id"],
+            product_id=values["product_id"],
+            category=values["category"],
+            title=values["title"],
+            attributes=parse_source_attributes(values["attributes"]),
+            split=values["split"],
+            role=values["role"],
+            extra={name: value for name, value in values.items() if name not in _KNOWN},
+        )
+
+    def title(self, row: int, columns: tuple[str, ...] = ("title",)) -> str:
+        """Texts of the given columns, joined by a space; null is left out."""
+        return " ".join(text for name in columns if (text := self.column(name)[row]))
+
+    def picture_bytes(self, row: int) -> bytes:
+        """The encoded picture."""
+        batch = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self._batches[batch].column(0)[row - int(self._starts[batch])].as_py()
+
+    def picture(self, row: int) -> Image.Image:
+        """The decoded picture, RGB."""
+        with Image.open(io.BytesIO(self.picture_bytes(row))) as picture:
+            return picture.convert("RGB")
+
+
+def check_positives(catalogue: CatalogueTable, query: SideConfig, gallery: SideConfig, label: str = "product_id") -> None:
+    """Make sure that some query has a positive: another item with the same `label` in the gallery.
+
+    Raises:
+        CatalogueError: a side is empty or no query has one.
+    """
+    labels = catalogue.column(label)
+    holders: dict[Any, set[int]] = {}
+    for row in catalogue.rows(gallery).tolist():
+        if labels[row] is not None:
+            holders.setdefault(labels[row], set()).add(row)
+    if not any(holders.get(labels[row], set()) - {row} for row in catalogue.rows(query).tolist()):
+        raise CatalogueError(
+            f"{catalogue.name}: no query of split {' or '.join(query.split)} shares its {label} with another item of "
+            f"split {' or '.join(gallery.split)}; nothing is positive"
+        )

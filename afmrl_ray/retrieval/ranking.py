@@ -1,0 +1,207 @@
+"""Exact ranks of the positives of many queries in a gallery, in little memory.
+
+The rank of a positive is how many gallery scores exceed its own, plus the equal ones of items that come earlier in the
+tie order; counts over tiles of the gallery add up, and nothing is sorted across tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+# Every score comes from a torch product of exactly this shape, padded with zeros: the last bit of a result depends on
+# the shape (with numpy's OpenBLAS even on the place in it), and equal embeddings must get equal scores. A tile of
+# scores is 4 MiB.
+_QUERY_TILE = 128
+_GALLERY_TILE = 8192
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Where the positives of Q queries stand; metrics are functions of it.
+
+    Attributes:
+        query_rows: [Q] catalogue rows of the queries that have a positive.
+        excluded: queries without a positive in the gallery, left out of everything.
+        positives: [Q] number of positives in the gallery, the query's own item not counted.
+        candidates: [Q] gallery items without the query's own.
+        ranks: [sum(positives)] ranks from 0, ascending within a query, query after query.
+        offsets: [Q + 1] start of each query in `ranks`.
+        top: [Q, depth] catalogue rows of the best gallery items, best first; -1 where there are fewer.
+        top_scores: [Q, depth] float32 scores of `top`; -inf where there are fewer.
+        top_positive: [Q, depth] bool, whether an item of `top` is a positive.
+    """
+
+    query_rows: np.ndarray
+    excluded: int
+    positives: np.ndarray
+    candidates: np.ndarray
+    ranks: np.ndarray
+    offsets: np.ndarray
+    top: np.ndarray
+    top_scores: np.ndarray
+    top_positive: np.ndarray
+
+
+def rank_gallery(
+    queries: np.ndarray,
+    gallery: np.ndarray,
+    *,
+    query_rows: np.ndarray,
+    gallery_rows: np.ndarray,
+    query_labels: np.ndarray,
+    gallery_labels: np.ndarray,
+    gallery_order: np.ndarray,
+    depth: int,
+) -> Ranking:
+    """Rank a gallery for every query by dot product in float32.
+
+    The result depends neither on the order of the gallery nor on which queries are asked together.
+
+    Args:
+        queries: [Q, D] embeddings.
+        gallery: [N, D] embeddings.
+        query_rows: [Q] catalogue rows; the gallery item with the same row is the query's own and is excluded.
+        gallery_rows: [N] catalogue rows, each once.
+        query_labels: [Q] integer labels; gallery items with an equal label are positives, a negative label has none.
+        gallery_labels: [N] integer labels.
+        gallery_order: [N] integers, each once, ascending by item_id: of equal scores the smaller stands first.
+        depth: length of the ranked list that is returned; the ranks themselves are exact at any depth.
+    """
+    columns = np.argsort(gallery_order)
+    rows = np.asarray(gallery_rows)[columns]
+    starts, positives = _positive_columns(
+        np.asarray(query_labels), np.asarray(gallery_labels)[columns], own=(own := _own_columns(query_rows, rows))
+    )
+    counts = np.diff(starts)
+    asked = counts > 0
+    own, counts = own[asked], counts[asked]
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    state = _State(
+        torch.from_numpy(np.ascontiguousarray(queries[asked], dtype=np.float32)), own, offsets, positives, depth
+    )
+    gallery = np.asarray(gallery, dtype=np.float32)
+    state.take_positive_scores(gallery, columns)
+    for start, tile in _tiles(gallery, columns):
+        state.count(start, tile, min(_GALLERY_TILE, len(columns) - start))
+    labels = np.asarray(gallery_labels)[columns]
+    found = state.top >= 0
+    return Ranking(
+        query_rows=np.asarray(query_rows)[asked],
+        excluded=int((~asked).sum()),
+        positives=counts,
+        candidates=len(columns) - (own >= 0),
+        ranks=state.sorted_ranks(),
+        offsets=offsets,
+        top=np.where(found, rows[state.top], -1),
+        top_scores=state.top_scores,
+        top_positive=found & (labels[state.top] == np.asarray(query_labels)[asked][:, None]),
+    )
+
+
+def _own_columns(query_rows: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """[Q] gallery column of each query's own item, -1 where the gallery has none."""
+    order = np.argsort(rows)
+    place = np.searchsorted(rows, query_rows, sorter=order).clip(max=len(rows) - 1)
+    return np.where(rows[order[place]] == query_rows, order[place], -1)
+
+
+def _positive_columns(
+    query_labels: np.ndarray, labels: np.ndarray, *, own: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets [Q + 1] and columns of each query's positives, flat and ascending within a query."""
+    by_label = np.argsort(labels, kind="stable")
+    low = np.searchsorted(labels, query_labels, "left", sorter=by_label)
+    high = np.where(query_labels < 0, low, np.searchsorted(labels, query_labels, "right", sorter=by_label))
+    found = [by_label[a:b] for a, b in zip(low, high, strict=True)]
+    found = [columns[columns != mine] for columns, mine in zip(found, own, strict=True)]
+    offsets = np.concatenate([[0], np.cumsum([len(columns) for columns in found])]).astype(np.int64)
+    return offsets, np.concatenate([*found, np.empty(0, dtype=np.int64)]).astype(np.int64)
+
+
+def _tiles(gallery: np.ndarray, columns: np.ndarray) -> Iterator[tuple[int, torch.Tensor]]:
+    for start in range(0, len(columns), _GALLERY_TILE):
+        yield start, _padded(torch.from_numpy(gallery[columns[start : start + _GALLERY_TILE]]), _GALLERY_TILE)
+
+
+def _padded(x: torch.Tensor, length: int) -> torch.Tensor:
+    return torch.nn.functional.pad(x, (0, 0, 0, length - len(x)))
+
+
+class _State:
+    """What is known of every query so far: rank of each positive, and the best `depth` columns."""
+
+    def __init__(
+        self, queries: torch.Tensor, own: np.ndarray, offsets: np.ndarray, positives: np.ndarray, depth: int
+    ) -> None:
+        self._queries, self._own, self._offsets, self._positives = queries, own, offsets, positives
+        self._depth = depth
+        self._scores = np.empty(len(positives), dtype=np.float32)
+        self._ranks = np.zeros(len(positives), dtype=np.int64)
+        self.top = np.full((len(queries), depth), -1, dtype=np.int64)
+        self.top_scores = np.full((len(queries), depth), -np.inf, dtype=np.float32)
+
+    def _query_tiles(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+        for start in range(0, len(self._queries), _QUERY_TILE):
+            tile = self._queries[start : start + _QUERY_TILE]
+            yield start, start + len(tile), _padded(tile, _QUERY_TILE)
+
+    def take_positive_scores(self, gallery: np.ndarray, columns: np.ndarray) -> None:
+        for start, stop, queries in self._query_tiles():
+            first, last = self._offsets[start], self._offsets[stop]
+            needed, place = np.unique(self._positives[first:last], return_inverse=True)
+            query = np.repeat(np.arange(stop - start), np.diff(self._offsets[start : stop + 1]))
+            for begin, tile in _tiles(gallery, columns[needed]):
+                here = (place >= begin) & (place < begin + _GALLERY_TILE)
+                scores = (queries @ tile.T).numpy()
+                self._scores[first:last][here] = scores[query[here], place[here] - begin]
+
+    def count(self, begin: int, tile: torch.Tensor, width: int) -> None:
+        """Add what the gallery columns `begin` to `begin + width` say about ranks and best columns."""
+        for start, stop, queries in self._query_tiles():
+            scores = (queries @ tile.T).numpy()[: stop - start, :width]
+            own = self._own[start:stop] - begin
+            here = np.flatnonzero((own >= 0) & (own < width))
+            scores[here, own[here]] = -np.inf
+            ascending = np.sort(scores, axis=1)
+            for query in range(start, stop):
+                self._count_row(query, begin, scores[query - start], ascending[query - start])
+            self._merge_top(start, stop, begin, scores, ascending)
+
+    def _count_row(self, query: int, begin: int, scores: np.ndarray, ascending: np.ndarray) -> None:
+        span = slice(self._offsets[query], self._offsets[query + 1])
+        mine, columns = self._scores[span], self._positives[span] - begin
+        at_least = len(ascending) - np.searchsorted(ascending, mine, "left")
+        above = len(ascending) - np.searchsorted(ascending, mine, "right")
+        # Columns stand in tie order: equal scores of earlier tiles win, those of later tiles lose.
+        ranks = np.where(columns >= len(ascending), at_least, above)
+        for index in np.flatnonzero((columns >= 0) & (columns < len(ascending)) & (at_least - above > 1)):
+            ranks[index] += np.count_nonzero(scores[: columns[index]] == mine[index])
+        self._ranks[span] += ranks
+
+    def _merge_top(self, start: int, stop: int, begin: int, scores: np.ndarray, ascending: np.ndarray) -> None:
+        depth = self._depth
+        least = np.maximum(ascending[:, -min(depth, scores.shape[1])], self.top_scores[start:stop, -1])
+        query, column = np.nonzero((scores >= least[:, None]) & (scores > -np.inf))
+        old_query, old_place = np.nonzero(self.top[start:stop] >= 0)
+        query, column, score = (
+            np.concatenate(pair)
+            for pair in (
+                (old_query, query),
+                (self.top[start:stop][old_query, old_place], column + begin),
+                (self.top_scores[start:stop][old_query, old_place], scores[query, column]),
+            )
+        )
+        order = np.lexsort((column, -score, query))
+        query, column, score = query[order], column[order], score[order]
+        place = np.arange(len(query)) - np.searchsorted(query, query)
+        best = place < depth
+        self.top[start + query[best], place[best]] = column[best]
+        self.top_scores[start + query[best], place[best]] = score[best]
+
+    def sorted_ranks(self) -> np.ndarray:
+        query = np.repeat(np.arange(len(self._offsets) - 1), np.diff(self._offsets))
+        return self._ranks[np.lexsort((self._ranks, query))]

@@ -1,0 +1,161 @@
+"""The AGCL loss against a literal reading of its formula."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from afmrl_ray.agcl.loss import agcl_loss, false_negative_keep, scale_lexical
+
+torch.set_num_threads(1)
+Q, D = 5, 9
+POSITIVES = torch.tensor([3, 0, 8, 5, 1])
+
+
+def _unit(*shape: int, seed: int = 0) -> Tensor:
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def _batch() -> tuple[Tensor, Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    similarity = _unit(Q, 16) @ _unit(D, 16, seed=2).T
+    lexical = torch.rand(Q, D, generator=draw) * 3
+    keep = torch.rand(Q, D, generator=draw) > 0.3
+    return similarity, lexical, keep
+
+
+def _literal(similarity: Tensor, lexical: Tensor, keep: Tensor, temperature: float, positive_weight: str) -> float:
+    """`-log(w_ii e^{s_ii/t} / (w_ii e^{s_ii/t} + sum_j w_ij e^{s_ij/t}))` term by term."""
+    total = 0.0
+    for i, p in enumerate(POSITIVES.tolist()):
+        weight = [math.exp(1 + math.tanh(b)) for b in lexical[i].tolist()]
+        if positive_weight == "one":
+            weight[p] = 1.0
+        terms = [w * math.exp(s / temperature) for w, s in zip(weight, similarity[i].tolist(), strict=True)]
+        kept = sum(t for j, t in enumerate(terms) if j != p and keep[i, j])
+        total -= math.log(terms[p] / (terms[p] + kept))
+    return total / Q
+
+
+@pytest.mark.parametrize("positive_weight", ["bm25", "one"])
+def test_equals_the_formula(positive_weight: str) -> None:
+    similarity, lexical, keep = _batch()
+    loss, stats = agcl_loss(
+        similarity,
+        POSITIVES,
+        temperature=0.1,
+        lexical=lexical,
+        keep=keep,
+        positive_weight=positive_weight,  # type: ignore[arg-type]
+    )
+    assert loss.item() == pytest.approx(_literal(similarity, lexical, keep, 0.1, positive_weight), rel=1e-5)
+    assert stats["loss"] == pytest.approx(loss.item())
+
+
+def test_gradient_equals_that_of_the_formula() -> None:
+    similarity, lexical, keep = _batch()
+    keep = keep.scatter(1, POSITIVES[:, None], True)
+    ours, theirs = (similarity.double().requires_grad_() for _ in range(2))
+    agcl_loss(ours, POSITIVES, temperature=0.1, lexical=lexical, keep=keep)[0].backward()
+    terms = (1 + lexical.double().tanh()).exp() * (theirs / 0.1).exp() * keep
+    (terms.sum(1) / terms.gather(1, POSITIVES[:, None])[:, 0]).log().mean().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_without_weights_and_mask_it_is_infonce() -> None:
+    similarity, *_ = _batch()
+    expected = F.cross_entropy(similarity / 0.05, POSITIVES)
+    assert torch.equal(agcl_loss(similarity, POSITIVES, temperature=0.05)[0], expected)
+    empty = scale_lexical(torch.zeros(Q, D), POSITIVES)
+    assert torch.equal(agcl_loss(similarity, POSITIVES, temperature=0.05, lexical=empty)[0], expected)
+
+
+def test_weights_of_negatives_stay_in_the_published_range() -> None:
+    similarity, *_ = _batch()
+    lexical = torch.zeros(Q, D).scatter(1, POSITIVES[:, None], 30.0)
+    lexical[:, 2] = 30.0
+    _, bm25 = agcl_loss(similarity, POSITIVES, temperature=0.1, lexical=lexical)
+    assert bm25["weight_p10"] == pytest.approx(math.exp(-1), rel=1e-4)
+    assert bm25["weight_p90"] == pytest.approx(1, rel=1e-4)
+    _, one = agcl_loss(similarity, POSITIVES, temperature=0.1, lexical=lexical, positive_weight="one")
+    assert one["weight_p10"] == pytest.approx(math.e, rel=1e-4)
+    assert one["weight_p90"] == pytest.approx(math.e**2, rel=1e-4)
+
+
+def test_row_with_every_negative_masked_is_finite_and_without_gradient() -> None:
+    similarity, lexical, _ = _batch()
+    similarity.requires_grad_()
+    loss, stats = agcl_loss(
+        similarity, POSITIVES, temperature=0.02, lexical=lexical, keep=torch.zeros(Q, D, dtype=torch.bool)
+    )
+    loss.backward()
+    assert loss.item() == 0
+    assert similarity.grad is not None
+    assert not similarity.grad.any()
+    assert stats["masked_share"] == 1
+    assert stats["accuracy"] == 1
+
+
+def test_low_precision_input_is_computed_in_float32() -> None:
+    similarity, lexical, keep = _batch()
+    low = similarity.bfloat16()
+    loss, _ = agcl_loss(low, POSITIVES, temperature=0.02, lexical=lexical, keep=keep)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, agcl_loss(low.float(), POSITIVES, temperature=0.02, lexical=lexical, keep=keep)[0])
+
+
+def test_stats_count_what_they_say() -> None:
+    similarity = torch.tensor([[0.9, 0.5, 0.1], [0.8, 0.2, 0.4]])
+    keep = torch.tensor([[True, True, False], [True, True, True]])
+    _, stats = agcl_loss(similarity, torch.tensor([0, 2]), temperature=1.0, keep=keep)
+    assert stats["accuracy"] == 0.5
+    assert stats["positive_similarity"] == pytest.approx(0.65)
+    assert stats["hardest_negative_similarity"] == pytest.approx((0.5 + 0.8) / 2)
+    assert stats["masked_share"] == pytest.approx(0.25)
+    assert stats["weight_p50"] == 1
+
+
+def test_scales_of_bm25() -> None:
+    lexical = torch.tensor([[4.0, 1.0, -2.0], [0.0, 3.0, 5.0]])
+    positives = torch.tensor([0, 0])
+    expected = {"raw": [4.0, 1.0, 0.0], "self": [1.0, 0.25, 0.0], "temperature": [2.0, 0.5, 0.0]}
+    for scale, row in expected.items():
+        scaled = scale_lexical(lexical, positives, scale=scale, temperature=2.0)  # type: ignore[arg-type]
+        assert scaled[0].tolist() == row
+        assert scaled[1].tolist() == [0.0, 0.0, 0.0], "a positive without lexical overlap gives uniform weights"
+
+
+def _keep_one_by_one(
+    candidates: Tensor, positives: list[int], threshold: float, products: list[int], least: int
+) -> Tensor:
+    keep = torch.zeros(len(positives), len(candidates), dtype=torch.bool)
+    for i, p in enumerate(positives):
+        cosine = [float(F.cosine_similarity(c, candidates[p], dim=0)) for c in candidates]
+        same = [j == p or (products[j] >= 0 and products[j] == products[p]) for j in range(len(candidates))]
+        order = sorted((j for j in range(len(candidates)) if not same[j]), key=lambda j: cosine[j])
+        for place, j in enumerate(order):
+            keep[i, j] = cosine[j] <= threshold or place < least
+        keep[i, p] = True
+    return keep
+
+
+@pytest.mark.parametrize("least", [0, 4, 100])
+def test_mask_equals_a_plain_loop(least: int) -> None:
+    candidates = torch.randn(12, 3, generator=torch.Generator().manual_seed(3)) * 5
+    products = [0, 1, 0, 2, 2, 2, -1, -1, 3, 4, 5, 0]
+    positives = [0, 3, 6, 8, 7]
+    keep = false_negative_keep(
+        candidates,
+        torch.tensor(positives),
+        threshold=-0.2,
+        product_ids=torch.tensor(products),
+        min_negatives=least,
+    )
+    assert torch.equal(keep, _keep_one_by_one(candidates, positives, -0.2, products, least))
+    assert not keep[0, 2], "the same product is never a negative"
+    if least == 100:
+        assert keep[2].all(), "an unknown product equals nothing, not even another unknown one"

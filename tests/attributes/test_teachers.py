@@ -1,0 +1,207 @@
+"""Teachers, the endpoint played by a local server."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from afmrl_ray.attributes.teachers import ColumnTeacher, Listing, OpenAITeacher, make_teacher
+from afmrl_ray.attributes.text import InvalidAttributes
+from afmrl_ray.config.teacher import ColumnTeacherConfig, OpenAITeacherConfig
+from afmrl_ray.errors import ConfigError, TeacherError
+
+PNG = b"\x89PNG\r\n\x1a\n" + b"pixels"
+Reply = tuple[int, dict[str, str], str]
+
+
+class FakeEndpoint:
+    """Chat completions on a free port; `reply` decides about each request, which `requests` records."""
+
+    def __init__(self) -> None:
+        self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.reply: Callable[[int, str], Reply] = lambda count, title: completion(f"name: {title}")
+        lock = threading.Lock()
+        endpoint = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    endpoint.requests.append(body)
+                    endpoint.headers.append({"path": self.path, **dict(self.headers)})
+                    count = len(endpoint.requests)
+                title = body["messages"][0]["content"][-1]["text"].partition("Title: ")[2]
+                status, headers, text = endpoint.reply(count, title)
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(text.encode())))
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.base_url = f"http://127.0.0.1:{self.server.server_port}/v1"
+
+
+def completion(text: str | None, finish_reason: str = "stop") -> Reply:
+    choice = {"message": {"content": text}, "finish_reason": finish_reason}
+    return 200, {}, json.dumps({"choices": [choice]})
+
+
+@pytest.fixture
+def endpoint() -> Iterator[FakeEndpoint]:
+    fake = FakeEndpoint()
+    thread = threading.Thread(target=fake.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    yield fake
+    fake.server.shutdown()
+    fake.server.server_close()
+    thread.join()
+
+
+def _teacher(endpoint: FakeEndpoint, cache: Path, **settings: Any) -> OpenAITeacher:
+    settings = {"model": "m", "backoff_s": 0.01, "max_retries": 2, "concurrency": 2, **settings}
+    config = OpenAITeacherConfig(base_url=endpoint.base_url, **settings)
+    return OpenAITeacher(config, max_attributes=3, cache_dir=str(cache))
+
+
+def _listing(title: str, picture: bytes = PNG) -> Listing:
+    return Listing(title, title, {}, lambda: picture)
+
+
+def test_column_teacher_normalises_and_judges() -> None:
+    teacher = make_teacher(ColumnTeacherConfig(), max_attributes=2, cache_dir="unused")
+    assert isinstance(teacher, ColumnTeacher)
+    sources: list[dict[str, str | None]] = [{"Color": "Red", "x": None}, {}, {"a": "1", "b": "2", "c": "3"}]
+    found = teacher.annotate([Listing("i", "", source, bytes) for source in sources])
+    assert found == [(("color", "red"),), InvalidAttributes("empty"), InvalidAttributes("too_many")]
+
+
+def test_asks_with_picture_title_and_key(
+    endpoint: FakeEndpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEACHER_KEY", "secret-key")
+    teacher = _teacher(endpoint, tmp_path / "cache", api_key_env="TEACHER_KEY", max_tokens=77)
+    assert teacher.annotate([_listing("Blue {shoe}"), _listing("no picture", b"")]) == [
+        (("name", "blue {shoe}"),),
+        (("name", "no picture"),),
+    ]
+    asked = {body["messages"][0]["content"][-1]["text"]: body for body in endpoint.requests}
+    with_picture = next(body for text, body in asked.items() if text.endswith("Title: Blue {shoe}"))
+    url = with_picture["messages"][0]["content"][0]["image_url"]["url"]
+    assert url == f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
+    assert (with_picture["model"], with_picture["max_tokens"], with_picture["temperature"]) == ("m", 77, 0)
+    without = next(body for text, body in asked.items() if text.endswith("no picture"))
+    assert [part["type"] for part in without["messages"][0]["content"]] == ["text"]
+    assert endpoint.headers[0]["path"] == "/v1/chat/completions"
+    assert endpoint.headers[0]["Authorization"] == "Bearer secret-key"
+    assert all("secret-key" not in path.read_text() for path in (tmp_path / "cache").iterdir())
+
+
+def test_missing_key_is_named_before_anything_is_asked(endpoint: FakeEndpoint, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="ABSENT_TEACHER_KEY"):
+        _teacher(endpoint, tmp_path, api_key_env="ABSENT_TEACHER_KEY")
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_tries_again_after_as_long_as_the_endpoint_asks(
+    endpoint: FakeEndpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("afmrl_ray.attributes.teachers.time.sleep", waits.append)
+    endpoint.reply = lambda count, title: (status, {"Retry-After": "7"}, "") if count == 1 else completion("a: b")
+    assert _teacher(endpoint, tmp_path).annotate([_listing("t")]) == [(("a", "b"),)]
+    assert waits == [7.0]
+
+
+def test_waits_grow(endpoint: FakeEndpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("afmrl_ray.attributes.teachers.time.sleep", waits.append)
+    endpoint.reply = lambda count, title: (500, {}, "boom") if count < 5 else completion("a: b")
+    _teacher(endpoint, tmp_path, max_retries=4, backoff_s=1.0).annotate([_listing("t")])
+    assert len(waits) == 4
+    assert all(2**i / 2 <= wait <= 2**i for i, wait in enumerate(waits))
+
+
+def test_endless_errors_end_with_the_endpoint_named(endpoint: FakeEndpoint, tmp_path: Path) -> None:
+    endpoint.reply = lambda count, title: (500, {}, "boom")
+    with pytest.raises(TeacherError, match=rf"{endpoint.base_url}/chat/completions: no answer after 3 tries .*boom"):
+        _teacher(endpoint, tmp_path).annotate([_listing("t")])
+    assert len(endpoint.requests) == 3
+    assert not any(tmp_path.iterdir())
+
+
+def test_refused_key_is_not_tried_again(endpoint: FakeEndpoint, tmp_path: Path) -> None:
+    endpoint.reply = lambda count, title: (401, {}, "bad key")
+    with pytest.raises(TeacherError, match="status 401: bad key"):
+        _teacher(endpoint, tmp_path, concurrency=1).annotate([_listing("t")])
+    assert len(endpoint.requests) == 1
+
+
+def test_unreachable_endpoint_is_named(endpoint: FakeEndpoint, tmp_path: Path) -> None:
+    teacher = OpenAITeacher(
+        OpenAITeacherConfig(base_url="http://127.0.0.1:9/v1", model="m", max_retries=0),
+        max_attributes=3,
+        cache_dir=str(tmp_path),
+    )
+    with pytest.raises(TeacherError, match=r"127\.0\.0\.1:9/v1/chat/completions: no answer .*ConnectionError"):
+        teacher.annotate([_listing("t")])
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        (completion("I see a red shoe."), "no_pair"),
+        (completion(None), "empty"),
+        (completion("color: red", "length"), "unfinished"),
+        (completion("a: 1; b: 2; c: 3; d: 4"), "too_many"),
+    ],
+)
+def test_malformed_answers_are_invalid_and_not_asked_again(
+    endpoint: FakeEndpoint, tmp_path: Path, reply: Reply, reason: str
+) -> None:
+    endpoint.reply = lambda count, title: reply
+    for _ in range(2):
+        assert _teacher(endpoint, tmp_path).annotate([_listing("t")]) == [InvalidAttributes(reason)]  # type: ignore[arg-type]
+    assert len(endpoint.requests) == 1
+
+
+@pytest.mark.parametrize("body", ["<html>", "{}", '{"choices": []}', "[1]", '{"choices": [{"message": null}]}'])
+def test_what_is_no_chat_completion_is_the_endpoints_fault(endpoint: FakeEndpoint, tmp_path: Path, body: str) -> None:
+    endpoint.reply = lambda count, title: (200, {}, body)
+    with pytest.raises(TeacherError, match="no chat completion"):
+        _teacher(endpoint, tmp_path).annotate([_listing("t")])
+
+
+def test_a_run_that_died_asks_nothing_twice(endpoint: FakeEndpoint, tmp_path: Path) -> None:
+    items = [_listing(f"t{i}") for i in range(10)]
+    endpoint.reply = lambda count, title: completion(f"name: {title}") if count <= 5 else (401, {}, "")
+    with pytest.raises(TeacherError):
+        _teacher(endpoint, tmp_path, concurrency=1).annotate(items)
+    answered = 5
+    endpoint.requests.clear()
+    endpoint.reply = lambda count, title: completion(f"name: {title}")
+    found = _teacher(endpoint, tmp_path).annotate(items)
+    assert found == [(("name", f"t{i}"),) for i in range(10)]
+    assert len(endpoint.requests) == 10 - answered
+
+
+def test_equal_listings_are_asked_once_and_another_prompt_asks_anew(endpoint: FakeEndpoint, tmp_path: Path) -> None:
+    same = [_listing("t") for _ in range(8)]
+    assert len(set(_teacher(endpoint, tmp_path, concurrency=8).annotate(same))) == 1
+    assert len(endpoint.requests) == 1
+    _teacher(endpoint, tmp_path, prompt="Other. Title: {title}").annotate(same)
+    _teacher(endpoint, tmp_path, model="n").annotate(same)
+    _teacher(endpoint, tmp_path).annotate([_listing("t", PNG + b"other")])
+    assert len(endpoint.requests) == 4

@@ -1,0 +1,117 @@
+"""Ranks against a full sort, and their independence of order, company and tiling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from afmrl_ray.retrieval import ranking as module
+from afmrl_ray.retrieval.ranking import Ranking, rank_gallery
+
+torch.set_num_threads(1)
+
+
+def _problem(seed: int, *, queries: int, gallery: int, dim: int, values: int | None = None) -> dict[str, Any]:
+    """Small integer coordinates (`values`) make exact ties; otherwise half of the gallery are exact duplicates."""
+    draw = np.random.default_rng(seed)
+    total = queries + gallery
+
+    def embeddings(n: int) -> np.ndarray:
+        if values is not None:
+            return draw.integers(0, values, (n, dim)).astype(np.float32)
+        x = draw.standard_normal((n, dim)).astype(np.float32)
+        return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+    found = embeddings(gallery)
+    found[gallery // 2 :] = found[draw.integers(0, gallery // 2, gallery - gallery // 2)]
+    # A third of the queries are gallery items themselves.
+    rows = draw.permutation(total)
+    inside = queries // 3
+    return {
+        "queries": embeddings(queries),
+        "gallery": found,
+        "query_rows": np.concatenate([rows[:inside], rows[gallery : gallery + queries - inside]]),
+        "gallery_rows": rows[:gallery],
+        "query_labels": draw.integers(-1, gallery // 3, queries),
+        "gallery_labels": draw.integers(-1, gallery // 3, gallery),
+        "gallery_order": draw.permutation(gallery) * 3,
+    }
+
+
+def _sorted_lists(p: dict[str, Any]) -> list[tuple[int, list[int], list[int]]]:
+    """(query row, ranked gallery rows without its own, ranks of its positives) by sorting everything."""
+    out = []
+    for q, row, label in zip(p["queries"], p["query_rows"], p["query_labels"], strict=True):
+        scores = p["gallery"].astype(np.float64) @ q.astype(np.float64)
+        order = [i for i in np.lexsort((p["gallery_order"], -scores.round(6))) if p["gallery_rows"][i] != row]
+        ranks = [r for r, i in enumerate(order) if label >= 0 and p["gallery_labels"][i] == label]
+        if ranks:
+            out.append((int(row), p["gallery_rows"][order].tolist(), ranks))
+    return out
+
+
+def _same(a: Ranking, b: Ranking) -> None:
+    for name in Ranking.__dataclass_fields__:
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+
+
+# Sums of small integers are exact in any tile; real values in tiles of another shape are another kernel's.
+@pytest.mark.parametrize(("tiles", "values"), [((128, 8192), None), ((128, 8192), 2), ((4, 16), 2), ((3, 7), 2)])
+def test_equals_sorting_everything(monkeypatch: pytest.MonkeyPatch, tiles: tuple[int, int], values: int | None) -> None:
+    monkeypatch.setattr(module, "_QUERY_TILE", tiles[0])
+    monkeypatch.setattr(module, "_GALLERY_TILE", tiles[1])
+    for seed in range(5):
+        problem = _problem(seed, queries=30, gallery=60, dim=5, values=values)
+        found = rank_gallery(**problem, depth=80)
+        expected = _sorted_lists(problem)
+        assert found.excluded == 30 - len(expected) > 0
+        assert found.query_rows.tolist() == [row for row, _, _ in expected]
+        for index, (_, order, ranks) in enumerate(expected):
+            span = slice(found.offsets[index], found.offsets[index + 1])
+            assert found.ranks[span].tolist() == ranks
+            assert found.positives[index] == len(ranks)
+            assert found.candidates[index] == len(order)
+            assert found.top[index].tolist() == order + [-1] * (80 - len(order))
+            assert np.flatnonzero(found.top_positive[index]).tolist() == ranks
+            assert np.isneginf(found.top_scores[index]).sum() == 80 - len(order)
+
+
+@pytest.mark.parametrize("dim", [64, 100, 1536])
+def test_exact_ties_do_not_depend_on_order_or_company(dim: int) -> None:
+    """Real-valued duplicates, over several tiles: a last bit that differed would swap them."""
+    problem = _problem(1, queries=150, gallery=9000, dim=dim)
+    problem["query_labels"] = np.arange(150) % 40
+    problem["gallery_labels"] = np.arange(9000) % 3000
+    whole = rank_gallery(**problem, depth=20)
+    shuffle = np.random.default_rng(2).permutation(9000)
+    shuffled = {name: value[shuffle] if name.startswith("gallery") else value for name, value in problem.items()}
+    _same(rank_gallery(**shuffled, depth=20), whole)
+    for first in (0, 60):
+        part = slice(first, first + 7)
+        some = {name: value[part] if name.startswith("quer") else value for name, value in shuffled.items()}
+        found = rank_gallery(**some, depth=20)
+        np.testing.assert_array_equal(found.top, whole.top[part])
+        np.testing.assert_array_equal(found.ranks, whole.ranks[whole.offsets[first] : whole.offsets[first + 7]])
+
+
+def test_collapsed_embeddings_rank_by_order_alone() -> None:
+    """All scores equal: without a tie rule a collapsed encoder could look perfect."""
+    problem = _problem(3, queries=4, gallery=50, dim=8)
+    problem["gallery"][:] = problem["gallery"][0]
+    problem["query_rows"] = np.arange(4) + 1000
+    problem["query_labels"][:] = 1
+    problem["gallery_labels"] = np.where(problem["gallery_order"] == 3 * 17, 1, 0)
+    found = rank_gallery(**problem, depth=5)
+    assert found.ranks.tolist() == [17] * 4
+
+
+def test_no_query_with_a_positive_gives_an_empty_ranking() -> None:
+    problem = _problem(4, queries=5, gallery=9, dim=3)
+    problem["query_labels"][:] = -1
+    problem["gallery_labels"][:] = -1
+    found = rank_gallery(**problem, depth=3)
+    assert found.excluded == 5
+    assert len(found.query_rows) == len(found.ranks) == 0

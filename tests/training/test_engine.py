@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import socket
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import multiprocessing, nn
+
+from afmrl_ray.config.models import OptimizerConfig
+from afmrl_ray.training.engine import Engine, schedule_factor
+
+OPTIMIZER = OptimizerConfig(learning_rate=0.05, schedule="constant", warmup_share=0.0, gradient_clip=0.5)
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1))
+
+
+def data() -> torch.Tensor:
+    return torch.randn(12, 6, generator=torch.Generator().manual_seed(1))
+
+
+def reference(steps: int) -> list[torch.Tensor]:
+    """Plain torch: the whole batch at once."""
+    net = model()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.05, weight_decay=0.0)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        net(data()).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+        optimizer.step()
+    return [p.detach().clone() for p in net.parameters()]
+
+
+def train(rank: int, world: int, stage: int, cut: int, port: int, folder: str, resume: bool) -> None:
+    torch.set_num_threads(1)
+    import os
+
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    engine = Engine(model(), OPTIMIZER, steps=4, zero_stage=stage)
+    own = data().chunk(world)[rank]
+    for step in range(4):
+        if resume and step == 2:
+            engine.save(folder)
+            dist.barrier()
+            engine.close()
+            engine = Engine(model(), OPTIMIZER, steps=4, zero_stage=stage)
+            engine.load(folder)
+        parts = own.chunk(cut)
+        for index, part in enumerate(parts):
+            engine.backward(engine(part).square().sum() / len(own), last=index + 1 == len(parts))
+        engine.step()
+    with engine.whole_parameters():
+        if rank == 0:
+            torch.save([p.detach().clone() for p in engine.parameters], f"{folder}/weights.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("world", "stage", "cut", "resume"),
+    [(1, 0, 1, False), (1, 1, 3, False), (2, 0, 3, True), (2, 1, 3, False), (2, 2, 2, True), (2, 3, 2, False)],
+)
+@pytest.mark.timeout(120)
+def test_cut_workers_stages_and_resume_give_the_weights_of_plain_torch(tmp_path, world, stage, cut, resume):
+    multiprocessing.spawn(train, args=(world, stage, cut, free_port(), str(tmp_path), resume), nprocs=world)
+    for ours, theirs in zip(torch.load(tmp_path / "weights.pt"), reference(4), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)
+
+
+def test_schedules():
+    linear = schedule_factor(OptimizerConfig(schedule="linear", warmup_share=0.2), 10)
+    assert [linear(step) for step in range(3)] == [0.5, 1.0, 1.0]
+    assert linear(9) == pytest.approx(1 / 8)
+    cosine = schedule_factor(OptimizerConfig(schedule="cosine", warmup_share=0.0), 10)
+    assert cosine(0) == 1.0
+    assert cosine(5) == pytest.approx(0.5)
+    constant = schedule_factor(OptimizerConfig(schedule="constant", warmup_share=0.5), 4)
+    assert [constant(step) for step in range(4)] == [0.5, 1.0, 1.0, 1.0]
