@@ -14,7 +14,7 @@ from torch import Tensor
 PositiveWeight = Literal["bm25", "one"]
 LexicalScale = Literal["raw", "self", "temperature"]
 
-_SAMPLED_WEIGHTS = 65_536
+_SAMPLED_WEIGHTS = 16_384
 
 
 def agcl_loss(

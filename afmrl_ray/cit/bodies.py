@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import tempfile
 from collections.abc import Iterable
 
 import numpy as np
@@ -12,7 +10,7 @@ import numpy as np
 from afmrl_ray import storage
 from afmrl_ray.agcl.train import AGCLJob, plain_infonce, train_agcl
 from afmrl_ray.attributes.store import AttributeRow, AttributeStore, read_attributes, write_attributes
-from afmrl_ray.attributes.teachers import Listing, open_teacher
+from afmrl_ray.attributes.teachers import Listing, make_teacher
 from afmrl_ray.attributes.text import InvalidAttributes, format_attributes
 from afmrl_ray.catalogue import Catalogue, CatalogueRef, make_catalogue, open_catalogue, write_catalogue
 from afmrl_ray.cit.stages import Stage, StageOutcome
@@ -69,9 +67,9 @@ def labels_body(config: Config, catalogue_ref: CatalogueRef, directory: str) -> 
         found = annotate_rows(rows, generator, catalogue_ref, pool=config.annotate.pool)
         source = storage.digest({"teacher": config.teacher.path})
     else:
-        teacher = open_teacher(
-            config.teacher, max_attributes=config.generator.max_attributes, cache_dir=teacher_cache(directory)
-        )
+        # Beside the attempts, so that no change of settings asks a paid endpoint the same thing again.
+        cache = storage.join(directory, "..", "answers")
+        teacher = make_teacher(config.teacher, cache_dir=cache, max_attributes=config.generator.max_attributes)
         items = [catalogue.item(int(row)) for row in rows]
         listings = [
             Listing(item.item_id, item.title or "", item.attributes, lambda row=item.row: catalogue.picture_bytes(row))

@@ -14,8 +14,8 @@ from afmrl_ray.models.logprobs import completion_batch, completion_logprobs
 
 
 def caption(category: str, attributes: Iterable[tuple[str, str]]) -> str:
-    """A sentence that names everything about a product: "a mug with red color, striped pattern"."""
-    return f"a {category} with " + ", ".join(f"{value} {name}" for name, value in attributes)
+    """A phrase that says everything about a product: "mug red striped left-handle blue gold ceramic small"."""
+    return " ".join([category, *(value for _, value in attributes)])
 
 
 def pretrain(

@@ -14,8 +14,8 @@ import torch
 
 # Every score comes from a torch product of exactly this shape, padded with zeros: the last bit of a result depends on
 # the shape (with numpy's OpenBLAS even on the place in it), and equal embeddings must get equal scores. A tile of
-# scores is 4 MiB.
-_QUERY_TILE = 128
+# scores is 8 MiB.
+_QUERY_TILE = 256
 _GALLERY_TILE = 8192
 
 
@@ -30,9 +30,9 @@ class Ranking:
         candidates: [Q] gallery items without the query's own.
         ranks: [sum(positives)] ranks from 0, ascending within a query, query after query.
         offsets: [Q + 1] start of each query in `ranks`.
-        top: [Q, depth] catalogue rows of the best gallery items, best first; -1 where there are fewer.
-        top_scores: [Q, depth] float32 scores of `top`; -inf where there are fewer.
-        top_positive: [Q, depth] bool, whether an item of `top` is a positive.
+        top_rows: [Q, depth] catalogue rows of the best gallery items, best first; -1 where there are fewer.
+        top_scores: [Q, depth] float32 scores of `top_rows`; -inf where there are fewer.
+        top_right: [Q, depth] bool, whether an item of `top_rows` is a positive.
     """
 
     query_rows: np.ndarray
@@ -41,9 +41,9 @@ class Ranking:
     candidates: np.ndarray
     ranks: np.ndarray
     offsets: np.ndarray
-    top: np.ndarray
+    top_rows: np.ndarray
     top_scores: np.ndarray
-    top_positive: np.ndarray
+    top_right: np.ndarray
 
 
 def rank_gallery(
@@ -88,7 +88,7 @@ def rank_gallery(
     for start, tile in _tiles(gallery, columns):
         state.count(start, tile, min(_GALLERY_TILE, len(columns) - start))
     labels = np.asarray(gallery_labels)[columns]
-    found = state.top >= 0
+    found = state.top_rows >= 0
     return Ranking(
         query_rows=np.asarray(query_rows)[asked],
         excluded=int((~asked).sum()),
@@ -96,9 +96,9 @@ def rank_gallery(
         candidates=len(columns) - (own >= 0),
         ranks=state.sorted_ranks(),
         offsets=offsets,
-        top=np.where(found, rows[state.top], -1),
+        top_rows=np.where(found, rows[state.top_rows], -1),
         top_scores=state.top_scores,
-        top_positive=found & (labels[state.top] == np.asarray(query_labels)[asked][:, None]),
+        top_right=found & (labels[state.top_rows] == np.asarray(query_labels)[asked][:, None]),
     )
 
 
@@ -141,7 +141,7 @@ class _State:
         self._depth = depth
         self._scores = np.empty(len(positives), dtype=np.float32)
         self._ranks = np.zeros(len(positives), dtype=np.int64)
-        self.top = np.full((len(queries), depth), -1, dtype=np.int64)
+        self.top_rows = np.full((len(queries), depth), -1, dtype=np.int64)
         self.top_scores = np.full((len(queries), depth), -np.inf, dtype=np.float32)
 
     def _query_tiles(self) -> Iterator[tuple[int, int, torch.Tensor]]:
@@ -185,13 +185,14 @@ class _State:
     def _merge_top(self, start: int, stop: int, begin: int, scores: np.ndarray, ascending: np.ndarray) -> None:
         depth = self._depth
         least = np.maximum(ascending[:, -min(depth, scores.shape[1])], self.top_scores[start:stop, -1])
-        query, column = np.nonzero((scores >= least[:, None]) & (scores > -np.inf))
-        old_query, old_place = np.nonzero(self.top[start:stop] >= 0)
+        least = np.maximum(least, np.finfo(np.float32).min)  # an excluded item has score -inf
+        query, column = np.divmod(np.flatnonzero(scores >= least[:, None]), scores.shape[1])
+        old_query, old_place = np.nonzero(self.top_rows[start:stop] >= 0)
         query, column, score = (
             np.concatenate(pair)
             for pair in (
                 (old_query, query),
-                (self.top[start:stop][old_query, old_place], column + begin),
+                (self.top_rows[start:stop][old_query, old_place], column + begin),
                 (self.top_scores[start:stop][old_query, old_place], scores[query, column]),
             )
         )
@@ -199,7 +200,7 @@ class _State:
         query, column, score = query[order], column[order], score[order]
         place = np.arange(len(query)) - np.searchsorted(query, query)
         best = place < depth
-        self.top[start + query[best], place[best]] = column[best]
+        self.top_rows[start + query[best], place[best]] = column[best]
         self.top_scores[start + query[best], place[best]] = score[best]
 
     def sorted_ranks(self) -> np.ndarray:

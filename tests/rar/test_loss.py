@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from afmrl_ray.rar.loss import group_advantages, grpo_loss
 torch.set_num_threads(1)
 NAN = float("nan")
 B, C = 6, 5
-CLIPS = {"clip_low": 0.2, "clip_high": 0.28}
+CLIPS: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.28}
 
 
 def _rows(rewards: Tensor, scale: str, eps: float) -> list[list[float]]:
@@ -22,13 +23,12 @@ def _rows(rewards: Tensor, scale: str, eps: float) -> list[list[float]]:
     out = []
     for row in rewards.tolist():
         valid = [r for r in row if not math.isnan(r)]
-        divisor = {
-            "group": lambda valid=valid: statistics.stdev(valid) + eps,
-            "batch": lambda: statistics.stdev(everything) + eps,
-            "none": lambda: 1.0,
-        }[scale]
+        divisor = 1.0
+        if scale != "none":
+            over = valid if scale == "group" else everything
+            divisor = statistics.stdev(over) + eps if len(over) > 1 else 1.0
         flat = len(set(valid)) < 2
-        out.append([0.0 if flat or math.isnan(r) else (r - statistics.fmean(valid)) / divisor() for r in row])
+        out.append([0.0 if flat or math.isnan(r) else (r - statistics.fmean(valid)) / divisor for r in row])
     return out
 
 
@@ -58,7 +58,7 @@ def test_advantages_do_not_depend_on_other_groups() -> None:
     assert torch.equal(group_advantages(rewards)[1:2], group_advantages(rewards[1:2]))
 
 
-def _batch() -> dict[str, Tensor]:
+def _batch() -> dict[str, Any]:
     draw = torch.Generator().manual_seed(5)
     logp = -2 * torch.rand(B, C, generator=draw)
     mask = torch.arange(C)[None] < torch.tensor([5, 3, 1, 4, 0, 2])[:, None]

@@ -23,9 +23,9 @@ def _ranking(ranks: list[list[int]]) -> Ranking:
         candidates=np.full(len(ranks), 100),
         ranks=np.array([r for row in ranks for r in sorted(row)]),
         offsets=np.concatenate([[0], np.cumsum(counts)]),
-        top=empty,
+        top_rows=empty,
         top_scores=empty,
-        top_positive=empty,
+        top_right=empty,
     )
 
 

@@ -59,7 +59,7 @@ def _same(a: Ranking, b: Ranking) -> None:
 
 
 # Sums of small integers are exact in any tile; real values in tiles of another shape are another kernel's.
-@pytest.mark.parametrize(("tiles", "values"), [((128, 8192), None), ((128, 8192), 2), ((4, 16), 2), ((3, 7), 2)])
+@pytest.mark.parametrize(("tiles", "values"), [((256, 8192), None), ((256, 8192), 2), ((4, 16), 2), ((3, 7), 2)])
 def test_equals_sorting_everything(monkeypatch: pytest.MonkeyPatch, tiles: tuple[int, int], values: int | None) -> None:
     monkeypatch.setattr(module, "_QUERY_TILE", tiles[0])
     monkeypatch.setattr(module, "_GALLERY_TILE", tiles[1])
@@ -74,8 +74,8 @@ def test_equals_sorting_everything(monkeypatch: pytest.MonkeyPatch, tiles: tuple
             assert found.ranks[span].tolist() == ranks
             assert found.positives[index] == len(ranks)
             assert found.candidates[index] == len(order)
-            assert found.top[index].tolist() == order + [-1] * (80 - len(order))
-            assert np.flatnonzero(found.top_positive[index]).tolist() == ranks
+            assert found.top_rows[index].tolist() == order + [-1] * (80 - len(order))
+            assert np.flatnonzero(found.top_right[index]).tolist() == ranks
             assert np.isneginf(found.top_scores[index]).sum() == 80 - len(order)
 
 
@@ -93,7 +93,7 @@ def test_exact_ties_do_not_depend_on_order_or_company(dim: int) -> None:
         part = slice(first, first + 7)
         some = {name: value[part] if name.startswith("quer") else value for name, value in shuffled.items()}
         found = rank_gallery(**some, depth=20)
-        np.testing.assert_array_equal(found.top, whole.top[part])
+        np.testing.assert_array_equal(found.top_rows, whole.top_rows[part])
         np.testing.assert_array_equal(found.ranks, whole.ranks[whole.offsets[first] : whole.offsets[first + 7]])
 
 
