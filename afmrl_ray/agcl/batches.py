@@ -60,7 +60,9 @@ class PairSampler:
             self._sides.append((queries, positives))
             paired |= {p for p in queries.keys() & positives.keys() if len({*queries[p], *positives[p]}) > 1}
         if not paired:
-            raise CatalogueError("agcl.pairs: no product has two different listings on the two sides, nothing is positive")
+            raise CatalogueError(
+                "agcl.pairs: no product has two different listings on the two sides, nothing is positive"
+            )
         if len(paired) < batch_size:
             raise ConfigError(
                 f"agcl.batch_size {batch_size} exceeds the {len(paired)} products that have pairs; "
@@ -84,8 +86,11 @@ class PairSampler:
 
     def _pair(self, code: int, draw: np.random.Generator) -> Pair:
         product = self._products[code]
-        able = [i for i, (q, p) in enumerate(self._sides) if len({*q.get(product, ()), *p.get(product, ())}) > 1
-                and product in q and product in p]
+        able = [
+            i
+            for i, (q, p) in enumerate(self._sides)
+            if len({*q.get(product, ()), *p.get(product, ())}) > 1 and product in q and product in p
+        ]
         weights = self._weights[able]
         source = able[int(draw.choice(len(able), p=weights / weights.sum()))]
         queries, positives = self._sides[source]

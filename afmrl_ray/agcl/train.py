@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from afmrl_ray.attributes.store import AttributeStore, read_attributes
 from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue
 from afmrl_ray.config import Config, validate
 from afmrl_ray.config.train import AGCLConfig
-from afmrl_ray.models.adapters import load_trained, make_trainable, save_trained
+from afmrl_ray.models.adapters import load_start, save_trained
 from afmrl_ray.models.encoder import EmbeddingModel
 from afmrl_ray.models.listing import ListingProcessor, Row, collate
 from afmrl_ray.models.prompts import encoder_row
@@ -33,16 +32,14 @@ class AGCLJob:
     """What a training of the encoder starts from.
 
     Attributes:
-        base: checkpoint of the backbone.
-        start: adapter or model to go on from; none = the backbone.
+        start: checkpoint of the backbone, or adapter or model to go on from.
         attributes: path of the attribute table, or none for training without attributes.
         catalogue: the catalogue.
         directory: attempt directory; the model is written to `<directory>/model`.
         name: Ray Train run name.
     """
 
-    base: str
-    start: str | None
+    start: str
     attributes: str | None
     catalogue: CatalogueRef
     directory: str
@@ -70,10 +67,8 @@ def train_loop(payload: dict[str, Any]) -> None:
     agcl = config.agcl
     worker_threads(agcl.workers)
     rank, world = dist.get_rank(), dist.get_world_size()
-    with tempfile.TemporaryDirectory() as cache:
-        base = storage.localise(job.base, cache) if storage.exists(job.base) else job.base
-        model = load_start(config, base, job.start, cache)
-    processor = ListingProcessor.from_pretrained(base, config.encoder.picture)
+    model = load_start(job.start, "encoder", agcl.adapter, dtype=config.encoder.dtype)
+    processor = ListingProcessor.from_pretrained(job.start, config.encoder.picture)
     catalogue = job.catalogue.open()
     engine = Engine(
         EmbeddingModel(model),
@@ -88,7 +83,7 @@ def train_loop(payload: dict[str, Any]) -> None:
     def save_model(path: str) -> None:
         with engine.whole_parameters():
             if rank == 0:
-                save_trained(model, path, base=job.base)
+                save_trained(model, path, processor=job.start)
 
     run_steps(
         engine,
@@ -100,15 +95,6 @@ def train_loop(payload: dict[str, Any]) -> None:
         label=job.name,
         save_model=save_model,
     )
-
-
-def load_start(config: Config, base: str, start: str | None, cache: str) -> Any:
-    """The backbone with a fresh adapter, or the model of an earlier round, trainable."""
-    dtype = config.encoder.dtype
-    if start is None:
-        return make_trainable(load_trained(base, "encoder", dtype=dtype), config.agcl.adapter)
-    model = load_trained(storage.localise(start, cache), "encoder", base=base, dtype=dtype, trainable=True)
-    return model if config.agcl.adapter.kind == "lora" else make_trainable(model, config.agcl.adapter)
 
 
 class AGCLStep:
@@ -139,8 +125,12 @@ class AGCLStep:
         self._bm25 = self._fit_bm25() if store is not None and config.agcl.lexical.enabled else None
 
     def _fit_bm25(self) -> BM25:
-        rows = {row for pair in self._agcl.pairs for side in (pair.query, pair.positive)
-                for row in self._catalogue.rows(side).tolist()}
+        rows = {
+            row
+            for pair in self._agcl.pairs
+            for side in (pair.query, pair.positive)
+            for row in self._catalogue.rows(side).tolist()
+        }
         return BM25().fit([self._text(row) for row in sorted(rows)])
 
     def _text(self, row: int) -> str:
@@ -194,9 +184,7 @@ class AGCLStep:
             asked = [self._text(getattr(pair, own_side)) for pair in pairs[first : first + self._share]]
             there = [self._text(getattr(pair, other_side)) for pair in pairs]
             scores = torch.from_numpy(self._bm25.scores(asked, there)).to(own.device)
-            lexical = scale_lexical(
-                scores, index, scale=agcl.lexical.scale, temperature=agcl.lexical.temperature
-            )
+            lexical = scale_lexical(scores, index, scale=agcl.lexical.scale, temperature=agcl.lexical.temperature)
         keep = None
         if agcl.mask.enabled and step >= agcl.mask.warmup_steps:
             keep = false_negative_keep(

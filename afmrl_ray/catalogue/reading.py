@@ -113,7 +113,9 @@ def _with_pictures(table: pa.Table, path: str) -> pa.Table:
     """The table with encoded pictures in `image`; URIs are read, relative ones from the catalogue's folder."""
     if "image" in table.column_names:
         if not pa.types.is_binary(table["image"].type) and not pa.types.is_large_binary(table["image"].type):
-            raise CatalogueError(f"{path}: column image is {table['image'].type}, it must hold encoded pictures (binary)")
+            raise CatalogueError(
+                f"{path}: column image is {table['image'].type}, it must hold encoded pictures (binary)"
+            )
         return table
     folder = path if storage.is_dir(path) else os.path.dirname(path)
     pictures = [_read_picture(uri, folder) for uri in table["image_uri"].to_pylist()]

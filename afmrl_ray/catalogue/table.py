@@ -101,7 +101,9 @@ class CatalogueTable:
             return picture.convert("RGB")
 
 
-def check_positives(catalogue: CatalogueTable, query: SideConfig, gallery: SideConfig, label: str = "product_id") -> None:
+def check_positives(
+    catalogue: CatalogueTable, query: SideConfig, gallery: SideConfig, label: str = "product_id"
+) -> None:
     """Make sure that some query has a positive: another item with the same `label` in the gallery.
 
     Raises:

@@ -18,7 +18,6 @@ from afmrl_ray.config import Config
 from afmrl_ray.distill.train import DistillJob, train_distill
 from afmrl_ray.errors import CatalogueError
 from afmrl_ray.models.annotate import GeneratorRef, annotate_rows
-from afmrl_ray.rar.trainer import RARJob, train_rar
 from afmrl_ray.retrieval.embed import EncoderRef, embed_rows, save_embeddings
 from afmrl_ray.training.cluster import require_resources
 
@@ -63,7 +62,7 @@ def labels_body(config: Config, catalogue_ref: CatalogueRef, directory: str) -> 
     rows = catalogue.rows(config.distill.items)
     path = storage.join(directory, "attributes.parquet")
     if config.teacher.kind == "model":
-        generator = GeneratorRef(config.teacher.path, config.teacher.path, config.generator)
+        generator = GeneratorRef(config.teacher.path, config.generator)
         found = annotate_rows(rows, generator, catalogue_ref, pool=config.annotate.pool)
         source = storage.digest({"teacher": config.teacher.path})
     else:
@@ -85,13 +84,10 @@ def labels_body(config: Config, catalogue_ref: CatalogueRef, directory: str) -> 
     return StageOutcome({"attributes": "attributes.parquet"}, attribute_metrics(store))
 
 
-def attribute_rows(
-    items: list[str], rows: np.ndarray, found: Iterable[tuple[str, str]]
-) -> list[AttributeRow]:
+def attribute_rows(items: list[str], rows: np.ndarray, found: Iterable[tuple[str, str]]) -> list[AttributeRow]:
     """Rows of an attribute table from (text, reason of invalidity) pairs."""
     return [
-        AttributeRow(items[int(row)], text, reason or None)
-        for row, (text, reason) in zip(rows, found, strict=True)
+        AttributeRow(items[int(row)], text, reason or None) for row, (text, reason) in zip(rows, found, strict=True)
     ]
 
 
@@ -101,8 +97,8 @@ def attribute_metrics(store: AttributeStore) -> dict[str, float]:
     return {"mean_pairs": length.pairs, "mean_words": length.words, "invalid_share": store.invalid_share}
 
 
-def distill_body(config: Config, catalogue: CatalogueRef, base: str, labels: str, directory: str) -> StageOutcome:
-    metrics = train_distill(config, DistillJob(base, labels, catalogue, directory, "distill"))
+def distill_body(config: Config, catalogue: CatalogueRef, start: str, labels: str, directory: str) -> StageOutcome:
+    metrics = train_distill(config, DistillJob(start, labels, catalogue, directory, "distill"))
     return StageOutcome({"model": "model"}, metrics)
 
 
@@ -127,13 +123,12 @@ def baseline_config(config: Config) -> Config:
 def agcl_body(
     config: Config,
     catalogue: CatalogueRef,
-    base: str,
-    start: str | None,
+    start: str,
     attributes: str | None,
     name: str,
     directory: str,
 ) -> StageOutcome:
-    metrics = train_agcl(config, AGCLJob(base, start, attributes, catalogue, directory, name))
+    metrics = train_agcl(config, AGCLJob(start, attributes, catalogue, directory, name))
     return StageOutcome({"model": "model"}, metrics)
 
 
@@ -162,9 +157,7 @@ def gallery_body(
         for name in names:
             place = np.searchsorted(wanted, rows[name])
             save_embeddings(storage.join(directory, f"{name}.safetensors"), rows[name], embeddings[place])
-    return StageOutcome(
-        {name: f"{name}.safetensors" for name in sides}, {name: len(rows[name]) for name in sides}
-    )
+    return StageOutcome({name: f"{name}.safetensors" for name in sides}, {name: len(rows[name]) for name in sides})
 
 
 def rar_body(
@@ -176,6 +169,8 @@ def rar_body(
     name: str,
     directory: str,
 ) -> StageOutcome:
+    from afmrl_ray.rar.trainer import RARJob, train_rar
+
     result = train_rar(
         config,
         RARJob(

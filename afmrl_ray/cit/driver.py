@@ -93,5 +93,7 @@ def run_record(config: Config, pipeline: Pipeline) -> dict[str, Any]:
             **{name: metadata.version(name) for name in PACKAGES},
         },
         "catalogue": {"fingerprint": metrics["fingerprint"], **metrics["counts"]},
-        "command": " ".join(["python", *[os.path.relpath(part) if os.path.exists(part) else part for part in sys.argv]]),
+        "command": " ".join(
+            ["python", *[os.path.relpath(part) if os.path.exists(part) else part for part in sys.argv]]
+        ),
     }

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from afmrl_ray import storage
+from afmrl_ray.attributes.store import read_attributes
 from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue
 from afmrl_ray.cit.bodies import attribute_metrics
 from afmrl_ray.cit.stages import StageOutcome
 from afmrl_ray.config import Config
 from afmrl_ray.config.catalogue import SideConfig
 from afmrl_ray.config.evaluation import RetrievalProtocol
-from afmrl_ray.attributes.store import read_attributes
 from afmrl_ray.retrieval.embed import EncoderRef, embed_rows
 from afmrl_ray.retrieval.evaluate import evaluate, retrieval_protocol
 from afmrl_ray.retrieval.floor import chance, pixel_embeddings
@@ -78,9 +78,9 @@ def examples(ranking: Ranking, catalogue: StagedCatalogue, texts: Any, *, seed: 
         hits = [
             {"row": int(row), "item_id": catalogue.item(int(row)).item_id, "score": float(score), "right": bool(right)}
             for row, score, right in zip(
-                ranking.top[index, :HITS_SHOWN],
+                ranking.top_rows[index, :HITS_SHOWN],
                 ranking.top_scores[index, :HITS_SHOWN],
-                ranking.top_positive[index, :HITS_SHOWN],
+                ranking.top_right[index, :HITS_SHOWN],
                 strict=True,
             )
         ]

@@ -94,7 +94,9 @@ class Pipeline:
     @cached_property
     def labels(self) -> Stage:
         """The teacher's attributes."""
-        inputs = self._inputs(("teacher",), self.catalogue_stage, items=self.config.distill.items.model_dump(mode="json"))
+        inputs = self._inputs(
+            ("teacher",), self.catalogue_stage, items=self.config.distill.items.model_dump(mode="json")
+        )
         return self.run.run_stage(
             "labels", inputs, lambda at: bodies.labels_body(self.config, self.catalogue_ref, at), resumable=True
         )
@@ -113,15 +115,17 @@ class Pipeline:
         )
 
     def _generator(self, path: str) -> GeneratorRef:
-        return GeneratorRef(path, self.generator_base, self.config.generator)
+        return GeneratorRef(path, self.config.generator)
 
     def _encoder(self, stage: Stage) -> EncoderRef:
-        return EncoderRef(stage.output("model"), self.encoder_base, self.config.encoder)
+        return EncoderRef(stage.output("model"), self.config.encoder)
 
     def attributes(self, number: int) -> Stage:
         """Attributes by the generator as it is before round `number`."""
         before = self.rar(number - 1) if number else self.distill
-        inputs = self._inputs(("generator",), self.catalogue_stage, before, items=self.config.annotate.items.model_dump())
+        inputs = self._inputs(
+            ("generator",), self.catalogue_stage, before, items=self.config.annotate.items.model_dump()
+        )
         return self.run.run_stage(
             f"attributes-r{number}",
             inputs,
@@ -138,7 +142,7 @@ class Pipeline:
             "baseline",
             inputs,
             lambda at: bodies.agcl_body(
-                bodies.baseline_config(self.config), self.catalogue_ref, self.encoder_base, None, None, "baseline", at
+                bodies.baseline_config(self.config), self.catalogue_ref, self.encoder_base, None, "baseline", at
             ),
             resumable=True,
         )
@@ -155,8 +159,7 @@ class Pipeline:
             lambda at: bodies.agcl_body(
                 self.config,
                 self.catalogue_ref,
-                self.encoder_base,
-                previous.output("model") if previous is not None else None,
+                previous.output("model") if previous is not None else self.encoder_base,
                 attributes.output("attributes"),
                 name,
                 at,

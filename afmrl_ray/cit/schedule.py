@@ -57,7 +57,9 @@ def describe(config: Config, there: Mapping[str, float] | None = None) -> str:
     for stage, asked in resources(config).items():
         lines.append(f"  {stage:<11}" + ", ".join(f"{amount:g} {name}" for name, amount in asked.items() if amount))
     if there is None:
-        lines.append("resources there: unknown until a cluster is joined (ray.address, RAY_ADDRESS) or ray.num_cpus is set")
+        lines.append(
+            "resources there: unknown until a cluster is joined (ray.address, RAY_ADDRESS) or ray.num_cpus is set"
+        )
     else:
         lines.append("resources there")
         lines.append("  " + ", ".join(f"{there.get(name, 0):g} {name}" for name in ("CPU", "GPU")))

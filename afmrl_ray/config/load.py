@@ -67,7 +67,9 @@ def _first_error(error: ValidationError) -> str:
         nearest = difflib.get_close_matches(key, list(known_keys(Config)), n=1, cutoff=0.0)
         return f"unknown config key {key!r}; the nearest known key is {nearest[0]!r}"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{key}: {message} (got {first['input']!r})" if key and first["type"] != "value_error" else _plain(key, message)
+    return (
+        f"{key}: {message} (got {first['input']!r})" if key and first["type"] != "value_error" else _plain(key, message)
+    )
 
 
 def _plain(key: str, message: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from afmrl_ray.config.base import Section
 from afmrl_ray.config.catalogue import CatalogueConfig, SyntheticConfig

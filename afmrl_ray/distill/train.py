@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +14,9 @@ from afmrl_ray.attributes.store import read_attributes
 from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue
 from afmrl_ray.config import Config, validate
 from afmrl_ray.errors import CatalogueError, ConfigError
-from afmrl_ray.models.adapters import load_trained, make_trainable, save_trained
+from afmrl_ray.models.adapters import load_start, save_trained
 from afmrl_ray.models.listing import ListingProcessor
-from afmrl_ray.models.logprobs import completion_batch, completion_logprobs
+from afmrl_ray.models.logprobs import completion_batch
 from afmrl_ray.models.policy import Policy
 from afmrl_ray.models.prompts import generator_row, prompt_fits
 from afmrl_ray.training.engine import Engine
@@ -29,14 +28,14 @@ class DistillJob:
     """What a distillation starts from.
 
     Attributes:
-        base: checkpoint of the generator.
+        start: checkpoint of the generator.
         labels: path of the teacher's attribute table.
         catalogue: the catalogue.
         directory: attempt directory; the model is written to `<directory>/model`.
         name: Ray Train run name.
     """
 
-    base: str
+    start: str
     labels: str
     catalogue: CatalogueRef
     directory: str
@@ -63,10 +62,8 @@ def train_loop(payload: dict[str, Any]) -> None:
     config, job = validate(payload["config"]), payload["job"]
     distill = config.distill
     worker_threads(distill.workers)
-    with tempfile.TemporaryDirectory() as cache:
-        base = storage.localise(job.base, cache) if storage.exists(job.base) else job.base
-        model = make_trainable(load_trained(base, "generator", dtype=config.generator.dtype), distill.adapter)
-    processor = ListingProcessor.from_pretrained(base, config.generator.picture)
+    model = load_start(job.start, "generator", distill.adapter, dtype=config.generator.dtype)
+    processor = ListingProcessor.from_pretrained(job.start, config.generator.picture)
     engine = Engine(
         Policy(model),
         distill.optimizer,
@@ -89,7 +86,7 @@ def train_loop(payload: dict[str, Any]) -> None:
     def save_model(path: str) -> None:
         with engine.whole_parameters():
             if rank == 0:
-                save_trained(model, path, base=job.base)
+                save_trained(model, path, processor=job.start)
 
     run_steps(
         engine,

@@ -12,7 +12,7 @@ import torch
 
 from afmrl_ray.config.models import AdapterConfig
 from afmrl_ray.errors import CheckpointError
-from afmrl_ray.models.backbones import load_backbone
+from afmrl_ray.models.backbones import fetch, inner_model, load_backbone
 
 ADAPTER_FILE = "adapter_model.safetensors"
 PROCESSOR_FILES = (
@@ -55,21 +55,22 @@ def is_adapter(path: str) -> bool:
     return os.path.isfile(os.path.join(path, "adapter_config.json"))
 
 
-def save_trained(model: Any, path: str, *, base: str) -> None:
+def save_trained(model: Any, path: str, *, processor: str) -> None:
     """Save an adapter (PEFT layout) or a whole model with tokenizer and picture processor, in safetensors.
 
     Args:
         model: the trained model, PEFT-wrapped or not.
-        base: local folder or hub name of the checkpoint that training began with.
+        path: local folder.
+        processor: checkpoint whose tokenizer and picture processor belong to the model.
     """
     Path(path).mkdir(parents=True, exist_ok=True)
     model.save_pretrained(path, safe_serialization=True)
     if is_adapter(path):
         config_file = Path(path) / "adapter_config.json"
         config = json.loads(config_file.read_text())
-        config["base_model_name_or_path"] = base
+        config["base_model_name_or_path"] = inner_model(model).name_or_path
         config_file.write_text(json.dumps(config, indent=2, sort_keys=True))
-    copy_processor(base, path)
+    copy_processor(fetch(processor), path)
 
 
 def copy_processor(source: str, target: str) -> None:
@@ -89,31 +90,45 @@ def load_trained(
     path: str,
     role: str,
     *,
-    base: str | None = None,
     dtype: str = "float32",
     device: torch.device | str = "cpu",
     trainable: bool = False,
 ) -> Any:
-    """Load a whole model, or a base with an adapter on it, strictly.
+    """Load a whole model, or an adapter on the base that it names, strictly.
 
     Args:
-        path: folder of a model or of an adapter, or a hub name of a model.
+        path: folder or URI of a model or of an adapter, or a hub name of a model.
         role: `encoder` or `generator`.
-        base: checkpoint below an adapter; none = the one that its config names.
         trainable: keep the adapter apart and trainable; else it is merged into the weights for speed.
 
     Raises:
         CheckpointError: a path is missing or of another architecture, or any LoRA tensor is missing or unexpected.
     """
-    if not is_adapter(path):
+    local = fetch(path)
+    if not is_adapter(local):
         return load_backbone(path, role, dtype=dtype, device=device)
     from peft import PeftConfig, PeftModel
 
-    named = PeftConfig.from_pretrained(path).base_model_name_or_path
-    backbone = load_backbone(base or str(named), role, dtype=dtype, device=device)
-    model = PeftModel.from_pretrained(backbone, path, is_trainable=trainable)
-    check_adapter(model, path)
+    base = str(PeftConfig.from_pretrained(local).base_model_name_or_path)
+    backbone = load_backbone(base, role, dtype=dtype, device=device)
+    model = PeftModel.from_pretrained(backbone, local, is_trainable=trainable)
+    check_adapter(model, local)
     return model if trainable else model.merge_and_unload()
+
+
+def load_start(path: str, role: str, config: AdapterConfig, *, dtype: str = "float32") -> Any:
+    """The model that a training begins with: an adapter goes on, a whole model is prepared by `make_trainable`.
+
+    Raises:
+        CheckpointError: see `load_trained`; or an adapter is to be gone on with under `kind: full`.
+    """
+    adapter = is_adapter(fetch(path))
+    if adapter and config.kind == "full":
+        raise CheckpointError(
+            f"{path} is an adapter, but adapter.kind is full; use lora, or merge it into its base first"
+        )
+    model = load_trained(path, role, dtype=dtype, trainable=True)
+    return model if adapter else make_trainable(model, config)
 
 
 def check_adapter(model: Any, path: str) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from afmrl_ray import storage
 from afmrl_ray.attributes.text import InvalidAttributes, format_attributes, parse_attributes
 from afmrl_ray.catalogue import CatalogueRef
 from afmrl_ray.config.cluster import PoolConfig
@@ -26,12 +24,10 @@ class GeneratorRef:
 
     Attributes:
         path: model or adapter folder, or hub name.
-        base: checkpoint below an adapter.
         config: how listings are shown to it.
     """
 
     path: str
-    base: str
     config: GeneratorConfig
 
 
@@ -40,13 +36,8 @@ class Annotator:
 
     def __init__(self, generator: GeneratorRef, catalogue: CatalogueRef) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        with tempfile.TemporaryDirectory() as cache:
-            path = storage.localise(generator.path, cache) if storage.exists(generator.path) else generator.path
-            base = storage.localise(generator.base, cache) if storage.exists(generator.base) else generator.base
-            self._model = load_trained(
-                path, "generator", base=base, dtype=generator.config.dtype, device=device
-            ).eval()
-            self._processor = ListingProcessor.from_pretrained(base, generator.config.picture)
+        self._model = load_trained(generator.path, "generator", dtype=generator.config.dtype, device=device).eval()
+        self._processor = ListingProcessor.from_pretrained(generator.path, generator.config.picture)
         self._config = generator.config
         self._catalogue = catalogue.open()
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import getpass
 import os
+import tempfile
 from typing import Any
 
 import torch
 
+from afmrl_ray import storage
 from afmrl_ray.errors import CheckpointError
 
 ARCHITECTURES = {"encoder": "qwen2_vl", "generator": "qwen2_5_vl"}
+
+
+def fetch(path: str) -> str:
+    """A local folder for a path or URI, fetched once per node; a hub name is returned as it is."""
+    if "://" not in path:
+        return path
+    return storage.localise(path, os.path.join(tempfile.gettempdir(), f"afmrl_ray-{getpass.getuser()}", "models"))
 
 
 def check_checkpoint(path: str, role: str) -> None:
@@ -39,9 +49,12 @@ def load_backbone(path: str, role: str, *, dtype: str = "float32", device: torch
     """
     from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
 
-    check_checkpoint(path, role)
+    local = fetch(path)
+    check_checkpoint(local, role)
     model_class: Any = Qwen2VLForConditionalGeneration if role == "encoder" else Qwen2_5_VLForConditionalGeneration
-    model = model_class.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    model = model_class.from_pretrained(local, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    # What an adapter will name as its base: where the checkpoint lies for everybody, not this node's copy of it.
+    model.name_or_path = path
     return model.to(device)
 
 

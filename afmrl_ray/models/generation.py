@@ -29,9 +29,7 @@ class Completions:
 
     def texts(self, processor: ListingProcessor) -> list[tuple[str, bool]]:
         """Text of every completion and whether it ended by itself."""
-        return [
-            processor.decode(row[keep].tolist()) for row, keep in zip(self.ids, self.mask, strict=True)
-        ]
+        return [processor.decode(row[keep].tolist()) for row, keep in zip(self.ids, self.mask, strict=True)]
 
 
 def token_logprobs(logits: Tensor, *, temperature: float, forbidden_ids: Sequence[int]) -> Tensor:
@@ -84,9 +82,7 @@ def generate(
     alive = torch.ones(len(hidden), dtype=torch.bool, device=device)
     ids, kept, logps = [], [], []
     for step in range(max_new_tokens):
-        logp = token_logprobs(
-            backbone.lm_head(hidden), temperature=temperature, forbidden_ids=processor.forbidden_ids
-        )
+        logp = token_logprobs(backbone.lm_head(hidden), temperature=temperature, forbidden_ids=processor.forbidden_ids)
         token = logp.argmax(-1) if noise is None else _draw(logp, noise[:, step])
         token = torch.where(alive, token, processor.pad_id)
         ids.append(token)

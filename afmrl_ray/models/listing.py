@@ -15,6 +15,7 @@ from PIL import Image
 
 from afmrl_ray.config.models import PictureConfig
 from afmrl_ray.errors import CheckpointError
+from afmrl_ray.models.backbones import fetch
 
 _SENTINEL = "\u2042"
 
@@ -104,15 +105,15 @@ class ListingProcessor:
         from transformers import AutoImageProcessor, AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
-            image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+            tokenizer = AutoTokenizer.from_pretrained(fetch(path))
+            image_processor = AutoImageProcessor.from_pretrained(fetch(path), backend="pil")
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: no tokenizer or picture processor ({_one_line(error)})") from error
         return cls(tokenizer, image_processor, picture)
 
     def _special(self, token: str) -> int:
         index = self.tokenizer.convert_tokens_to_ids(token)
-        if index is None or index == self.tokenizer.unk_token_id and token != self.tokenizer.unk_token:
+        if index is None or (index == self.tokenizer.unk_token_id and token != self.tokenizer.unk_token):
             raise CheckpointError(f"the tokenizer lacks {token}; use a Qwen2-VL or Qwen2.5-VL checkpoint")
         return int(index)
 

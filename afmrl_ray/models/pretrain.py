@@ -59,6 +59,8 @@ def pretrain(
 def caption_loss(model: Any, processor: ListingProcessor, examples: Sequence[tuple[Row, str]]) -> torch.Tensor:
     """Mean negative log-likelihood per completion token, nats."""
     completions = [processor.completion_ids(text) for _, text in examples]
-    batch, mask = completion_batch(processor, [row for row, _ in examples], completions, next(model.parameters()).device)
+    batch, mask = completion_batch(
+        processor, [row for row, _ in examples], completions, next(model.parameters()).device
+    )
     logp = completion_logprobs(model, batch, mask, forbidden_ids=processor.forbidden_ids)
     return -logp.sum() / mask.sum()

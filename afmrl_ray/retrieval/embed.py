@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +27,10 @@ class EncoderRef:
 
     Attributes:
         path: model or adapter folder, or hub name.
-        base: checkpoint below an adapter.
         config: how listings are shown to it.
     """
 
     path: str
-    base: str
     config: EncoderConfig
 
 
@@ -42,11 +39,8 @@ class Encoder:
 
     def __init__(self, encoder: EncoderRef, catalogue: CatalogueRef) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        with tempfile.TemporaryDirectory() as cache:
-            path = storage.localise(encoder.path, cache) if storage.exists(encoder.path) else encoder.path
-            base = storage.localise(encoder.base, cache) if storage.exists(encoder.base) else encoder.base
-            model = load_trained(path, "encoder", base=base, dtype=encoder.config.dtype, device=device)
-            self._processor = ListingProcessor.from_pretrained(base, encoder.config.picture)
+        model = load_trained(encoder.path, "encoder", dtype=encoder.config.dtype, device=device)
+        self._processor = ListingProcessor.from_pretrained(encoder.path, encoder.config.picture)
         self._model = EmbeddingModel(model).eval()
         self._config = encoder.config
         self._catalogue = catalogue.open()
@@ -143,7 +137,9 @@ def save_embeddings(path: str, rows: np.ndarray, embeddings: np.ndarray) -> None
     """Write rows [N] and embeddings [N, D] as one safetensors file."""
     from safetensors.numpy import save
 
-    storage.write_bytes(path, save({"rows": np.ascontiguousarray(rows), "embeddings": np.ascontiguousarray(embeddings)}))
+    storage.write_bytes(
+        path, save({"rows": np.ascontiguousarray(rows), "embeddings": np.ascontiguousarray(embeddings)})
+    )
 
 
 def load_embeddings(path: str) -> tuple[np.ndarray, np.ndarray]:

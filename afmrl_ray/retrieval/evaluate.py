@@ -111,9 +111,7 @@ def label_codes(values: Sequence[Any]) -> list[int]:
     return [-1 if value is None else codes.setdefault(value, len(codes)) for value in values]
 
 
-def label_protocol(
-    protocol: LabelProtocol, catalogue: StagedCatalogue, embed: Embed, *, seed: int
-) -> dict[str, Any]:
+def label_protocol(protocol: LabelProtocol, catalogue: StagedCatalogue, embed: Embed, *, seed: int) -> dict[str, Any]:
     """Accuracy of a linear probe and of nearest neighbours, and k-means clustering of the test side."""
     codes = np.array(label_codes(catalogue.column(protocol.label)))
     fit_rows, fit = embed(protocol.fit, protocol.enriched)

@@ -14,7 +14,14 @@ from afmrl_ray.errors import ResourceError
 log = logging.getLogger(__name__)
 
 # Without it a LearnerGroup collected after shutdown starts a new Ray and hangs the driver's exit.
-_WORKER_ENVIRONMENT = {"RAY_ENABLE_AUTO_CONNECT": "0", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+_WORKER_ENVIRONMENT = {
+    "RAY_ENABLE_AUTO_CONNECT": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning,ignore::UserWarning",
+}
 
 
 @contextmanager
@@ -42,7 +49,8 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         ray.init(
             num_cpus=config.num_cpus,
             object_store_memory=config.object_store_mb * 2**20,
-            include_dashboard=False,
+            # Without the dashboard's State API, Ray Train complains once a second.
+            include_dashboard=True,
             runtime_env=environment,
             **common,
         )

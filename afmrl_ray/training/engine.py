@@ -77,8 +77,11 @@ class Engine:
     def step(self) -> dict[str, float]:
         """Clip, update, advance the schedule; returns the learning rate used and the global gradient norm."""
         rate = float(self._engine.get_lr()[0])
+        # DeepSpeed tells the norm only where it partitions; without partitions the gradients are whole here.
+        grads = [p.grad for p in self.parameters if p.grad is not None] if self._zero_stage == 0 else []
+        norm = torch.nn.utils.get_total_norm(grads) if grads else None
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
+        norm = norm if norm is not None else self._engine.get_global_grad_norm()
         return {"learning_rate": rate, "gradient_norm": float(norm) if norm is not None else float("nan")}
 
     def save(self, directory: str) -> None:

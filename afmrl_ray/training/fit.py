@@ -28,7 +28,7 @@ def fit(
     workers: WorkersConfig,
     wait_s: float = 0.0,
 ) -> Any:
-    """Run `loop` on a Ray Train worker group and return what rank 0 returned.
+    """Run `loop` on a Ray Train worker group and return its `ray.train.Result` with the last checkpoint.
 
     The same `directory` and `name` resume an interrupted training from its last committed checkpoint.
 
@@ -59,7 +59,7 @@ def fit(
         ),
     )
     try:
-        return trainer.fit().return_value
+        return trainer.fit()
     except TrainingFailedError as error:
         raise user_error_inside(error) or error from None
 

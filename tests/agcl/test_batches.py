@@ -39,7 +39,9 @@ def test_pairs_are_two_listings_of_one_product_and_a_batch_holds_a_product_once(
 def test_an_epoch_visits_every_product_at_most_once_and_all_but_a_remainder(catalogue):
     sampler = PairSampler(catalogue, TRAIN, batch_size=6, seed=0)
     seen = [pair.product for step in range(sampler.steps_per_epoch) for pair in sampler.batch(step)]
-    products = {p for p, s in zip(catalogue.column("product_id"), catalogue.column("split"), strict=True) if s == "train"}
+    products = {
+        p for p, s in zip(catalogue.column("product_id"), catalogue.column("split"), strict=True) if s == "train"
+    }
     assert len(seen) == len(set(seen)) == len(products) // 6 * 6
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import distributed as dist
 from torch import multiprocessing
 
-from afmrl_ray.agcl.train import AGCLStep, load_start
+from afmrl_ray.agcl.train import AGCLStep
 from afmrl_ray.attributes.store import AttributeRow, read_attributes, write_attributes
 from afmrl_ray.attributes.text import format_attributes, normalise_attributes
 from afmrl_ray.config import validate
+from afmrl_ray.models.adapters import load_start
 from afmrl_ray.models.encoder import EmbeddingModel
 from afmrl_ray.models.listing import ListingProcessor
 from afmrl_ray.training.engine import Engine
@@ -27,7 +28,7 @@ def train(rank: int, world: int, port: int, values: dict, ref, base: str, attrib
     dist.init_process_group("gloo", rank=rank, world_size=world)
     config = validate(values)
     torch.manual_seed(0)
-    model = load_start(config, base, None, folder)
+    model = load_start(base, "encoder", config.agcl.adapter)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at first, which would hide the gradient of the other factor
             torch.nn.init.normal_(parameter, std=0.1)
@@ -63,7 +64,15 @@ def test_workers_change_neither_loss_nor_gradient(tiny_checkpoints, tiny_catalog
         },
     }
     for world in (1, 2, 3):
-        arguments = (world, free_port(), values, tiny_catalogue_ref, tiny_checkpoints["encoder"], attributes, str(tmp_path))
+        arguments = (
+            world,
+            free_port(),
+            values,
+            tiny_catalogue_ref,
+            tiny_checkpoints["encoder"],
+            attributes,
+            str(tmp_path),
+        )
         multiprocessing.spawn(train, args=arguments, nprocs=world)
     loss, gradients = torch.load(tmp_path / "1.pt")
     for world in (2, 3):

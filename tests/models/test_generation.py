@@ -73,7 +73,9 @@ def test_sampling_follows_the_distribution(generator, prompts):
     with torch.no_grad():
         batch, _ = completion_batch(processor, prompts[:1], [np.array([0])], "cpu")
         hidden = model.model(**batch).last_hidden_state[:, -2]
-        expected = token_logprobs(model.lm_head(hidden), temperature=1.0, forbidden_ids=processor.forbidden_ids).exp()[0]
+        expected = token_logprobs(model.lm_head(hidden), temperature=1.0, forbidden_ids=processor.forbidden_ids).exp()[
+            0
+        ]
     counts = torch.bincount(out.ids[:, 0], minlength=len(expected)) / 4000
     assert (counts - expected).abs().max() < 4 * (0.25 / 4000) ** 0.5
 

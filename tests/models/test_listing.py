@@ -42,7 +42,10 @@ def test_positions_equal_the_models_own(loaded):
     assert torch.equal(theirs[:, seen], batch["position_ids"][:, seen])
 
 
-@given(text=st.lists(st.integers(0, 5), min_size=2, max_size=4), grids=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4))))
+@given(
+    text=st.lists(st.integers(0, 5), min_size=2, max_size=4),
+    grids=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4))),
+)
 @settings(max_examples=50, deadline=None)
 def test_positions_of_several_pictures_never_overlap_and_end_where_text_goes_on(text, grids):
     text = (text * (len(grids) + 1))[: len(grids) + 1]

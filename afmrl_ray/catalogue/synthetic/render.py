@@ -104,7 +104,9 @@ class _Canvas:
         if pattern == "dotted":
             for y in np.arange(y0 + 0.1, y1, 0.22):
                 for x in np.arange(x0 + 0.1, x1, 0.22):
-                    draw.ellipse(self.points(float(x) - 0.06, float(y) - 0.06, float(x) + 0.06, float(y) + 0.06), fill=ink)
+                    draw.ellipse(
+                        self.points(float(x) - 0.06, float(y) - 0.06, float(x) + 0.06, float(y) + 0.06), fill=ink
+                    )
         return layer
 
 
@@ -128,7 +130,9 @@ def render(product: Product, draw: np.random.Generator, size: int) -> Rendering:
     pixels += draw.normal(0, 6, pixels.shape).astype(np.float32)
     data = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(data, "JPEG", quality=90)
-    return Rendering(data.getvalue(), name, {part: _cropped(box, left, top, window) for part, box in canvas.boxes.items()})
+    return Rendering(
+        data.getvalue(), name, {part: _cropped(box, left, top, window) for part, box in canvas.boxes.items()}
+    )
 
 
 def _cropped(box: Box, left: float, top: float, window: float) -> Box:
@@ -215,7 +219,9 @@ def _lamp(canvas: _Canvas, product: Product) -> None:
         canvas.body("ellipse", (-0.56, -0.84, 0.56, 0.2), color, product.pattern, _ink(color))
     else:
         box = (-0.56, -0.72, 0.56, 0.16)
-        canvas.body("polygon", box, color, product.pattern, _ink(color), -0.56, -0.72, 0.56, -0.72, 0.56, 0.16, -0.56, 0.16)
+        canvas.body(
+            "polygon", box, color, product.pattern, _ink(color), -0.56, -0.72, 0.56, -0.72, 0.56, 0.16, -0.56, 0.16
+        )
     canvas.mark("form", *(-0.72, -0.84, 0.72, 0.2))
     _details(canvas, product, (-0.15, -0.42, 0.15, -0.12), (-0.36, 0.46, 0.36, 0.58))
 
@@ -229,7 +235,22 @@ def _shoe(canvas: _Canvas, product: Product) -> None:
         canvas.polygon(-0.8, 0.1, -0.54, 0.1, -0.66, 0.74, -0.76, 0.74, fill=_ink(color))
     canvas.mark("form", -0.84, 0.5 - height, -0.36, 0.74)
     lift = height
-    outline = (-0.82, -0.42 - lift / 2, -0.3, -0.42 - lift / 2, 0.1, 0.04, 0.84, 0.3, 0.86, 0.62, 0.2, 0.62, -0.82, 0.62 - lift)
+    outline = (
+        -0.82,
+        -0.42 - lift / 2,
+        -0.3,
+        -0.42 - lift / 2,
+        0.1,
+        0.04,
+        0.84,
+        0.3,
+        0.86,
+        0.62,
+        0.2,
+        0.62,
+        -0.82,
+        0.62 - lift,
+    )
     canvas.body("polygon", (-0.82, -0.62, 0.86, 0.62), color, product.pattern, _ink(color), *outline)
     _details(canvas, product, (-0.5, -0.12 - lift / 3, -0.2, 0.18 - lift / 3), (0.14, 0.6, 0.86, 0.72))
 
