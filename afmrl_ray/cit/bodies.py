@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 
 import numpy as np
@@ -18,6 +17,7 @@ from afmrl_ray.config import Config
 from afmrl_ray.distill.train import DistillJob, train_distill
 from afmrl_ray.errors import CatalogueError
 from afmrl_ray.models.annotate import GeneratorRef, annotate_rows
+from afmrl_ray.rar.trainer import RARJob, train_rar
 from afmrl_ray.retrieval.embed import EncoderRef, embed_rows, save_embeddings
 from afmrl_ray.training.cluster import require_resources
 
@@ -169,8 +169,6 @@ def rar_body(
     name: str,
     directory: str,
 ) -> StageOutcome:
-    from afmrl_ray.rar.trainer import RARJob, train_rar
-
     result = train_rar(
         config,
         RARJob(
@@ -184,4 +182,4 @@ def rar_body(
             name=name,
         ),
     )
-    return StageOutcome({"model": "model"}, result if isinstance(result, dict) else dataclasses.asdict(result))
+    return StageOutcome({"model": "model"}, result)

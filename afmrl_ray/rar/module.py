@@ -1,0 +1,137 @@
+"""The policy as an RLlib module: the generator that is trained, and the frozen reference beside it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from ray.rllib.core.rl_module.torch import TorchRLModule
+from torch import Tensor, nn
+
+from afmrl_ray.catalogue import CatalogueRef
+from afmrl_ray.config.models import AdapterConfig, GeneratorConfig
+from afmrl_ray.errors import CheckpointError
+from afmrl_ray.models.adapters import load_start, load_trained
+from afmrl_ray.models.listing import ListingProcessor, Row
+from afmrl_ray.models.logprobs import completion_batch
+from afmrl_ray.models.policy import Policy
+from afmrl_ray.models.prompts import generator_row
+
+ROW, COMPLETION, MASK, OLD_LOGP, ADVANTAGE, WEIGHT, DENOMINATOR = (
+    "row", "completion", "mask", "old_logp", "advantage", "weight", "denominator"
+)  # fmt: skip
+"""Columns of a learner's batch, aligned by completion; pictures never travel, only catalogue rows do."""
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """The policy as plain data, for learners and rollout workers alike.
+
+    Attributes:
+        start: generator at the round's start; also the reference of the KL.
+        generator: how listings are shown to it.
+        adapter: what of it is trained.
+        catalogue: where the listings are.
+        temperature: at which log-probabilities are meant.
+        with_reference: whether the learner holds the frozen reference.
+    """
+
+    start: str
+    generator: GeneratorConfig
+    adapter: AdapterConfig
+    catalogue: CatalogueRef
+    temperature: float
+    with_reference: bool
+
+    def load_policy(self) -> Policy:
+        """The trainable policy as it was at the round's start."""
+        return Policy(load_start(self.start, "generator", self.adapter, dtype=self.generator.dtype))
+
+    def load_reference(self) -> Policy:
+        """A frozen copy of the policy at the round's start, never "adapter off": rounds build on one another."""
+        reference = load_trained(self.start, "generator", dtype=self.generator.dtype)
+        return Policy(reference.requires_grad_(False)).eval()
+
+    def load_processor(self) -> ListingProcessor:
+        return ListingProcessor.from_pretrained(self.start, self.generator.picture)
+
+
+class AttributePolicy(TorchRLModule):
+    """`model_config["policy"]` is a `PolicySpec`."""
+
+    framework = "torch"
+
+    def setup(self) -> None:
+        spec: PolicySpec = self.model_config["policy"]
+        self.spec = spec
+        self.policy = spec.load_policy()
+        self.reference = spec.load_reference() if spec.with_reference else None
+        self.processor = spec.load_processor()
+        self.catalogue = spec.catalogue.open()
+
+    def prompts(self, rows: Sequence[int]) -> list[Row]:
+        """The prompt of each row; completions of a group share one object, so its picture is prepared once."""
+        built = {
+            row: generator_row(self.processor, self.catalogue, row, config=self.spec.generator) for row in set(rows)
+        }
+        return [built[row] for row in rows]
+
+    def _forward_train(self, batch: dict[str, Tensor], **_: Any) -> dict[str, Tensor]:
+        """Log-probabilities of completions.
+
+        Args:
+            batch: columns `row` [B], `completion` [B, C], `mask` [B, C].
+
+        Returns:
+            `logp` and, with a reference, `ref_logp`: [B, C] float32, 0 where the mask is False.
+        """
+        kept = batch[MASK].bool()
+        completions = [ids[keep].cpu().numpy() for ids, keep in zip(batch[COMPLETION], kept, strict=True)]
+        device = next(self.policy.parameters()).device
+        inputs, mask = completion_batch(self.processor, self.prompts(batch[ROW].tolist()), completions, device)
+        options: dict[str, Any] = {
+            "forbidden_ids": self.processor.forbidden_ids,
+            "temperature": self.spec.temperature,
+        }
+        pad = (0, kept.shape[1] - mask.shape[1])
+        out = {"logp": nn.functional.pad(self.policy(inputs, mask, **options), pad)}
+        if self.reference is not None:
+            with torch.no_grad():
+                out["ref_logp"] = nn.functional.pad(self.reference(inputs, mask, **options), pad)
+        return out
+
+
+def trained_tensors(policy: nn.Module) -> dict[str, Tensor]:
+    """What training changes, by name: under LoRA the adapter only."""
+    return {name: parameter.detach() for name, parameter in policy.named_parameters() if parameter.requires_grad}
+
+
+def load_tensors(policy: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put pushed weights into a policy, strictly.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or of another shape.
+    """
+    own = trained_tensors(policy)
+    if own.keys() != tensors.keys():
+        differing = sorted(own.keys() ^ tensors.keys())
+        raise CheckpointError(f"pushed weights do not fit the policy: {len(differing)} names differ ({differing[0]})")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if own[name].shape != tensor.shape:
+                raise CheckpointError(f"pushed weights do not fit the policy: {name} is {tuple(tensor.shape)}")
+            own[name].copy_(tensor)
+
+
+def weights_fingerprint(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and bytes."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous().cpu()
+        total.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
+        total.update(np.ascontiguousarray(tensor.view(torch.uint8).numpy()).data)
+    return total.hexdigest()

@@ -1,0 +1,202 @@
+"""Sampling of completions by a pool of Ray actors, each holding a copy of the policy."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from afmrl_ray.config.train import RolloutConfig
+from afmrl_ray.errors import WeightSyncError
+from afmrl_ray.models.generation import generate
+from afmrl_ray.models.prompts import generator_row
+from afmrl_ray.rar.module import PolicySpec, load_tensors, trained_tensors, weights_fingerprint
+from afmrl_ray.training.cluster import torch_threads
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Trained tensors in the object store; the reference is wrapped in a list, so that it travels as a reference."""
+
+    version: int
+    fingerprint: str
+    reference: list[Any]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The completions of one prompt.
+
+    Attributes:
+        row: catalogue row of the prompt.
+        version: of the weights that sampled them.
+        ids: [G, C] token ids.
+        mask: [G, C] True at sampled tokens.
+        logp: [G, C] float32 log-probabilities at the sampling temperature.
+        texts: G texts and whether each ended by itself.
+    """
+
+    row: int
+    version: int
+    ids: np.ndarray
+    mask: np.ndarray
+    logp: np.ndarray
+    texts: list[tuple[str, bool]]
+
+
+class Sampler:
+    """The policy for sampling; plain code inside the actor."""
+
+    def __init__(self, spec: PolicySpec, threads: int) -> None:
+        torch.set_num_threads(threads)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._spec = spec
+        self._policy = spec.load_policy().eval().to(device)
+        self._processor = spec.load_processor()
+        self._catalogue = spec.catalogue.open()
+        self._version = -1
+
+    def set_weights(self, weights: Weights) -> tuple[int, str]:
+        """Take pushed weights; returns the version and the fingerprint of what the policy now holds."""
+        load_tensors(self._policy, ray.get(weights.reference[0]))
+        self._version = weights.version
+        return self._version, weights_fingerprint(trained_tensors(self._policy))
+
+    def sample(self, rows: Sequence[int], seeds: Sequence[int], *, group_size: int, version: int) -> list[Group]:
+        """Sample a group for each row.
+
+        Raises:
+            WeightSyncError: the policy is not at `version`.
+        """
+        if version != self._version:
+            raise WeightSyncError(f"asked for rollouts of version {version}, the worker holds {self._version}")
+        prompts = [generator_row(self._processor, self._catalogue, row, config=self._spec.generator) for row in rows]
+        out = generate(
+            self._policy.backbone,
+            self._processor,
+            prompts,
+            max_new_tokens=self._spec.generator.max_new_tokens,
+            group_size=group_size,
+            seeds=seeds,
+            temperature=self._spec.temperature,
+        )
+        texts = out.texts(self._processor)
+        groups = []
+        for index, row in enumerate(rows):
+            own = slice(index * group_size, (index + 1) * group_size)
+            arrays = (tensor[own].cpu().numpy() for tensor in (out.ids, out.mask, out.logp))
+            groups.append(Group(row, version, *arrays, texts[own]))
+        return groups
+
+
+class RolloutPool:
+    """Actors that sample; chunks of prompts are cut by order alone, so results do not depend on who is free.
+
+    Args:
+        spec: the policy.
+        config: `rar.rollout`.
+        group_size: completions per prompt.
+    """
+
+    def __init__(self, spec: PolicySpec, config: RolloutConfig, *, group_size: int) -> None:
+        self._spec, self._config, self._group_size = spec, config, group_size
+        self._weights: Weights | None = None
+        self._restarts = 0
+        self._made = 0
+        self.actors = [self._make() for _ in range(config.pool.num_workers)]
+
+    def _make(self) -> Any:
+        pool = self._config.pool
+        self._made += 1
+        actor = ray.remote(num_cpus=pool.cpus_per_worker, num_gpus=pool.gpus_per_worker, max_restarts=0)(Sampler)
+        return actor.remote(self._spec, torch_threads(pool.cpus_per_worker))
+
+    @property
+    def restarts(self) -> int:
+        """Actors replaced so far."""
+        return self._restarts
+
+    def push(self, weights: Weights) -> None:
+        """Give every actor the weights and wait until each has echoed version and fingerprint.
+
+        Raises:
+            WeightSyncError: an actor holds something else, or does not answer in time.
+        """
+        self._weights = weights
+        for index in range(len(self.actors)):
+            try:
+                self._push_to(index)
+            except RayActorError:
+                self._replace(index)
+
+    def _push_to(self, index: int) -> None:
+        assert self._weights is not None
+        try:
+            echo = ray.get(self.actors[index].set_weights.remote(self._weights), timeout=self._config.timeout_s)
+        except GetTimeoutError as error:
+            raise WeightSyncError(
+                f"rollout actor {index} did not take weights {self._weights.version} within "
+                f"rar.rollout.timeout_s {self._config.timeout_s:g} s"
+            ) from error
+        if echo != (self._weights.version, self._weights.fingerprint):
+            raise WeightSyncError(f"rollout actor {index} holds {echo}, pushed was version {self._weights.version}")
+
+    def _replace(self, index: int) -> None:
+        self._restarts += 1
+        if self._restarts > self._config.max_restarts:
+            raise RuntimeError(
+                f"rollout actors died {self._restarts} times, more than rar.rollout.max_restarts "
+                f"{self._config.max_restarts} allows; look at their logs"
+            )
+        log.warning("rollout actor %d died, replaced (%d of %d)", index, self._restarts, self._config.max_restarts)
+        self.actors[index] = self._make()
+        self._push_to(index)
+
+    def sample(self, rows: Sequence[int], seeds: Sequence[int]) -> list[Group]:
+        """A group for each row, in order; chunks lost with an actor are sampled again, none twice.
+
+        Raises:
+            TimeoutError: an actor does not answer; named.
+            RuntimeError: more actors died than `max_restarts`.
+        """
+        assert self._weights is not None, "push weights before sampling"
+        size = self._config.pool.batch_size
+        chunks = [slice(start, start + size) for start in range(0, len(rows), size)]
+        waiting, done = list(range(len(chunks))), dict[int, list[Group]]()
+        running: dict[Any, tuple[int, int]] = {}
+        free = list(range(len(self.actors)))
+        while waiting or running:
+            while waiting and free:
+                chunk, actor = waiting.pop(0), free.pop(0)
+                call = self.actors[actor].sample.remote(
+                    list(rows[chunks[chunk]]),
+                    list(seeds[chunks[chunk]]),
+                    group_size=self._group_size,
+                    version=self._weights.version,
+                )
+                running[call] = chunk, actor
+            finished, _ = ray.wait(list(running), timeout=self._config.timeout_s)
+            if not finished:
+                names = sorted(actor for _, actor in running.values())
+                raise TimeoutError(f"rollout actors {names} gave nothing within {self._config.timeout_s:g} s")
+            for call in finished:
+                chunk, actor = running.pop(call)
+                try:
+                    done[chunk] = ray.get(call)
+                except RayActorError:
+                    self._replace(actor)
+                    waiting.insert(0, chunk)
+                free.append(actor)
+        return [group for chunk in sorted(done) for group in done[chunk]]
+
+    def close(self) -> None:
+        for actor in self.actors:
+            ray.kill(actor)

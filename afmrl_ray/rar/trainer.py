@@ -1,0 +1,361 @@
+"""Retrieval-aware attribute reinforcement: the driver of rollouts, rewards and learners.
+
+Prompts and seeds of a step are functions of the run's seed and the step; rollouts are functions of weights, prompts and
+seeds. So a run that is resumed from a checkpoint goes on exactly as it would have.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.exceptions import RayError
+from tqdm.auto import tqdm
+
+from afmrl_ray import storage
+from afmrl_ray.attributes.text import InvalidAttributes
+from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue
+from afmrl_ray.config import Config
+from afmrl_ray.config.catalogue import SideConfig
+from afmrl_ray.errors import CatalogueError, UserError
+from afmrl_ray.models.annotate import GeneratorRef
+from afmrl_ray.models.prompts import prompt_fits
+from afmrl_ray.rar.checkpoint import Checkpoints
+from afmrl_ray.rar.heldout import HeldOut, compare, summarise
+from afmrl_ray.rar.learner import build_learners, learner_batch
+from afmrl_ray.rar.loss import group_advantages
+from afmrl_ray.rar.module import ADVANTAGE, COMPLETION, DENOMINATOR, MASK, OLD_LOGP, ROW, WEIGHT, PolicySpec
+from afmrl_ray.rar.reward import Gallery, RewardPool, RewardSpec, parse_completions, reward_completions
+from afmrl_ray.rar.rollout import Group, RolloutPool, Weights
+from afmrl_ray.retrieval.embed import EncoderRef, load_embeddings
+from afmrl_ray.training.metrics_log import MetricsLog
+
+log = logging.getLogger(__name__)
+
+_LEARNER_RESTARTS = 3
+_TAIL = 10
+
+
+@dataclass(frozen=True)
+class RARJob:
+    """What a RAR starts from.
+
+    Attributes:
+        generator: the policy at the round's start.
+        encoder: the frozen encoder.
+        catalogue: the catalogue.
+        gallery: file of `save_embeddings` that training queries search.
+        heldout_gallery: the same for held-out queries.
+        gallery_version: pinned for the whole RAR and checked on every reply of the reward service.
+        directory: attempt directory; the policy is written to `<directory>/model`.
+        name: prefix of the reward actors' names.
+    """
+
+    generator: GeneratorRef
+    encoder: EncoderRef
+    catalogue: CatalogueRef
+    gallery: str
+    heldout_gallery: str
+    gallery_version: str
+    directory: str
+    name: str
+
+
+def train_rar(config: Config, job: RARJob) -> dict[str, Any]:
+    """Reinforce the generator; resumes from the latest checkpoint below `job.directory`.
+
+    A learner that dies costs a rebuilt learner group and the steps since the last checkpoint.
+
+    Returns:
+        Held-out reward before, after and gained with intervals, and means over the last steps.
+
+    Raises:
+        CatalogueError: no query can be used.
+        RewardServiceError, WeightSyncError: see `rar.reward` and `rar.rollout`.
+        RuntimeError: the sampler's and the learner's log-probabilities differ by more than `rar.logprob_gap_limit`.
+    """
+    for restart in range(_LEARNER_RESTARTS + 1):
+        trainer = RARTrainer(config, job)
+        try:
+            return trainer.run()
+        except LearnerLostError as error:
+            if restart == _LEARNER_RESTARTS:
+                raise
+            log.warning("%s; rebuilding the learners from the last checkpoint", error)
+        finally:
+            trainer.close()
+    raise AssertionError("unreachable")
+
+
+class LearnerLostError(RuntimeError):
+    """A learner died in an update."""
+
+
+class RARTrainer:
+    """Owns learners, rollout pool and reward pool of one RAR; `close` releases them."""
+
+    def __init__(self, config: Config, job: RARJob) -> None:
+        self._config, self._rar, self._job = config, config.rar, job
+        catalogue = job.catalogue.open()
+        galleries = {
+            "train": load_embeddings(job.gallery),
+            "heldout": load_embeddings(job.heldout_gallery),
+        }
+        task = self._rar.task
+        sides = {"train": task.query, "heldout": task.heldout_query}
+        self.prompts = {
+            name: usable_rows(config, catalogue, job, sides[name], galleries[name][0]) for name in galleries
+        }
+        self._policy = PolicySpec(
+            start=job.generator.path,
+            generator=job.generator.config,
+            adapter=self._rar.adapter,
+            catalogue=job.catalogue,
+            temperature=self._rar.rollout.temperature,
+            with_reference=self._rar.kl_coef > 0,
+        )
+        self._rewards_spec = RewardSpec(
+            encoder=job.encoder,
+            catalogue=job.catalogue,
+            queries=sides,
+            galleries={name: Gallery(rows, [ray.put(emb)]) for name, (rows, emb) in galleries.items()},
+            version=job.gallery_version,
+        )
+        self._checkpoints = Checkpoints(storage.join(job.directory, "checkpoints"))
+        self._learners: Any = None
+        self._rollouts: RolloutPool | None = None
+        self._rewards: RewardPool | None = None
+
+    def run(self) -> dict[str, Any]:
+        """From the last checkpoint, or from the start, to the last step."""
+        rar = self._rar
+        self._learners = build_learners(rar, self._policy)
+        self._rewards = RewardPool(self._rewards_spec, rar.reward, name=self._job.name)
+        self._rollouts = RolloutPool(self._policy, rar.rollout, group_size=rar.group_size)
+        start = self._restore()
+        self._push()
+        before = self._before(start)
+        metrics = MetricsLog(storage.join(self._job.directory, "log"), resume_step=start)
+        tail: list[dict[str, float]] = []
+        for step in tqdm(range(start, rar.steps), desc=self._job.name, initial=start, total=rar.steps, mininterval=5):
+            values = self._step(step)
+            metrics.log(step, values)
+            tail = [*tail, values][-_TAIL:]
+            if (step + 1) % rar.checkpoint_every == 0 or step + 1 == rar.steps:
+                self._save(step + 1, tail)
+        metrics.close()
+        tail = tail or (self._checkpoints.latest() or {})["tail"]
+        self._on_learners(lambda learner: learner.save_model(storage.join(self._job.directory, "model")))
+        after = self._heldout()
+        samples = self._config.evaluation.bootstrap_samples
+        return {
+            **compare(before, after, samples=samples, seed=self._config.run.seed),
+            **{name: float(np.mean([values[name] for values in tail])) for name in ("reward_mean", "invalid_share")},
+            "prompts": len(self.prompts["train"][0]),
+            "dropped_prompts": self.prompts["train"][1],
+            "rollout_restarts": self._rollouts.restarts,
+        }
+
+    def close(self) -> None:
+        """Release actors and learners; nothing of this RAR holds resources afterwards."""
+        for pool in (self._rollouts, self._rewards):
+            if pool is not None:
+                pool.close()
+        if self._learners is not None:
+            self._learners.shutdown()
+        if self._rar.num_learners == 0 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    def _restore(self) -> int:
+        manifest = self._checkpoints.latest()
+        if manifest is None:
+            return 0
+        step = int(manifest["step"])
+        path = self._checkpoints.engine_path(step)
+        self._on_learners(lambda learner: learner.load_engine(path, step))
+        return step
+
+    def _save(self, step: int, tail: list[dict[str, float]]) -> None:
+        path = self._checkpoints.engine_path(step)
+        self._on_learners(lambda learner: learner.save_engine(path))
+        self._checkpoints.commit(step, {"tail": tail})
+
+    def _on_learners(self, function: Any) -> list[Any]:
+        """Call a function on every learner and return what they gave.
+
+        Raises:
+            LearnerLostError: one is gone.
+        """
+        results = self._learners.foreach_learner(function)
+        failed = [result.get() for result in results if not result.ok]
+        for error in failed:
+            if isinstance(error, UserError):
+                raise error
+        if failed or not list(results):
+            raise LearnerLostError(f"a learner failed: {failed[0] if failed else 'none is left'}")
+        return [result.get() for result in results]
+
+    def _push(self) -> float:
+        """Give all rollout actors the learners' weights; returns the seconds it took."""
+        assert self._rollouts is not None
+        began = time.monotonic()
+        exported = [found for found in self._on_learners(lambda learner: learner.export_weights()) if found]
+        self._rollouts.push(Weights(*exported[0]))
+        return time.monotonic() - began
+
+    def _step(self, step: int) -> dict[str, float]:
+        rar = self._rar
+        assert self._rollouts is not None
+        seconds: dict[str, float] = {}
+        rows = prompts_of_step(self.prompts["train"][0], step, rar.prompts_per_step, self._config.run.seed)
+        with timed(seconds, "rollout"):
+            groups = self._rollouts.sample(rows.tolist(), group_seeds(self._config.run.seed, step, len(rows)))
+        with timed(seconds, "reward"):
+            rewards, parsed = self._reward("train", groups)
+        grouped = rewards.reshape(len(groups), rar.group_size)
+        advantages = group_advantages(
+            torch.from_numpy(grouped), scale=rar.advantage_scale, eps=rar.advantage_eps
+        ).numpy()
+        with timed(seconds, "learn"):
+            stats = self._update(groups, advantages)
+        if stats["logprob_gap"] > rar.logprob_gap_limit:
+            raise RuntimeError(
+                f"step {step}: sampler and learner differ by {stats['logprob_gap']:.4f} nats per token on fresh "
+                f"rollouts, more than rar.logprob_gap_limit {rar.logprob_gap_limit:g}; the policies are not the same"
+            )
+        seconds["sync"] = self._push()
+        valid = [attributes for attributes in parsed if not isinstance(attributes, InvalidAttributes)]
+        known = grouped[~np.isnan(grouped).any(1)]
+        return {
+            "reward_mean": float(np.nanmean(rewards)),
+            "reward_failed_share": float(np.isnan(rewards).mean()),
+            "invalid_share": 1 - len(valid) / len(parsed),
+            "zero_variance_share": float((np.ptp(known, axis=1) == 0).mean()) if len(known) else 1.0,
+            "attribute_pairs": float(np.mean([len(attributes) for attributes in valid])) if valid else 0.0,
+            "completion_tokens": float(np.mean([mask.sum(1).mean() for mask in (group.mask for group in groups)])),
+            **stats,
+            **{f"seconds_{name}": value for name, value in seconds.items()},
+        }
+
+    def _reward(self, gallery: str, groups: list[Group]) -> tuple[np.ndarray, list[Any]]:
+        """Rewards [groups * G] of all completions, and what the parser made of them."""
+        assert self._rewards is not None
+        rewards_pool = self._rewards
+        rows = [group.row for group in groups for _ in group.texts]
+        texts = [text for group in groups for text in group.texts]
+        parsed = parse_completions(texts, max_attributes=self._policy.generator.max_attributes)
+        rewards = reward_completions(
+            rows, parsed, lambda queries: rewards_pool.score(gallery, queries), invalid=self._rar.reward.invalid
+        )
+        return rewards, parsed
+
+    def _update(self, groups: list[Group], advantages: np.ndarray) -> dict[str, float]:
+        """One optimizer step of all learners on all groups."""
+        try:
+            self._learners.update(batch=learner_batch(batch_columns(groups, advantages)))
+        except RayError as error:
+            raise LearnerLostError(f"a learner died in an update ({type(error).__name__})") from error
+        return self._on_learners(lambda learner: learner.stats)[0]
+
+    def _before(self, start: int) -> HeldOut:
+        """Held-out rewards of the round's start, kept beside the checkpoints, since a resumed policy has moved on."""
+        path = storage.join(self._job.directory, "heldout_before.json")
+        if start == 0 or not storage.exists(path):
+            storage.write_json(path, self._heldout().as_dict())
+        return HeldOut(**storage.read_json(path))
+
+    def _heldout(self) -> HeldOut:
+        """Sample and score the held-out prompts, with the same seeds before and after."""
+        assert self._rollouts is not None
+        rows = self.prompts["heldout"][0]
+        groups = self._rollouts.sample(rows.tolist(), group_seeds(self._config.run.seed, -1, len(rows)))
+        kept = min(self._rar.heldout_samples, self._rar.group_size)
+        groups = [Group(g.row, g.version, g.ids[:kept], g.mask[:kept], g.logp[:kept], g.texts[:kept]) for g in groups]
+        rewards, parsed = self._reward("heldout", groups)
+        return summarise(rewards, parsed, group_size=kept)
+
+
+def usable_rows(
+    config: Config, catalogue: StagedCatalogue, job: RARJob, side: SideConfig, gallery_rows: np.ndarray
+) -> tuple[np.ndarray, int]:
+    """Rows of a side that have a positive in the gallery and whose prompt fits, and how many were dropped.
+
+    Raises:
+        CatalogueError: none is left.
+    """
+    processor = PolicySpec(
+        job.generator.path, job.generator.config, config.rar.adapter, job.catalogue, 1.0, False
+    ).load_processor()
+    products = catalogue.column("product_id")
+    holders: dict[str, set[int]] = {}
+    for row in gallery_rows.tolist():
+        if products[row] is not None:
+            holders.setdefault(products[row], set()).add(row)
+    rows = catalogue.rows(side).tolist()
+    kept = [
+        row
+        for row in rows
+        if holders.get(products[row], set()) - {row}
+        and prompt_fits(processor, catalogue, row, config=job.generator.config)
+    ]
+    if not kept:
+        raise CatalogueError(
+            f"rar.task: of {len(rows)} queries of split {' or '.join(side.split)} none has a positive in the gallery and "
+            "a prompt within generator.max_prompt_tokens"
+        )
+    return np.array(kept), len(rows) - len(kept)
+
+
+def prompts_of_step(rows: np.ndarray, step: int, count: int, seed: int) -> np.ndarray:
+    """[count] prompt rows of a step: epochs of a seeded shuffle, one after another."""
+    places = np.arange(step * count, (step + 1) * count)
+    orders = {
+        epoch: np.random.default_rng([seed, int(epoch)]).permutation(len(rows))
+        for epoch in np.unique(places // len(rows))
+    }
+    return np.array([rows[orders[place // len(rows)][place % len(rows)]] for place in places])
+
+
+def group_seeds(seed: int, step: int, count: int) -> list[int]:
+    """[count] sampling seeds of a step's groups; step -1 stands for the held-out prompts."""
+    return np.random.default_rng([seed, step + 1, 7]).integers(2**62, size=count).tolist()
+
+
+def batch_columns(groups: list[Group], advantages: np.ndarray) -> dict[str, np.ndarray]:
+    """Columns of the learners' batch, one row for each completion, groups contiguous.
+
+    The denominator is the number of completion tokens of the whole step, which makes the loss a token mean however the
+    step is cut among learners and micro-batches.
+    """
+    longest = max(group.ids.shape[1] for group in groups)
+
+    def padded(name: str, kind: type) -> np.ndarray:
+        arrays = [getattr(group, name) for group in groups]
+        return np.concatenate([np.pad(a, ((0, 0), (0, longest - a.shape[1]))) for a in arrays]).astype(kind)
+
+    mask = padded("mask", np.bool_)
+    count = len(mask)
+    return {
+        ROW: np.repeat([group.row for group in groups], [len(group.ids) for group in groups]),
+        COMPLETION: padded("ids", np.int64),
+        MASK: mask,
+        OLD_LOGP: padded("logp", np.float32),
+        ADVANTAGE: advantages.reshape(-1).astype(np.float32),
+        WEIGHT: np.ones(count, dtype=np.float32),
+        DENOMINATOR: np.full(count, mask.sum(), dtype=np.float32),
+    }
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Note how long the block took."""
+    began = time.monotonic()
+    yield
+    seconds[name] = time.monotonic() - began
