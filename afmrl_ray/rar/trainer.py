@@ -152,7 +152,8 @@ class RARTrainer:
                 self._save(step + 1, tail)
         metrics.close()
         tail = tail or (self._checkpoints.latest() or {})["tail"]
-        self._on_learners(lambda learner: learner.save_model(storage.join(self._job.directory, "model")))
+        model = storage.join(self._job.directory, "model")
+        self._on_learners(lambda learner: learner.save_model(model))
         after = self._heldout()
         samples = self._config.evaluation.bootstrap_samples
         return {
@@ -189,6 +190,9 @@ class RARTrainer:
 
     def _on_learners(self, function: Any) -> list[Any]:
         """Call a function on every learner and return what they gave.
+
+        The function is pickled with what it closes over: with `self` the learners would get a learner group of their
+        own, and hang on its shutdown.
 
         Raises:
             LearnerLostError: one is gone.
