@@ -1,0 +1,287 @@
+"""What a run directory says about a run, as typed values; reads only what is committed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from afmrl_ray import storage
+from afmrl_ray.cit.stages import RECORD, RunDirectory, Stage
+from afmrl_ray.errors import StorageError
+from afmrl_ray.training.metrics_log import read_metrics
+
+_ROUND = re.compile(r"-r(\d+)$")
+_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+
+Log = list[dict[str, Any]]
+"""One record a step, keys as the training logs them."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its 95 % interval; none where it was not measured or is not finite."""
+
+    mean: float | None
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def of(cls, value: Any) -> Estimate:
+        """From a stage's metric: a number, or an object with `mean`, `low` and `high`."""
+        if isinstance(value, dict):
+            return cls(*(_finite(value.get(name)) for name in ("mean", "low", "high")))
+        return cls(_finite(value))
+
+    @property
+    def has_interval(self) -> bool:
+        return self.low is not None and self.high is not None
+
+
+@dataclass(frozen=True)
+class ProtocolResult:
+    """Metrics of one protocol, shares between 0 and 1; counts are none where the stage gives none."""
+
+    kind: str
+    queries: int | None
+    gallery: int | None
+    metrics: dict[str, Estimate]
+
+
+@dataclass(frozen=True)
+class AttributeSizes:
+    """Attributes of a table of listings: mean pairs and words of the valid ones, share of invalid ones."""
+
+    mean_pairs: float | None
+    mean_words: float | None
+    invalid_share: float | None
+
+
+@dataclass(frozen=True)
+class Hit:
+    row: int
+    item_id: str
+    score: float
+    right: bool
+
+
+@dataclass(frozen=True)
+class Example:
+    """A query and what it retrieved, best first."""
+
+    query_row: int
+    item_id: str
+    title: str
+    attributes: str
+    hits: list[Hit]
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One column of the tables: a floor, the baseline or a round.
+
+    Attributes:
+        name: `chance`, `pixels`, `baseline` or `round r`.
+        number: the round, or none.
+        stage: the stage that measured it.
+        trained: whether it is more than a floor.
+    """
+
+    name: str
+    number: int | None
+    stage: str
+    trained: bool
+    protocols: dict[str, ProtocolResult]
+    attributes: AttributeSizes | None = None
+
+
+@dataclass(frozen=True)
+class Round:
+    """What the trainings of a round logged; empty or none where the stage is not committed.
+
+    Attributes:
+        attributes: of the generator before this round's RAR.
+        rar: the metrics of the RAR stage.
+    """
+
+    number: int
+    attributes: AttributeSizes | None
+    agcl: dict[str, float]
+    rar: dict[str, Any]
+    agcl_log: Log
+    rar_log: Log
+
+    def reward(self, name: str) -> Estimate | None:
+        """A held-out or training reward of the RAR."""
+        return Estimate.of(self.rar[name]) if name in self.rar else None
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Seconds and peak memory (MiB) of a stage; `outdated` says that the next run of the command runs it again."""
+
+    name: str
+    seconds: float
+    peak_memory_mb: float
+    outdated: bool
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """Everything that the tables, plots and pages of a run show."""
+
+    name: str
+    path: str
+    command: str
+    config: dict[str, Any]
+    versions: dict[str, str]
+    catalogue: dict[str, Any]
+    headline: str
+    rungs: list[Rung]
+    rounds: list[Round]
+    baseline_log: Log
+    distill_log: Log
+    examples: dict[int, list[Example]]
+    stages: list[StageCost]
+
+    @property
+    def outdated(self) -> set[str]:
+        return {stage.name for stage in self.stages if stage.outdated}
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def peak_memory_mb(self) -> float:
+        return max((stage.peak_memory_mb for stage in self.stages), default=0.0)
+
+
+def collect(run: RunDirectory) -> RunSummary:
+    """Read a run, finished or not.
+
+    Raises:
+        StorageError: there is no run at that path.
+    """
+    if not storage.exists(storage.join(run.path, "run.json")):
+        raise StorageError(f"{run.path}: no run.json, so no run to report on; check run.storage_path and run.name")
+    record = _without_credentials(run.read_run())
+    config = record.get("config", {})
+    found = {stage.name: stage for stage in run.stages()}
+    inputs = {name: storage.read_json(storage.join(run.path, "stages", name, RECORD))["inputs"] for name in found}
+    numbers = sorted({int(match[1]) for name in found if (match := _ROUND.search(name))})
+    rounds = [_round(found, number) for number in numbers]
+    return RunSummary(
+        name=record.get("name", ""),
+        path=_without_credentials(run.path),
+        command=record.get("command", ""),
+        config=config,
+        versions=record.get("versions", {}),
+        catalogue=record.get("catalogue", {}),
+        headline=config.get("evaluation", {}).get("headline", ""),
+        rungs=_rungs(found, numbers),
+        # The attributes written after the last RAR are no round of their own.
+        rounds=[each for each in rounds if each.agcl or each.rar or each.number == 0],
+        baseline_log=_log(found.get("baseline")),
+        distill_log=_log(found.get("distill")),
+        examples={n: _examples(found[f"evaluate-r{n}"]) for n in numbers if f"evaluate-r{n}" in found},
+        stages=[
+            StageCost(name, stage.seconds, stage.peak_memory_mb, is_outdated(name, found, inputs, config))
+            for name, stage in found.items()
+        ],
+    )
+
+
+def is_outdated(name: str, found: dict[str, Stage], inputs: dict[str, Any], config: dict[str, Any]) -> bool:
+    """Whether a stage was made with settings other than the run's, or stands on a stage that has since changed.
+
+    Args:
+        found: committed stages by name.
+        inputs: what each was run with.
+        config: the run's config.
+    """
+    own = inputs[name]
+    if not _agree(own.get("config", {}), config) or own.get("seed", 0) != config.get("run", {}).get("seed", 0):
+        return True
+    return any(
+        found[above].fingerprint != fingerprint or is_outdated(above, found, inputs, config)
+        for above, fingerprint in own.get("upstream", {}).items()
+        if above in found
+    )
+
+
+def _agree(part: Any, whole: Any) -> bool:
+    if isinstance(part, dict) and isinstance(whole, dict):
+        return all(key in whole and _agree(value, whole[key]) for key, value in part.items())
+    return part == whole
+
+
+def _rungs(found: dict[str, Stage], numbers: list[int]) -> list[Rung]:
+    rungs = []
+    if "floor" in found:
+        floor = found["floor"].metrics
+        rungs = [Rung(name, None, "floor", False, _protocols(floor.get(name, {}))) for name in ("chance", "pixels")]
+    measured = [("baseline", None, "evaluate-baseline"), *[(f"round {n}", n, f"evaluate-r{n}") for n in numbers]]
+    for name, number, stage in measured:
+        if stage in found:
+            metrics = found[stage].metrics
+            protocols = _protocols(metrics.get("protocols", {}))
+            rungs.append(Rung(name, number, stage, True, protocols, _sizes(metrics.get("attributes"))))
+    return rungs
+
+
+def _protocols(records: dict[str, Any]) -> dict[str, ProtocolResult]:
+    return {
+        name: ProtocolResult(
+            kind=record.get("kind", "retrieval"),
+            queries=record.get("queries"),
+            gallery=record.get("gallery"),
+            metrics={metric: Estimate.of(value) for metric, value in record.get("metrics", {}).items()},
+        )
+        for name, record in records.items()
+    }
+
+
+def _round(found: dict[str, Stage], number: int) -> Round:
+    attributes, agcl, rar = (found.get(f"{kind}-r{number}") for kind in ("attributes", "agcl", "rar"))
+    return Round(
+        number=number,
+        attributes=_sizes(attributes.metrics) if attributes is not None else None,
+        agcl=agcl.metrics if agcl is not None else {},
+        rar=rar.metrics if rar is not None else {},
+        agcl_log=_log(agcl),
+        rar_log=_log(rar),
+    )
+
+
+def _sizes(metrics: dict[str, Any] | None) -> AttributeSizes | None:
+    if not metrics:
+        return None
+    return AttributeSizes(*(_finite(metrics.get(name)) for name in ("mean_pairs", "mean_words", "invalid_share")))
+
+
+def _log(stage: Stage | None) -> Log:
+    return read_metrics(storage.join(stage.directory, "log")) if stage is not None else []
+
+
+def _examples(stage: Stage) -> list[Example]:
+    if "examples" not in stage.outputs or not storage.exists(stage.output("examples")):
+        return []
+    return [
+        Example(**{**record, "hits": [Hit(**hit) for hit in record["hits"]]})
+        for record in storage.read_json(stage.output("examples"))
+    ]
+
+
+def _finite(value: Any) -> float | None:
+    # NaN and infinity are no JSON, and `x - x` is 0 for everything else.
+    return float(value) if value is not None and value - value == 0 else None
+
+
+def _without_credentials(value: Any) -> Any:
+    """The same JSON value without user names and passwords in URIs, since reports are handed around."""
+    if isinstance(value, dict):
+        return {key: _without_credentials(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_credentials(inner) for inner in value]
+    return _CREDENTIALS.sub("***@", value) if isinstance(value, str) else value

@@ -1,0 +1,199 @@
+"""The tables of a run: rows by rungs, once for the terminal and the page alike."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from afmrl_ray.cit.stages import RunDirectory
+from afmrl_ray.report.collect import AttributeSizes, Estimate, Round, Rung, RunSummary, collect
+
+_ORDER = ("hit", "recall", "map", "map_m5", "mrr", "probe_accuracy", "knn_accuracy", "nmi", "ari", "purity")
+_LABELS = {
+    "map": "mAP",
+    "map_m5": "mAP (M5)",
+    "mrr": "MRR",
+    "probe_accuracy": "probe accuracy",
+    "knn_accuracy": "kNN accuracy",
+    "nmi": "NMI",
+    "ari": "ARI",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A formatted value and its 95 % interval, empty where there is none."""
+
+    text: str = ""
+    interval: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A labelled line; `intervals` says whether the narrow terminal table shows them too."""
+
+    label: str
+    cells: list[Cell]
+    intervals: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    note: str
+    rows: list[Row]
+
+
+def run_table(run: RunDirectory) -> str:
+    """The table of the rounds and the table of the stages, as plain ASCII text.
+
+    Raises:
+        StorageError: there is no run at that path.
+    """
+    return format_tables(collect(run))
+
+
+def format_tables(summary: RunSummary) -> str:
+    """The same, of a summary."""
+    if not summary.stages:
+        return f"{summary.name}: no stage is committed yet"
+    parts = [format_rungs(summary)] if summary.rungs else []
+    return "\n\n".join([*parts, format_stages(summary)])
+
+
+def format_rungs(summary: RunSummary) -> str:
+    """Metrics by rung. Shares are per cent."""
+    lines = [["", *column_names(summary)]]
+    for section in sections(summary):
+        lines.append([f"{section.title} ({section.note})" if section.note else section.title])
+        for row in section.rows:
+            lines.append([f"  {row.label}", *[cell.text or "-" for cell in row.cells]])
+            if row.intervals and any(cell.interval for cell in row.cells):
+                lines.append(["    95 % interval", *[cell.interval for cell in row.cells]])
+    notes = ["* made with other settings than the run's; the same command runs it again"] if summary.outdated else []
+    return "\n".join([*_aligned(lines), *notes])
+
+
+def format_stages(summary: RunSummary) -> str:
+    """Seconds and peak memory by stage, and in all."""
+    lines = [["stage", "seconds", "peak MiB"]]
+    for stage in summary.stages:
+        star = "*" if stage.outdated else ""
+        lines.append([stage.name + star, f"{stage.seconds:.1f}", f"{stage.peak_memory_mb:.0f}"])
+    lines.append(["all", f"{summary.seconds:.1f}", f"{summary.peak_memory_mb:.0f}"])
+    return "\n".join(_aligned(lines))
+
+
+def _aligned(lines: list[list[str]]) -> Iterator[str]:
+    """Columns padded to their widest cell; a line of one cell spans all of them."""
+    columns = [line for line in lines if len(line) > 1]
+    widths = [max(len(line[i]) for line in columns) for i in range(len(columns[0]))]
+    for line in lines:
+        first = line[0].ljust(widths[0] if len(line) > 1 else 0)
+        rest = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=False)]
+        yield "  ".join([first, *rest]).rstrip()
+
+
+def column_names(summary: RunSummary) -> list[str]:
+    """Names of the rungs; those to be measured again carry an asterisk."""
+    return [rung.name + ("*" if rung.stage in summary.outdated else "") for rung in summary.rungs]
+
+
+def sections(summary: RunSummary) -> list[Section]:
+    """Protocols (headline first), attributes and rewards, each with a row a metric and a cell a rung."""
+    names = list(dict.fromkeys(name for rung in summary.rungs for name in rung.protocols))
+    names.sort(key=lambda name: name != summary.headline)
+    found = [_protocol_section(summary, name) for name in names]
+    found += [_attribute_section(summary), _reward_section(summary)]
+    return [section for section in found if any(cell.text for row in section.rows for cell in row.cells)]
+
+
+def _protocol_section(summary: RunSummary, name: str) -> Section:
+    results = [rung.protocols.get(name) for rung in summary.rungs]
+    counts = [result for result in results if result is not None and result.queries is not None]
+    note = f"{counts[-1].kind}, {counts[-1].queries} queries, {counts[-1].gallery} in the gallery" if counts else ""
+    if counts and counts[-1].kind == "labels":
+        note = f"{counts[-1].queries} listings, probe fitted on {counts[-1].gallery}"
+    metrics = {metric for result in results if result is not None for metric in result.metrics}
+    rows = [
+        Row(
+            f"{metric_label(metric)} %",
+            [_share(result.metrics.get(metric)) if result is not None else Cell() for result in results],
+            intervals=name == summary.headline and metric == "hit@1",
+        )
+        for metric in sorted(metrics, key=metric_order)
+    ]
+    return Section(name, note, rows)
+
+
+def metric_order(metric: str) -> tuple[int, int, str]:
+    """Sorts metrics as they are read: hits, recalls, mAP, then labels; by depth within each."""
+    base, depth = _split(metric)
+    return (_ORDER.index(base) if base in _ORDER else len(_ORDER), depth or 0, metric)
+
+
+def metric_label(metric: str) -> str:
+    """How a metric is called in tables and plots."""
+    base, depth = _split(metric)
+    return _LABELS.get(base, base) + (f"@{depth}" if depth is not None else "")
+
+
+def _split(metric: str) -> tuple[str, int | None]:
+    match = re.fullmatch(r"(.+)@(\d+)", metric)
+    return (match[1], int(match[2])) if match else (metric, None)
+
+
+def _attribute_section(summary: RunSummary) -> Section:
+    rounds = {each.number: each for each in summary.rounds}
+
+    def cell(rung: Rung, name: str, scale: float) -> Cell:
+        before = rounds[rung.number].attributes if rung.number in rounds else None
+        return Cell(_change(_size(before, name, scale), _size(rung.attributes, name, scale)))
+
+    rows = [("words", "mean_words", 1.0), ("pairs", "mean_pairs", 1.0), ("invalid %", "invalid_share", 100.0)]
+    return Section(
+        "attributes",
+        "of a listing, before -> after the round's RAR",
+        [Row(label, [cell(rung, name, scale) for rung in summary.rungs]) for label, name, scale in rows],
+    )
+
+
+def _size(sizes: AttributeSizes | None, name: str, scale: float) -> str:
+    value = getattr(sizes, name) if sizes is not None else None
+    return f"{scale * value:.1f}" if value is not None else ""
+
+
+def _reward_section(summary: RunSummary) -> Section:
+    rounds = {each.number: each for each in summary.rounds}
+    of_rungs = [rounds.get(rung.number) if rung.number is not None else None for rung in summary.rungs]
+
+    def row(label: str, name: str, *, sign: str = "", intervals: bool = False) -> Row:
+        return Row(label, [_reward(each, name, sign) for each in of_rungs], intervals)
+
+    heldout = [
+        Row(f"held-out, {when} RAR", [_reward(each, f"heldout_{when}", "") for each in of_rungs], True)
+        for when in ("before", "after")
+    ]
+    gain = row("held-out gain", "heldout_gain", sign="+", intervals=True)
+    return Section("reward", "", [*heldout, gain, row("training, last steps", "reward_mean")])
+
+
+def _reward(each: Round | None, name: str, sign: str) -> Cell:
+    found = each.reward(name) if each is not None else None
+    if found is None or found.mean is None:
+        return Cell()
+    interval = f"{found.low:{sign}.3f} to {found.high:{sign}.3f}" if found.has_interval else ""
+    return Cell(f"{found.mean:{sign}.3f}", interval)
+
+
+def _share(value: Estimate | None) -> Cell:
+    if value is None or value.mean is None:
+        return Cell()
+    if value.low is None or value.high is None:
+        return Cell(f"{100 * value.mean:.1f}")
+    return Cell(f"{100 * value.mean:.1f}", f"{100 * value.low:.1f} to {100 * value.high:.1f}")
+
+
+def _change(before: str, after: str) -> str:
+    return f"{before} -> {after}" if before and after else after

@@ -1,0 +1,38 @@
+"""Make the synthetic catalogue of `synthetic.*` as one Parquet file, with a contact sheet if asked for."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from collections.abc import Sequence
+
+from afmrl_ray import storage
+from afmrl_ray.catalogue import make_catalogue, open_catalogue, write_catalogue
+from afmrl_ray.catalogue.contact_sheet import contact_sheet
+from afmrl_ray.cli import job_main
+from afmrl_ray.config import Config
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", default="catalogue.parquet", help="file to write, path or URI")
+    parser.add_argument("--sheet", help="PNG to write with the first 30 test queries")
+
+
+def body(config: Config, options: argparse.Namespace) -> None:
+    write_catalogue(make_catalogue(config.synthetic), options.out)
+    catalogue = open_catalogue(options.out, config=config.catalogue)
+    if options.sheet:
+        roles = catalogue.column("role")
+        picture = io.BytesIO()
+        contact_sheet(catalogue, [row for row, role in enumerate(roles) if role == "query"][:30]).save(picture, "PNG")
+        storage.write_bytes(options.sheet, picture.getvalue())
+    print(f"{options.out}: {len(catalogue)} listings, fingerprint {catalogue.fingerprint[:12]}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return job_main(__doc__ or "", body, argv, arguments=arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
