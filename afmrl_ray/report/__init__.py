@@ -1,7 +1,8 @@
-"""Tables, plots and the page of a run."""
+"""Tables, plots and the HTML report of a run."""
 
 from __future__ import annotations
 
-from afmrl_ray.report.write import run_table, write_report
+from afmrl_ray.report.table import run_table
+from afmrl_ray.report.write import write_report
 
 __all__ = ["run_table", "write_report"]

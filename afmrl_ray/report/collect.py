@@ -83,7 +83,7 @@ class Rung:
     Attributes:
         name: `chance`, `pixels`, `baseline` or `round r`.
         number: the round, or none.
-        stage: the stage that measured it.
+        stage: the stage that measures it; without protocols if that is not committed yet.
         trained: whether it is more than a floor.
     """
 
@@ -170,7 +170,8 @@ def collect(run: RunDirectory) -> RunSummary:
     found = {stage.name: stage for stage in run.stages()}
     inputs = {name: storage.read_json(storage.join(run.path, "stages", name, RECORD))["inputs"] for name in found}
     numbers = sorted({int(match[1]) for name in found if (match := _ROUND.search(name))})
-    rounds = [_round(found, number) for number in numbers]
+    # The attributes written after the last RAR are no round of their own.
+    rounds = [each for each in (_round(found, number) for number in numbers) if each.number == 0 or each.agcl]
     return RunSummary(
         name=record.get("name", ""),
         path=_without_credentials(run.path),
@@ -179,9 +180,8 @@ def collect(run: RunDirectory) -> RunSummary:
         versions=record.get("versions", {}),
         catalogue=record.get("catalogue", {}),
         headline=config.get("evaluation", {}).get("headline", ""),
-        rungs=_rungs(found, numbers),
-        # The attributes written after the last RAR are no round of their own.
-        rounds=[each for each in rounds if each.agcl or each.rar or each.number == 0],
+        rungs=_rungs(found, [each.number for each in rounds]),
+        rounds=rounds,
         baseline_log=_log(found.get("baseline")),
         distill_log=_log(found.get("distill")),
         examples={n: _examples(found[f"evaluate-r{n}"]) for n in numbers if f"evaluate-r{n}" in found},
@@ -221,12 +221,13 @@ def _rungs(found: dict[str, Stage], numbers: list[int]) -> list[Rung]:
     if "floor" in found:
         floor = found["floor"].metrics
         rungs = [Rung(name, None, "floor", False, _protocols(floor.get(name, {}))) for name in ("chance", "pixels")]
-    measured = [("baseline", None, "evaluate-baseline"), *[(f"round {n}", n, f"evaluate-r{n}") for n in numbers]]
+    measured: list[tuple[str, int | None, str]] = [(f"round {n}", n, f"evaluate-r{n}") for n in numbers]
+    if "evaluate-baseline" in found:
+        measured.insert(0, ("baseline", None, "evaluate-baseline"))
     for name, number, stage in measured:
-        if stage in found:
-            metrics = found[stage].metrics
-            protocols = _protocols(metrics.get("protocols", {}))
-            rungs.append(Rung(name, number, stage, True, protocols, _sizes(metrics.get("attributes"))))
+        metrics = found[stage].metrics if stage in found else {}
+        protocols = _protocols(metrics.get("protocols", {}))
+        rungs.append(Rung(name, number, stage, True, protocols, _sizes(metrics.get("attributes"))))
     return rungs
 
 

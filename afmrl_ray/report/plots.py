@@ -1,137 +1,268 @@
-"""Pictures of a run: metrics by round, RAR and training curves, seconds by stage."""
+"""The plots of a run as PNG bytes; a plot without data is none."""
 
 from __future__ import annotations
 
 import io
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-import matplotlib
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from afmrl_ray.report.collect import Summary
+from afmrl_ray.report.collect import Estimate, Log, RunSummary
+from afmrl_ray.report.table import metric_label, metric_order
 
-matplotlib.use("Agg")
-
-from matplotlib import pyplot as plt
-
-_STYLE = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "figure.dpi": 110,
-}
-_SMOOTHING = 5
+_MARKERS = "osD^vP*X"
+_LINES = ("-", "--", "-.", ":")
+_DPI = 110
+_PANEL = (4.6, 2.9)
 
 
-def plots(summary: Summary) -> dict[str, bytes]:
-    """PNG by name; what has no data is left out."""
-    with plt.rc_context(_STYLE):
-        made = {
-            "rounds": _rounds(summary),
-            "rar": _curves(
-                summary,
-                "rar-",
-                {
-                    "reward_mean": "mean reward",
-                    "kl": "KL to the round's start, nats per token",
-                    "attribute_pairs": "attribute pairs",
-                    "invalid_share": "invalid share",
-                    "zero_variance_share": "groups without variance",
-                    "logprob_gap": "sampler/learner gap, nats per token",
-                },
-                "RAR step",
-            ),
-            "agcl": _curves(
-                summary,
-                ("agcl-", "baseline"),
-                {
-                    "loss": "loss, nats",
-                    "accuracy": "in-batch accuracy",
-                    "masked_share": "masked share",
-                    "weight_p50": "median relative weight of negatives",
-                },
-                "AGCL step",
-            ),
-            "distill": _curves(summary, "distill", {"loss": "loss, nats per token"}, "distillation step"),
-            "stages": _stages(summary),
-        }
-    return {name: data for name, data in made.items() if data is not None}
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a plot; series differ in marker or dash too, so that none is told by colour alone."""
+
+    background: str
+    text: str
+    grid: str
+    series: tuple[str, ...]
 
 
-def _rounds(summary: Summary) -> bytes | None:
-    columns = [column for column in summary.columns if summary.headline in column.protocols]
-    if not columns:
-        return None
-    figure, axes = plt.subplots(figsize=(7, 3.6))
-    names = [n for n in columns[0].protocols[summary.headline]["metrics"] if n.startswith(("hit@", "map@"))]
-    places = np.arange(len(columns))
-    for offset, name in enumerate(names):
-        values = [column.protocols[summary.headline]["metrics"][name] for column in columns]
-        means = 100 * np.array([value["mean"] for value in values])
-        low = means - 100 * np.array([value["low"] for value in values])
-        high = 100 * np.array([value["high"] for value in values]) - means
-        shift = (offset - (len(names) - 1) / 2) * 0.06
-        axes.errorbar(places + shift, means, yerr=[low, high], marker="o", capsize=3, label=name)
-    axes.set_xticks(places, [column.title for column in columns])
-    axes.set_ylabel("percent, 95 % interval")
-    axes.set_title(f"protocol {summary.headline}")
-    axes.legend(frameon=False, ncols=len(names), fontsize=9)
-    return _png(figure)
+LIGHT = Theme("#ffffff", "#22262b", "#e3e5e8", ("#20639b", "#c8553d", "#2f8f6b", "#8a5aa8", "#a67c1b", "#5b6470"))
+DARK = Theme("#1b1e22", "#dfe2e6", "#33383e", ("#6fb1ea", "#ee8d75", "#66c9a2", "#c39be0", "#dcb45c", "#9aa4b0"))
+
+Draw = Callable[[Axes, Theme], None]
+Panel = tuple[str, Draw]
+Series = list[tuple[str, Log]]
+"""Logs by label, one line each."""
 
 
-def _curves(summary: Summary, prefix: str | tuple[str, ...], shown: dict[str, str], step: str) -> bytes | None:
-    stages = [name for name in summary.curves if name.startswith(prefix)]
-    shown = {
-        key: label
-        for key, label in shown.items()
-        if any(record.get(key) is not None for name in stages for record in summary.curves[name])
+def draw_plots(summary: RunSummary, theme: Theme = LIGHT) -> dict[str, bytes | None]:
+    """PNG by name: `metrics`, `rar`, `agcl`, `stages`."""
+    return {
+        "metrics": _figure(metric_panels(summary), theme),
+        "rar": _figure(rar_panels(summary), theme),
+        "agcl": _figure(agcl_panels(summary), theme),
+        "stages": _figure([("", _stage_bars(summary))], theme, columns=1, height=0.9 + 0.3 * len(summary.stages))
+        if summary.stages
+        else None,
     }
-    if not shown:
+
+
+def metric_panels(summary: RunSummary) -> list[Panel]:
+    """Retrieval, labels, attribute sizes and held-out reward by rung."""
+    panels: list[Panel] = []
+    for name in dict.fromkeys(name for rung in summary.rungs for name in rung.protocols):
+        results = [rung.protocols[name] for rung in summary.rungs if name in rung.protocols and rung.trained]
+        if results:
+            metrics = sorted({metric for result in results for metric in result.metrics}, key=metric_order)
+            shown = [metric for metric in metrics if not metric.startswith(("map_m5", "mrr"))]
+            panels.append((f"{name}, %", _by_rung(summary, name, shown)))
+    sizes = [each for rung in summary.rungs if (each := rung.attributes) is not None]
+    if sizes:
+        panels.append(("words and pairs of a listing's attributes", _attribute_sizes(summary)))
+    if any(each.reward("heldout_after") for each in summary.rounds):
+        panels.append(("held-out reward before and after RAR", _heldout(summary)))
+    return panels
+
+
+def rar_panels(summary: RunSummary) -> list[Panel]:
+    """Reward, invalid and zero-variance share, KL, length and log-probability gap over RAR steps."""
+    logs = [(f"round {each.number}", each.rar_log) for each in summary.rounds]
+    keys = (
+        ("reward_mean", "reward"),
+        ("invalid_share", "invalid share"),
+        ("zero_variance_share", "groups without variance, share"),
+        ("kl", "KL to the round's start, nats a token"),
+        ("attribute_words", "words of valid attributes"),
+        ("attribute_pairs", "pairs of valid attributes"),
+        ("completion_tokens", "tokens of a completion"),
+        ("logprob_gap", "sampler against learner, nats a token"),
+    )
+    return _step_panels(logs, keys)
+
+
+def agcl_panels(summary: RunSummary) -> list[Panel]:
+    """Loss, accuracy, masked share, similarity and weights over AGCL steps, and the loss of the distillation."""
+    logs = [("baseline", summary.baseline_log), *[(f"round {each.number}", each.agcl_log) for each in summary.rounds]]
+    keys = (
+        ("loss", "AGCL loss"),
+        ("accuracy", "in-batch accuracy"),
+        ("masked_share", "masked negatives, share"),
+        ("positive_similarity", "similarity of positives"),
+        ("weight_p50", "weight of a negative, median"),
+    )
+    return _step_panels([("distillation", summary.distill_log)], (("loss", "distillation loss"),)) + _step_panels(
+        logs, keys
+    )
+
+
+def _step_panels(logs: Series, keys: Sequence[tuple[str, str]]) -> list[Panel]:
+    panels: list[Panel] = []
+    for key, title in keys:
+        there = [(label, log) for label, log in logs if any(record.get(key) is not None for record in log)]
+        if there:
+            panels.append((title, _over_steps(there, key)))
+    return panels
+
+
+def _over_steps(logs: Series, key: str) -> Draw:
+    def draw(axes: Axes, theme: Theme) -> None:
+        for index, (label, log) in enumerate(logs):
+            points = [(record["step"], record[key]) for record in log if record.get(key) is not None]
+            steps, values = np.array(points, dtype=float).T
+            colour, dash = theme.series[index % len(theme.series)], _LINES[index % len(_LINES)]
+            window = max(1, len(values) // 20)
+            if window > 1:
+                axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+            single = {"marker": "o", "markersize": 4} if len(values) == 1 else {}
+            axes.plot(steps, _smooth(values, window), color=colour, linestyle=dash, label=label, **single)
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(logs) > 1 or logs[0][0].startswith("round"):
+            axes.legend()
+
+    return draw
+
+
+def _smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """[n] mean of the last `window` values, of fewer at the start."""
+    total = np.cumsum(np.concatenate([[0.0], values]))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return (total[ends] - total[starts]) / (ends - starts)
+
+
+def _by_rung(summary: RunSummary, protocol: str, metrics: list[str]) -> Draw:
+    rungs = [rung for rung in summary.rungs if rung.trained and protocol in rung.protocols]
+    floors = [rung for rung in summary.rungs if not rung.trained and protocol in rung.protocols]
+
+    def draw(axes: Axes, theme: Theme) -> None:
+        for index, metric in enumerate(metrics):
+            offset = 0.035 * (index - (len(metrics) - 1) / 2)
+            values = [rung.protocols[protocol].metrics.get(metric, Estimate(None)) for rung in rungs]
+            _errorbar(axes, theme, index, values, metric_label(metric), offset=offset, scale=100.0)
+        for floor, dash in zip(floors, (":", "--"), strict=False):
+            value = floor.protocols[protocol].metrics.get("hit@1")
+            if value is not None and value.mean is not None:
+                label = f"{floor.name}, hit@1"
+                axes.axhline(100 * value.mean, color=theme.series[-1], linestyle=dash, linewidth=1, label=label)
+        _name_rungs(axes, [rung.name for rung in rungs])
+        axes.legend(ncols=2 if len(metrics) + len(floors) > 5 else 1, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+    return draw
+
+
+def _attribute_sizes(summary: RunSummary) -> Draw:
+    def draw(axes: Axes, theme: Theme) -> None:
+        first = next((each.attributes for each in summary.rounds if each.attributes is not None), None)
+        stops = [("distilled", first)] if first is not None else []
+        stops += [(f"after round {r.number}", r.attributes) for r in summary.rungs if r.attributes is not None]
+        for index, (name, label) in enumerate((("mean_words", "words"), ("mean_pairs", "pairs"))):
+            values = [Estimate(getattr(sizes, name)) for _, sizes in stops]
+            _errorbar(axes, theme, index, values, label)
+        _name_rungs(axes, [name for name, _ in stops])
+        axes.set_ylim(bottom=0)
+        axes.legend()
+
+    return draw
+
+
+def _heldout(summary: RunSummary) -> Draw:
+    rounds = [each for each in summary.rounds if each.reward("heldout_after")]
+
+    def draw(axes: Axes, theme: Theme) -> None:
+        for index, when in enumerate(("before", "after")):
+            values = [each.reward(f"heldout_{when}") or Estimate(None) for each in rounds]
+            _errorbar(axes, theme, index, values, when, offset=0.12 * (index - 0.5), line=False)
+        _name_rungs(axes, [f"round {each.number}" for each in rounds])
+        axes.legend()
+
+    return draw
+
+
+def _errorbar(
+    axes: Axes,
+    theme: Theme,
+    index: int,
+    values: list[Estimate],
+    label: str,
+    *,
+    offset: float = 0.0,
+    scale: float = 1.0,
+    line: bool = True,
+) -> None:
+    there = [(place, value) for place, value in enumerate(values) if value.mean is not None]
+    middle = scale * np.array([value.mean for _, value in there])
+    ends = [
+        scale * np.array([value.mean if getattr(value, end) is None else getattr(value, end) for _, value in there])
+        for end in ("low", "high")
+    ]
+    axes.errorbar(
+        [place + offset for place, _ in there],
+        middle,
+        yerr=np.abs(np.stack([middle - ends[0], ends[1] - middle])),
+        color=theme.series[index % len(theme.series)],
+        marker=_MARKERS[index % len(_MARKERS)],
+        linestyle="-" if line else "none",
+        label=label,
+    )
+
+
+def _name_rungs(axes: Axes, names: list[str]) -> None:
+    axes.set_xticks(range(len(names)), names)
+    axes.set_xlim(-0.5, len(names) - 0.5)
+
+
+def _stage_bars(summary: RunSummary) -> Draw:
+    def draw(axes: Axes, theme: Theme) -> None:
+        stages = summary.stages
+        bars = axes.barh([stage.name for stage in stages], [stage.seconds for stage in stages], color=theme.series[0])
+        texts = [f"{stage.seconds:,.1f} s, {stage.peak_memory_mb:,.0f} MiB" for stage in stages]
+        axes.bar_label(bars, texts, padding=4)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.35 * max(max(stage.seconds for stage in stages), 0.1))
+        axes.set_xlabel("seconds")
+        axes.grid(visible=False, axis="y")
+
+    return draw
+
+
+def _figure(panels: list[Panel], theme: Theme, *, columns: int = 2, height: float | None = None) -> bytes | None:
+    if not panels:
         return None
-    columns = min(2, len(shown))
-    lines = -(-len(shown) // columns)
-    figure, grid = plt.subplots(lines, columns, figsize=(4.6 * columns, 2.5 * lines), squeeze=False)
-    for axes, (key, label) in zip(grid.flat, shown.items(), strict=False):
-        for name in stages:
-            points = [(r["step"], r[key]) for r in summary.curves[name] if r.get(key) is not None]
-            if points:
-                _line(axes, points, name)
-        axes.set_title(label)
-        axes.set_xlabel(step)
-    for axes in list(grid.flat)[len(shown) :]:
-        axes.set_visible(False)
-    if len(stages) > 1:
-        grid.flat[0].legend(frameon=False, fontsize=9)
-    return _png(figure)
-
-
-def _line(axes: Any, points: list[tuple[int, float]], label: str) -> None:
-    """The numbers, faint, and their moving mean."""
-    steps, values = np.array(points, dtype=float).T
-    window = min(_SMOOTHING, len(values))
-    drawn = axes.plot(steps, values, alpha=0.3, linewidth=1)[0]
-    smooth = np.convolve(values, np.ones(window) / window, mode="valid")
-    axes.plot(steps[window - 1 :], smooth, color=drawn.get_color(), linewidth=1.8, label=label)
-
-
-def _stages(summary: Summary) -> bytes | None:
-    if not summary.stages:
-        return None
-    figure, axes = plt.subplots(figsize=(7, 0.9 + 0.24 * len(summary.stages)))
-    names = [stage.name for stage in summary.stages]
-    axes.barh(names, [stage.seconds for stage in summary.stages], color="#4878a8")
-    axes.invert_yaxis()
-    axes.set_xlabel("seconds")
-    axes.set_title("stages")
-    return _png(figure)
-
-
-def _png(figure: Any) -> bytes:
-    data = io.BytesIO()
-    figure.tight_layout()
-    figure.savefig(data, format="png")
-    plt.close(figure)
-    return data.getvalue()
+    lines = -(-len(panels) // columns)
+    style = {
+        "font.size": 9,
+        "axes.titlesize": 9.5,
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": theme.grid,
+        "axes.edgecolor": theme.grid,
+        "axes.facecolor": theme.background,
+        "figure.facecolor": theme.background,
+        "legend.frameon": False,
+        "legend.fontsize": 8,
+        "errorbar.capsize": 3,
+        "lines.markersize": 4.5,
+        "lines.linewidth": 1.5,
+        **{name: theme.text for name in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")},
+    }
+    with rc_context(style):
+        size = (2 * _PANEL[0], height or lines * _PANEL[1])
+        figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        for index, (title, draw) in enumerate(panels):
+            axes = figure.add_subplot(lines, min(columns, len(panels)), index + 1)
+            axes.set_title(title)
+            draw(axes, theme)
+        target = io.BytesIO()
+        canvas.print_png(target)
+    return target.getvalue()

@@ -136,7 +136,8 @@ def metric_order(metric: str) -> tuple[int, int, str]:
 def metric_label(metric: str) -> str:
     """How a metric is called in tables and plots."""
     base, depth = _split(metric)
-    return _LABELS.get(base, base) + (f"@{depth}" if depth is not None else "")
+    name, _, protocol = _LABELS.get(base, base).partition(" (")
+    return name + (f"@{depth}" if depth is not None else "") + (f" ({protocol}" if protocol else "")
 
 
 def _split(metric: str) -> tuple[str, int | None]:

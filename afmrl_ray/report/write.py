@@ -1,103 +1,82 @@
-"""The report of a run: `report/index.html`, plots and `report.json` below the run directory."""
+"""Writes the report of a run: index.html, the plots as PNG and report.json."""
 
 from __future__ import annotations
 
-import base64
-import io
-from importlib import resources
-from typing import Any, Protocol
-
-import jinja2
-from PIL import Image
+from dataclasses import asdict
+from typing import Any
 
 from afmrl_ray import storage
 from afmrl_ray.cit.stages import RunDirectory
-from afmrl_ray.config import dump_yaml, validate
-from afmrl_ray.report.collect import Summary, collect
-from afmrl_ray.report.plots import plots
-from afmrl_ray.report.table import render_text, tables
-
-_THUMBNAIL_PX = 112
+from afmrl_ray.report.collect import Estimate, Round, Rung, RunSummary, collect
+from afmrl_ray.report.html import Listings, render
+from afmrl_ray.report.plots import DARK, LIGHT, draw_plots
 
 
-class Pictures(Protocol):
-    """Pictures by catalogue row."""
-
-    def picture(self, row: int) -> Image.Image: ...
-
-
-def run_table(run: RunDirectory) -> str:
-    """The tables of a run as text for the terminal."""
-    return render_text(tables(collect(run)))
-
-
-def write_report(run: RunDirectory, *, listings: Pictures | None = None) -> str:
-    """Write the report and return the path of its page, which needs no network and no other file.
+def write_report(run: RunDirectory, *, listings: Listings | None = None) -> str:
+    """Write `report/` below the run's directory and return the path of its index.html.
 
     Args:
-        listings: pictures of the catalogue; none = no examples on the page.
+        run: the run, finished or not.
+        listings: where the pictures of the examples come from; without, the examples are text only.
+
+    Raises:
+        StorageError: there is no run at that path, or it cannot be written.
     """
     summary = collect(run)
-    folder = storage.join(run.path, "report")
-    images = plots(summary)
-    for name, data in images.items():
-        storage.write_bytes(storage.join(folder, f"{name}.png"), data)
-    storage.write_json(storage.join(folder, "report.json"), machine_readable(summary))
-    page = (
-        _environment()
-        .get_template("template.html")
-        .render(
-            run=summary.run,
-            tables=tables(summary),
-            plots={name: _data_url(data, "png") for name, data in images.items()},
-            examples=_examples(summary, listings) if listings is not None else [],
-            config=dump_yaml(validate(summary.run["config"])),
-        )
-    )
-    index = storage.join(folder, "index.html")
+    plots = draw_plots(summary, LIGHT)
+    directory = storage.join(run.path, "report")
+    for name, png in plots.items():
+        path = storage.join(directory, f"{name}.png")
+        if png is None:
+            storage.remove(path)
+        else:
+            storage.write_bytes(path, png)
+    storage.write_json(storage.join(directory, "report.json"), report_record(summary))
+    index = storage.join(directory, "index.html")
+    page = render(summary, plots=plots, dark_plots=draw_plots(summary, DARK), listings=listings)
     storage.write_bytes(index, page.encode())
     return index
 
 
-def machine_readable(summary: Summary) -> dict[str, Any]:
-    """Rounds with metrics and intervals, floor, stage seconds and peak memory (DESIGN 4.6)."""
+def report_record(summary: RunSummary) -> dict[str, Any]:
+    """What `report.json` holds (DESIGN 4.6): shares between 0 and 1, seconds, MiB; null where nothing was measured."""
     return {
-        "name": summary.run["name"],
-        "versions": summary.run["versions"],
-        "catalogue": summary.run["catalogue"],
-        "rounds": [
-            {"title": c.title, "protocols": c.protocols, "attributes": c.attributes, "rar": c.rar}
-            for c in summary.columns
-        ],
-        "floor": summary.floor,
-        "stages": [{"name": s.name, "seconds": s.seconds, "peak_memory_mb": s.peak_memory_mb} for s in summary.stages],
-        "seconds": sum(stage.seconds for stage in summary.stages),
-        "peak_memory_mb": max((stage.peak_memory_mb for stage in summary.stages), default=0.0),
+        "name": summary.name,
+        "command": summary.command,
+        "versions": summary.versions,
+        "catalogue": summary.catalogue,
+        "headline": summary.headline,
+        "rungs": [_rung(rung, summary) for rung in summary.rungs],
+        "rounds": [_round(each) for each in summary.rounds],
+        "stages": [asdict(stage) for stage in summary.stages],
+        "seconds": summary.seconds,
+        "peak_memory_mb": summary.peak_memory_mb,
     }
 
 
-def _environment() -> jinja2.Environment:
-    source = resources.files("afmrl_ray.report").joinpath("template.html").read_text()
-    return jinja2.Environment(loader=jinja2.DictLoader({"template.html": source}), autoescape=True)
+def _rung(rung: Rung, summary: RunSummary) -> dict[str, Any]:
+    return {
+        "name": rung.name,
+        "round": rung.number,
+        "stage": rung.stage,
+        "outdated": rung.stage in summary.outdated,
+        "protocols": {name: asdict(result) for name, result in rung.protocols.items()},
+        "attributes": asdict(rung.attributes) if rung.attributes is not None else None,
+    }
 
 
-def _examples(summary: Summary, listings: Pictures) -> list[dict[str, Any]]:
-    def picture(row: int) -> str:
-        image = listings.picture(row)
-        image.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
-        data = io.BytesIO()
-        image.save(data, "JPEG", quality=85)
-        return _data_url(data.getvalue(), "jpeg")
-
-    return [
-        {
-            **example,
-            "picture": picture(example["query_row"]),
-            "hits": [{**hit, "picture": picture(hit["row"])} for hit in example["hits"] if hit["row"] >= 0],
-        }
-        for example in summary.examples
-    ]
+def _round(each: Round) -> dict[str, Any]:
+    return {
+        "round": each.number,
+        "attributes_before": asdict(each.attributes) if each.attributes is not None else None,
+        "agcl": _estimates(each.agcl),
+        "rar": _estimates(each.rar),
+    }
 
 
-def _data_url(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+def _estimates(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Objects with a mean stay objects; plain numbers stay numbers; what is not finite becomes null."""
+    return {
+        name: asdict(Estimate.of(value)) if isinstance(value, dict) else Estimate.of(value).mean
+        for name, value in metrics.items()
+    }

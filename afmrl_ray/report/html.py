@@ -1,0 +1,191 @@
+"""The report as one HTML page that needs nothing from elsewhere: pictures and plots are data URLs."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from typing import Protocol
+
+from jinja2 import Environment, StrictUndefined
+from PIL import Image
+
+from afmrl_ray.report.collect import Estimate, Example, RunSummary
+from afmrl_ray.report.table import column_names, sections
+
+_THUMBNAIL_PX = 192
+_PLOT_TITLES = {
+    "metrics": ("Metrics by round", "Error bars are 95 % intervals over queries or prompts."),
+    "rar": ("RAR", "Faint: every step. Strong: running mean."),
+    "agcl": ("Distillation and AGCL", ""),
+    "stages": ("Stages", ""),
+}
+
+
+class Listings(Protocol):
+    """Whatever has the pictures of the catalogue's rows."""
+
+    def picture(self, row: int) -> Image.Image: ...
+
+
+@dataclass(frozen=True)
+class KeyFigure:
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plot:
+    title: str
+    note: str
+    light: str
+    dark: str
+
+
+@dataclass(frozen=True)
+class ShownHit:
+    item_id: str
+    score: float
+    right: bool
+    picture: str | None
+
+
+@dataclass(frozen=True)
+class ShownExample:
+    """An example with its pictures as data URLs and its attributes by round."""
+
+    item_id: str
+    title: str
+    picture: str | None
+    attributes: list[tuple[str, str]]
+    hits: list[ShownHit]
+
+
+def render(
+    summary: RunSummary,
+    *,
+    plots: Mapping[str, bytes | None],
+    dark_plots: Mapping[str, bytes | None],
+    listings: Listings | None,
+) -> str:
+    """The page.
+
+    Args:
+        summary: the run.
+        plots: PNG by name for light pages.
+        dark_plots: the same for dark pages.
+        listings: pictures of the examples; without, they are text only.
+    """
+    # Titles and attributes are sellers' and models' text: everything is escaped.
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(resources.files(__package__).joinpath("template.html").read_text("utf-8"))
+    return template.render(
+        run=summary,
+        columns=column_names(summary),
+        sections=sections(summary),
+        figures=key_figures(summary),
+        plots=_plots(plots, dark_plots),
+        examples=_examples(summary, listings),
+        last_round=max(summary.examples, default=None),
+        duration=duration,
+        config=json.dumps(summary.config, indent=2, sort_keys=True),
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: `48 s`, `12 min 5 s`, `3 h 20 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def key_figures(summary: RunSummary) -> list[KeyFigure]:
+    """The few numbers that stand first, as far as they are there."""
+    figures = []
+    hits = {
+        rung.name: result.metrics["hit@1"]
+        for rung in summary.rungs
+        if (result := rung.protocols.get(summary.headline)) is not None and "hit@1" in result.metrics
+    }
+    trained = [rung for rung in summary.rungs if rung.trained and rung.name in hits]
+    if trained:
+        last = trained[-1].name
+        others = [f"{name} {_percent(value)}" for name, value in hits.items() if name != last]
+        note = ", ".join(others)
+        figures.append(KeyFigure(f"hit@1, {summary.headline}, {last}", _percent(hits[last]), note))
+    gains = [(each.number, gain) for each in summary.rounds if (gain := each.reward("heldout_gain")) is not None]
+    if gains:
+        number, gain = gains[-1]
+        value = f"{gain.mean:+.3f}" if gain.mean is not None else "-"
+        note = f"95 % interval {gain.low:+.3f} to {gain.high:+.3f}" if gain.has_interval else ""
+        figures.append(KeyFigure(f"held-out reward by RAR, round {number}", value, note))
+    sizes = [(rung.name, rung.attributes) for rung in summary.rungs if rung.attributes is not None]
+    if sizes:
+        name, last_sizes = sizes[-1]
+        words = last_sizes.mean_words
+        invalid = _percent(Estimate(last_sizes.invalid_share))
+        figures.append(
+            KeyFigure(f"words of attributes, {name}", f"{words:.1f}" if words is not None else "-", f"invalid {invalid}")
+        )
+    if summary.stages:
+        peak = f"peak memory {summary.peak_memory_mb / 1024:.1f} GiB"
+        figures.append(KeyFigure("in all stages", duration(summary.seconds), peak))
+    return figures
+
+
+def _percent(value: Estimate) -> str:
+    return f"{100 * value.mean:.1f} %" if value.mean is not None else "-"
+
+
+def _plots(light: Mapping[str, bytes | None], dark: Mapping[str, bytes | None]) -> list[Plot]:
+    shown = []
+    for name, (title, note) in _PLOT_TITLES.items():
+        first, second = light.get(name), dark.get(name)
+        if first is not None and second is not None:
+            shown.append(Plot(title, note, _data_url(first, "png"), _data_url(second, "png")))
+    return shown
+
+
+def _examples(summary: RunSummary, listings: Listings | None) -> list[ShownExample]:
+    """Examples of the last evaluated round, with what earlier rounds wrote about the same listings."""
+    if not summary.examples:
+        return []
+    by_round = {number: {each.item_id: each for each in found} for number, found in summary.examples.items()}
+    pictures: dict[int, str] = {}
+
+    def picture(row: int) -> str | None:
+        if listings is None:
+            return None
+        if row not in pictures:
+            pictures[row] = _thumbnail(listings.picture(row))
+        return pictures[row]
+
+    def shown(example: Example) -> ShownExample:
+        written = [
+            (f"round {number}", found[example.item_id].attributes)
+            for number, found in sorted(by_round.items())
+            if example.item_id in found
+        ]
+        hits = [ShownHit(hit.item_id, hit.score, hit.right, picture(hit.row)) for hit in example.hits]
+        return ShownExample(example.item_id, example.title, picture(example.query_row), written, hits)
+
+    return [shown(example) for example in summary.examples[max(summary.examples)]]
+
+
+def _thumbnail(picture: Image.Image) -> str:
+    small = picture.convert("RGB")
+    small.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
+    target = io.BytesIO()
+    small.save(target, "JPEG", quality=82)
+    return _data_url(target.getvalue(), "jpeg")
+
+
+def _data_url(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,123 @@
+"""The whole loop on a local Ray: commits, resumes, and what a changed config re-runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from afmrl_ray import storage
+from afmrl_ray.cit.driver import open_run, run_cit
+from afmrl_ray.cit.stages import RunDirectory, Stage
+from afmrl_ray.config import dump_yaml, validate
+from tests.cit.conftest import run_values
+
+ROOT = Path(__file__).resolve().parents[2]
+ROUND = ("attributes-r0", "agcl-r0", "gallery-r0", "rar-r0", "attributes-r1", "evaluate-r0")
+
+
+def fingerprints(run: RunDirectory) -> dict[str, str]:
+    return {stage.name: stage.fingerprint for stage in run.stages()}
+
+
+def commits(run: RunDirectory) -> dict[str, str]:
+    root = storage.join(run.path, "stages")
+    return {
+        stage.name: storage.read_json(storage.join(root, stage.name, "stage.json"))["committed_at"]
+        for stage in run.stages()
+    }
+
+
+def weights(stage: Stage) -> bytes:
+    folder = stage.output("model")
+    names = [name for name in storage.list_files(folder) if name.endswith(".safetensors")]
+    return b"".join(storage.read_bytes(storage.join(folder, name)) for name in names)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_a_run_commits_every_stage_skips_them_next_time_and_reruns_what_a_change_touches(ray_local, tmp_path):
+    config = validate(run_values(tmp_path))
+    with open_run(config) as pipeline:
+        run_cit(pipeline)
+        run = pipeline.run
+    first = commits(run)
+    assert set(first) == {"catalogue", "models", "labels", "distill", "floor", *ROUND}
+    measured = run.committed("evaluate-r0").metrics
+    assert 0 <= measured["protocols"]["fine"]["metrics"]["hit@1"]["mean"] <= 1
+    rar = run.committed("rar-r0").metrics
+    assert rar["heldout_before"]["low"] <= rar["heldout_before"]["mean"] <= rar["heldout_before"]["high"]
+    assert weights(run.committed("rar-r0")) != weights(run.committed("distill"))
+
+    with open_run(config) as pipeline:
+        run_cit(pipeline)
+    assert commits(run) == first
+
+    changed = validate(run_values(tmp_path, evaluation={**run_values(tmp_path)["evaluation"], "bootstrap_samples": 60}))
+    with open_run(changed) as pipeline:
+        run_cit(pipeline)
+    again = commits(run)
+    assert {name for name in again if again[name] != first[name]} == {"floor", "evaluate-r0"}
+
+
+def start_driver(config_file: Path, log: Path) -> subprocess.Popen:
+    environment = {**os.environ, "RAY_ADDRESS": "", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "jobs/train_rar.py"), "--config", str(config_file)],
+        stdout=log.open("ab"),
+        stderr=subprocess.STDOUT,
+        env=environment,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+
+
+def kill_when(driver: subprocess.Popen, condition, log: Path, limit_s: float = 240) -> None:
+    """Kill the driver and everything it started, all at once, as soon as `condition` holds."""
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert driver.poll() is None, f"the driver ended before it could be killed:\n{log.read_text()[-3000:]}"
+        assert time.monotonic() < deadline, "the condition never came"
+        time.sleep(0.05)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_driver_killed_in_agcl_and_in_rar_finishes_with_the_numbers_of_an_undisturbed_run(tmp_path):
+    results = {}
+    for name in ("undisturbed", "killed"):
+        folder = tmp_path / name
+        folder.mkdir()
+        file = folder / "config.yaml"
+        values = run_values(folder, ray={"num_cpus": 4, "object_store_mb": 100})
+        values["catalogue"]["staging_dir"] = str(tmp_path / "staging")
+        values["rar"]["steps"] = 8
+        file.write_text(dump_yaml(validate(values)))
+        log = folder / "log"
+        stages = folder / "t" / "stages"
+        if name == "killed":
+            driver = start_driver(file, log)
+            kill_when(driver, lambda: list(stages.glob("agcl-r0/*/train/agcl-r0/step_*")), log)
+            assert not (stages / "agcl-r0" / "stage.json").exists()
+            driver = start_driver(file, log)
+            kill_when(driver, lambda: list(stages.glob("rar-r0/*/checkpoints/step_*/manifest.json")), log)
+            assert not (stages / "rar-r0" / "stage.json").exists()
+        driver = start_driver(file, log)
+        assert driver.wait(timeout=600) == 0, log.read_text()[-3000:]
+        run = RunDirectory(str(folder), "t")
+        results[name] = {
+            stage: (run.committed(stage).metrics, weights(run.committed(stage))) for stage in ("agcl-r0", "rar-r0")
+        }
+    for stage in ("agcl-r0", "rar-r0"):
+        metrics, model = results["undisturbed"][stage]
+        killed_metrics, killed_model = results["killed"][stage]
+        assert killed_model == model
+        assert json.dumps(killed_metrics, sort_keys=True) == json.dumps(metrics, sort_keys=True)
