@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import numpy as np
 
@@ -71,7 +72,7 @@ def labels_body(config: Config, catalogue_ref: CatalogueRef, directory: str) -> 
         teacher = make_teacher(config.teacher, cache_dir=cache, max_attributes=config.generator.max_attributes)
         items = [catalogue.item(int(row)) for row in rows]
         listings = [
-            Listing(item.item_id, item.title or "", item.attributes, lambda row=item.row: catalogue.picture_bytes(row))
+            Listing(item.item_id, item.title or "", item.attributes, partial(catalogue.picture_bytes, item.row))
             for item in items
         ]
         answers = teacher.annotate(listings)

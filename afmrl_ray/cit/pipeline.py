@@ -43,6 +43,7 @@ class Pipeline:
     def catalogue_stage(self) -> Stage:
         """The catalogue as a file: the synthetic one made, or the given one checked."""
         config = self.config
+        inputs: dict[str, Any]
         if config.catalogue.path is None:
             inputs = {"synthetic": config.synthetic.model_dump(mode="json")}
         else:

@@ -46,8 +46,8 @@ def describe(config: Config, there: Mapping[str, float] | None = None) -> str:
         f"  rounds    {config.cit.rounds}" + (", after a baseline" if config.cit.baseline else ""),
         f"  agcl      {agcl.steps} steps x {agcl.batch_size} pairs ({share} a worker), "
         f"{agcl.batch_size - 1} negatives a query, ZeRO {agcl.workers.zero_stage}, {agcl.adapter.kind}",
-        f"  rar       {rar.steps} steps x {rar.prompts_per_step} prompts x {rar.group_size} completions = {completions} "
-        f"rollouts of up to {config.generator.max_new_tokens} tokens "
+        f"  rar       {rar.steps} steps x {rar.prompts_per_step} prompts x {rar.group_size} completions = "
+        f"{completions} rollouts of up to {config.generator.max_new_tokens} tokens "
         f"({completions * config.generator.max_new_tokens} tokens a step), "
         f"micro-batches of {rar.tokens_per_microbatch} tokens, {rar.num_learners} learners",
         f"  actors    {rar.rollout.pool.num_workers} rollout, {rar.reward.pool.num_workers} reward, "

@@ -94,7 +94,8 @@ class RunDirectory:
     def stages(self) -> list[Stage]:
         """All committed stages in the order of their commits."""
         root = storage.join(self.path, "stages")
-        names = {path.split("/")[0] for path in storage.list_files(root) if path.count("/") == 1}
+        paths = (path.split("/") for path in storage.list_files(root))
+        names = [parts[0] for parts in paths if len(parts) == 2 and parts[1] == RECORD]
         records = [(storage.read_json(storage.join(root, name, RECORD))["committed_at"], name) for name in names]
         return [stage for _, name in sorted(records) if (stage := self.committed(name)) is not None]
 
@@ -112,6 +113,9 @@ class RunDirectory:
         if found is not None and found.fingerprint == fingerprint and self._outputs_exist(found):
             log.info("stage %s: committed, skipped", name)
             return found
+        if found is not None and found.fingerprint == fingerprint:
+            # Its outputs are about to be written again in place, so until then it vouches for nothing.
+            storage.remove(storage.join(self.path, "stages", name, RECORD))
         attempt = fingerprint[:12]
         directory = storage.join(self.path, "stages", name, attempt)
         if not resumable:

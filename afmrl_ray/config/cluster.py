@@ -30,7 +30,7 @@ class RayConfig(Section):
     namespace: str = "afmrl"
     """Ray namespace in which reward actors are named."""
     wait_for_resources_s: float = Field(60, gt=0)
-    """Seconds to wait for a cluster to have what a stage asks for before the job ends with what was asked and is there."""
+    """Seconds to wait for a cluster to have what a stage asks for; then the job ends and says what is there."""
 
 
 class WorkersConfig(Section):

@@ -1,4 +1,4 @@
-"""Settings of the two models, their adapters, their optimizers, and the tiny checkpoints that stand in for real ones."""
+"""Settings of the two models, their adapters and optimizers, and of tiny checkpoints that stand in for real ones."""
 
 from __future__ import annotations
 

@@ -62,6 +62,7 @@ class Config(Section):
         names = [p.name for p in self.evaluation.protocols if p.kind == "retrieval"]
         if self.evaluation.headline not in names:
             raise ValueError(
-                f"evaluation.headline {self.evaluation.headline!r} is not a retrieval protocol; there are: {', '.join(names)}"
+                f"evaluation.headline {self.evaluation.headline!r} is not a retrieval protocol; "
+                f"there are: {', '.join(names)}"
             )
         return self

@@ -50,8 +50,10 @@ class Annotator:
             completions = generate(self._model, self._processor, prompts, max_new_tokens=self._config.max_new_tokens)
             for row, (text, complete) in zip(fitting, completions.texts(self._processor), strict=True):
                 parsed = parse_attributes(text, max_attributes=self._config.max_attributes, complete=complete)
-                invalid = isinstance(parsed, InvalidAttributes)
-                found[row] = ("", parsed.reason) if invalid else (format_attributes(parsed), "")
+                if isinstance(parsed, InvalidAttributes):
+                    found[row] = "", parsed.reason
+                else:
+                    found[row] = format_attributes(parsed), ""
         return [found[row] for row in rows]
 
 

@@ -46,7 +46,7 @@ from afmrl_ray.training.engine import Engine
 
 # RLlib insists on spaces; a language model has none.
 _OBSERVATIONS = gym.spaces.Box(-1, 1, (1,), np.float32)
-_ACTIONS = gym.spaces.Discrete(2)
+_ACTIONS: gym.Space = gym.spaces.Discrete(2)
 
 
 class LearnerConfig(AlgorithmConfig):

@@ -92,8 +92,8 @@ class Sampler:
         groups = []
         for index, row in enumerate(rows):
             own = slice(index * group_size, (index + 1) * group_size)
-            arrays = (tensor[own].cpu().numpy() for tensor in (out.ids, out.mask, out.logp))
-            groups.append(Group(row, version, *arrays, texts[own]))
+            ids, mask, logp = (tensor[own].cpu().numpy() for tensor in (out.ids, out.mask, out.logp))
+            groups.append(Group(row, version, ids, mask, logp, texts[own]))
         return groups
 
 

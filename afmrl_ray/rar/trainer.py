@@ -21,17 +21,16 @@ from tqdm.auto import tqdm
 
 from afmrl_ray import storage
 from afmrl_ray.attributes.text import InvalidAttributes
-from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue
+from afmrl_ray.catalogue import CatalogueRef
 from afmrl_ray.config import Config
-from afmrl_ray.config.catalogue import SideConfig
-from afmrl_ray.errors import CatalogueError, UserError
+from afmrl_ray.errors import UserError
 from afmrl_ray.models.annotate import GeneratorRef
-from afmrl_ray.models.prompts import prompt_fits
 from afmrl_ray.rar.checkpoint import Checkpoints
 from afmrl_ray.rar.heldout import HeldOut, compare, summarise
 from afmrl_ray.rar.learner import build_learners, learner_batch
 from afmrl_ray.rar.loss import group_advantages
-from afmrl_ray.rar.module import ADVANTAGE, COMPLETION, DENOMINATOR, MASK, OLD_LOGP, ROW, WEIGHT, PolicySpec
+from afmrl_ray.rar.module import PolicySpec
+from afmrl_ray.rar.prompts import batch_columns, group_seeds, prompts_of_step, usable_rows
 from afmrl_ray.rar.reward import Gallery, RewardPool, RewardSpec, parse_completions, reward_completions
 from afmrl_ray.rar.rollout import Group, RolloutPool, Weights
 from afmrl_ray.retrieval.embed import EncoderRef, load_embeddings
@@ -111,7 +110,7 @@ class RARTrainer:
         task = self._rar.task
         sides = {"train": task.query, "heldout": task.heldout_query}
         self.prompts = {
-            name: usable_rows(config, catalogue, job, sides[name], galleries[name][0]) for name in galleries
+            name: usable_rows(catalogue, job.generator, sides[name], galleries[name][0]) for name in galleries
         }
         self._policy = PolicySpec(
             start=job.generator.path,
@@ -171,8 +170,6 @@ class RARTrainer:
                 pool.close()
         if self._learners is not None:
             self._learners.shutdown()
-        if self._rar.num_learners == 0 and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
     def _restore(self) -> int:
         manifest = self._checkpoints.latest()
@@ -284,77 +281,6 @@ class RARTrainer:
         groups = [Group(g.row, g.version, g.ids[:kept], g.mask[:kept], g.logp[:kept], g.texts[:kept]) for g in groups]
         rewards, parsed = self._reward("heldout", groups)
         return summarise(rewards, parsed, group_size=kept)
-
-
-def usable_rows(
-    config: Config, catalogue: StagedCatalogue, job: RARJob, side: SideConfig, gallery_rows: np.ndarray
-) -> tuple[np.ndarray, int]:
-    """Rows of a side that have a positive in the gallery and whose prompt fits, and how many were dropped.
-
-    Raises:
-        CatalogueError: none is left.
-    """
-    processor = PolicySpec(
-        job.generator.path, job.generator.config, config.rar.adapter, job.catalogue, 1.0, False
-    ).load_processor()
-    products = catalogue.column("product_id")
-    holders: dict[str, set[int]] = {}
-    for row in gallery_rows.tolist():
-        if products[row] is not None:
-            holders.setdefault(products[row], set()).add(row)
-    rows = catalogue.rows(side).tolist()
-    kept = [
-        row
-        for row in rows
-        if holders.get(products[row], set()) - {row}
-        and prompt_fits(processor, catalogue, row, config=job.generator.config)
-    ]
-    if not kept:
-        raise CatalogueError(
-            f"rar.task: of {len(rows)} queries of split {' or '.join(side.split)} none has a positive in the gallery and "
-            "a prompt within generator.max_prompt_tokens"
-        )
-    return np.array(kept), len(rows) - len(kept)
-
-
-def prompts_of_step(rows: np.ndarray, step: int, count: int, seed: int) -> np.ndarray:
-    """[count] prompt rows of a step: epochs of a seeded shuffle, one after another."""
-    places = np.arange(step * count, (step + 1) * count)
-    orders = {
-        epoch: np.random.default_rng([seed, int(epoch)]).permutation(len(rows))
-        for epoch in np.unique(places // len(rows))
-    }
-    return np.array([rows[orders[place // len(rows)][place % len(rows)]] for place in places])
-
-
-def group_seeds(seed: int, step: int, count: int) -> list[int]:
-    """[count] sampling seeds of a step's groups; step -1 stands for the held-out prompts."""
-    return np.random.default_rng([seed, step + 1, 7]).integers(2**62, size=count).tolist()
-
-
-def batch_columns(groups: list[Group], advantages: np.ndarray) -> dict[str, np.ndarray]:
-    """Columns of the learners' batch, one row for each completion, groups contiguous.
-
-    The denominator is the number of completion tokens of the whole step, which makes the loss a token mean however the
-    step is cut among learners and micro-batches.
-    """
-    longest = max(group.ids.shape[1] for group in groups)
-
-    def padded(name: str, kind: type) -> np.ndarray:
-        arrays = [getattr(group, name) for group in groups]
-        return np.concatenate([np.pad(a, ((0, 0), (0, longest - a.shape[1]))) for a in arrays]).astype(kind)
-
-    mask = padded("mask", np.bool_)
-    count = len(mask)
-    return {
-        ROW: np.repeat([group.row for group in groups], [len(group.ids) for group in groups]),
-        COMPLETION: padded("ids", np.int64),
-        MASK: mask,
-        OLD_LOGP: padded("logp", np.float32),
-        ADVANTAGE: advantages.reshape(-1).astype(np.float32),
-        WEIGHT: np.ones(count, dtype=np.float32),
-        DENOMINATOR: np.full(count, mask.sum(), dtype=np.float32),
-    }
 
 
 @contextmanager

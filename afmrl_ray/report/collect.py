@@ -145,6 +145,12 @@ class RunSummary:
     stages: list[StageCost]
 
     @property
+    def protocols(self) -> list[str]:
+        """Names of the protocols measured, the headline first."""
+        names = list(dict.fromkeys(name for rung in self.rungs for name in rung.protocols))
+        return sorted(names, key=lambda name: name != self.headline)
+
+    @property
     def outdated(self) -> set[str]:
         return {stage.name for stage in self.stages if stage.outdated}
 
@@ -201,7 +207,8 @@ def is_outdated(name: str, found: dict[str, Stage], inputs: dict[str, Any], conf
         config: the run's config.
     """
     own = inputs[name]
-    if not _agree(own.get("config", {}), config) or own.get("seed", 0) != config.get("run", {}).get("seed", 0):
+    settings = {**own.get("config", {}), **({"run": {"seed": own["seed"]}} if "seed" in own else {})}
+    if not _agree(settings, config):
         return True
     return any(
         found[above].fingerprint != fingerprint or is_outdated(above, found, inputs, config)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from typing import Protocol
@@ -14,6 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from afmrl_ray.report.collect import Estimate, Example, RunSummary
+from afmrl_ray.report.plots import DARK, LIGHT, draw_png, plot_panels
 from afmrl_ray.report.table import column_names, sections
 
 _THUMBNAIL_PX = 192
@@ -39,11 +39,19 @@ class KeyFigure:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A panel as data URLs for light and for dark pages."""
+
+    title: str
+    light: str
+    dark: str
+
+
+@dataclass(frozen=True)
 class Plot:
     title: str
     note: str
-    light: str
-    dark: str
+    panels: list[Picture]
 
 
 @dataclass(frozen=True)
@@ -65,19 +73,11 @@ class ShownExample:
     hits: list[ShownHit]
 
 
-def render(
-    summary: RunSummary,
-    *,
-    plots: Mapping[str, bytes | None],
-    dark_plots: Mapping[str, bytes | None],
-    listings: Listings | None,
-) -> str:
+def render(summary: RunSummary, *, listings: Listings | None) -> str:
     """The page.
 
     Args:
         summary: the run.
-        plots: PNG by name for light pages.
-        dark_plots: the same for dark pages.
         listings: pictures of the examples; without, they are text only.
     """
     # Titles and attributes are sellers' and models' text: everything is escaped.
@@ -88,7 +88,7 @@ def render(
         columns=column_names(summary),
         sections=sections(summary),
         figures=key_figures(summary),
-        plots=_plots(plots, dark_plots),
+        plots=_plots(summary),
         examples=_examples(summary, listings),
         last_round=max(summary.examples, default=None),
         duration=duration,
@@ -125,14 +125,16 @@ def key_figures(summary: RunSummary) -> list[KeyFigure]:
         number, gain = gains[-1]
         value = f"{gain.mean:+.3f}" if gain.mean is not None else "-"
         note = f"95 % interval {gain.low:+.3f} to {gain.high:+.3f}" if gain.has_interval else ""
-        figures.append(KeyFigure(f"held-out reward by RAR, round {number}", value, note))
+        figures.append(KeyFigure(f"held-out reward gained by RAR, round {number}", value, note))
     sizes = [(rung.name, rung.attributes) for rung in summary.rungs if rung.attributes is not None]
     if sizes:
         name, last_sizes = sizes[-1]
         words = last_sizes.mean_words
         invalid = _percent(Estimate(last_sizes.invalid_share))
         figures.append(
-            KeyFigure(f"words of attributes, {name}", f"{words:.1f}" if words is not None else "-", f"invalid {invalid}")
+            KeyFigure(
+                f"words of attributes, {name}", f"{words:.1f}" if words is not None else "-", f"invalid {invalid}"
+            )
         )
     if summary.stages:
         peak = f"peak memory {summary.peak_memory_mb / 1024:.1f} GiB"
@@ -144,12 +146,15 @@ def _percent(value: Estimate) -> str:
     return f"{100 * value.mean:.1f} %" if value.mean is not None else "-"
 
 
-def _plots(light: Mapping[str, bytes | None], dark: Mapping[str, bytes | None]) -> list[Plot]:
-    shown = []
-    for name, (title, note) in _PLOT_TITLES.items():
-        first, second = light.get(name), dark.get(name)
-        if first is not None and second is not None:
-            shown.append(Plot(title, note, _data_url(first, "png"), _data_url(second, "png")))
+def _plots(summary: RunSummary) -> dict[str, Plot]:
+    shown = {}
+    for name, panels in plot_panels(summary).items():
+        pictures = [
+            Picture(panel.title, *(_data_url(draw_png([panel], theme), "png") for theme in (LIGHT, DARK)))
+            for panel in panels
+        ]
+        if pictures:
+            shown[name] = Plot(*_PLOT_TITLES[name], pictures)
     return shown
 
 

@@ -1,16 +1,18 @@
-"""The plots of a run as PNG bytes; a plot without data is none."""
+"""The plots of a run: panels of axes, drawn together as a file or one by one for the page."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from afmrl_ray.report.collect import Estimate, Log, RunSummary
@@ -19,7 +21,7 @@ from afmrl_ray.report.table import metric_label, metric_order
 _MARKERS = "osD^vP*X"
 _LINES = ("-", "--", "-.", ":")
 _DPI = 110
-_PANEL = (4.6, 2.9)
+_WIDTH_IN = 4.6
 
 
 @dataclass(frozen=True)
@@ -36,38 +38,56 @@ LIGHT = Theme("#ffffff", "#22262b", "#e3e5e8", ("#20639b", "#c8553d", "#2f8f6b",
 DARK = Theme("#1b1e22", "#dfe2e6", "#33383e", ("#6fb1ea", "#ee8d75", "#66c9a2", "#c39be0", "#dcb45c", "#9aa4b0"))
 
 Draw = Callable[[Axes, Theme], None]
-Panel = tuple[str, Draw]
 Series = list[tuple[str, Log]]
 """Logs by label, one line each."""
 
 
-def draw_plots(summary: RunSummary, theme: Theme = LIGHT) -> dict[str, bytes | None]:
-    """PNG by name: `metrics`, `rar`, `agcl`, `stages`."""
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes: title, what draws it, and its height in inches."""
+
+    title: str
+    draw: Draw
+    height_in: float = 2.9
+
+
+def plot_panels(summary: RunSummary) -> dict[str, list[Panel]]:
+    """Panels by plot: `metrics`, `rar`, `agcl`, `stages`; none where there is nothing to draw."""
     return {
-        "metrics": _figure(metric_panels(summary), theme),
-        "rar": _figure(rar_panels(summary), theme),
-        "agcl": _figure(agcl_panels(summary), theme),
-        "stages": _figure([("", _stage_bars(summary))], theme, columns=1, height=0.9 + 0.3 * len(summary.stages))
+        "metrics": metric_panels(summary),
+        "rar": rar_panels(summary),
+        "agcl": agcl_panels(summary),
+        "stages": [Panel("seconds and peak memory", _stage_bars(summary), 0.9 + 0.22 * len(summary.stages))]
         if summary.stages
-        else None,
+        else [],
     }
 
 
 def metric_panels(summary: RunSummary) -> list[Panel]:
     """Retrieval, labels, attribute sizes and held-out reward by rung."""
     panels: list[Panel] = []
-    for name in dict.fromkeys(name for rung in summary.rungs for name in rung.protocols):
+    for name in summary.protocols:
         results = [rung.protocols[name] for rung in summary.rungs if name in rung.protocols and rung.trained]
         if results:
             metrics = sorted({metric for result in results for metric in result.metrics}, key=metric_order)
-            shown = [metric for metric in metrics if not metric.startswith(("map_m5", "mrr"))]
-            panels.append((f"{name}, %", _by_rung(summary, name, shown)))
+            for title, shown in _panels_of(metrics):
+                panels.append(Panel(f"{name}: {title}, %", _by_rung(summary, name, shown)))
     sizes = [each for rung in summary.rungs if (each := rung.attributes) is not None]
     if sizes:
-        panels.append(("words and pairs of a listing's attributes", _attribute_sizes(summary)))
+        panels.append(Panel("words and pairs of a listing's attributes", _attribute_sizes(summary)))
     if any(each.reward("heldout_after") for each in summary.rounds):
-        panels.append(("held-out reward before and after RAR", _heldout(summary)))
+        panels.append(Panel("held-out reward before and after RAR", _heldout(summary)))
     return panels
+
+
+def _panels_of(metrics: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """Hits apart from recalls and mAP, which would lie on top of them."""
+    hits = [metric for metric in metrics if metric.startswith("hit@")]
+    recalls = [metric for metric in metrics if metric.startswith(("recall@", "map@"))]
+    labels = [metric for metric in metrics if "@" not in metric and metric != "mrr"]
+    for title, shown in (("hit@k", hits), ("recall@k and mAP", recalls), ("classes and clusters", labels)):
+        if shown:
+            yield title, shown
 
 
 def rar_panels(summary: RunSummary) -> list[Panel]:
@@ -106,7 +126,7 @@ def _step_panels(logs: Series, keys: Sequence[tuple[str, str]]) -> list[Panel]:
     for key, title in keys:
         there = [(label, log) for label, log in logs if any(record.get(key) is not None for record in log)]
         if there:
-            panels.append((title, _over_steps(there, key)))
+            panels.append(Panel(title, _over_steps(there, key)))
     return panels
 
 
@@ -119,8 +139,8 @@ def _over_steps(logs: Series, key: str) -> Draw:
             window = max(1, len(values) // 20)
             if window > 1:
                 axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-            single = {"marker": "o", "markersize": 4} if len(values) == 1 else {}
-            axes.plot(steps, _smooth(values, window), color=colour, linestyle=dash, label=label, **single)
+            marker = "o" if len(values) == 1 else ""
+            axes.plot(steps, _smooth(values, window), color=colour, linestyle=dash, marker=marker, label=label)
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(logs) > 1 or logs[0][0].startswith("round"):
@@ -147,12 +167,12 @@ def _by_rung(summary: RunSummary, protocol: str, metrics: list[str]) -> Draw:
             values = [rung.protocols[protocol].metrics.get(metric, Estimate(None)) for rung in rungs]
             _errorbar(axes, theme, index, values, metric_label(metric), offset=offset, scale=100.0)
         for floor, dash in zip(floors, (":", "--"), strict=False):
-            value = floor.protocols[protocol].metrics.get("hit@1")
+            value = floor.protocols[protocol].metrics.get(metrics[0])
             if value is not None and value.mean is not None:
-                label = f"{floor.name}, hit@1"
+                label = f"{floor.name}, {metric_label(metrics[0])}"
                 axes.axhline(100 * value.mean, color=theme.series[-1], linestyle=dash, linewidth=1, label=label)
         _name_rungs(axes, [rung.name for rung in rungs])
-        axes.legend(ncols=2 if len(metrics) + len(floors) > 5 else 1, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        _legend_below(axes)
 
     return draw
 
@@ -161,13 +181,13 @@ def _attribute_sizes(summary: RunSummary) -> Draw:
     def draw(axes: Axes, theme: Theme) -> None:
         first = next((each.attributes for each in summary.rounds if each.attributes is not None), None)
         stops = [("distilled", first)] if first is not None else []
-        stops += [(f"after round {r.number}", r.attributes) for r in summary.rungs if r.attributes is not None]
+        stops += [(f"round {r.number}", r.attributes) for r in summary.rungs if r.attributes is not None]
         for index, (name, label) in enumerate((("mean_words", "words"), ("mean_pairs", "pairs"))):
             values = [Estimate(getattr(sizes, name)) for _, sizes in stops]
             _errorbar(axes, theme, index, values, label)
         _name_rungs(axes, [name for name, _ in stops])
         axes.set_ylim(bottom=0)
-        axes.legend()
+        _legend_below(axes)
 
     return draw
 
@@ -180,7 +200,7 @@ def _heldout(summary: RunSummary) -> Draw:
             values = [each.reward(f"heldout_{when}") or Estimate(None) for each in rounds]
             _errorbar(axes, theme, index, values, when, offset=0.12 * (index - 0.5), line=False)
         _name_rungs(axes, [f"round {each.number}" for each in rounds])
-        axes.legend()
+        _legend_below(axes)
 
     return draw
 
@@ -218,25 +238,29 @@ def _name_rungs(axes: Axes, names: list[str]) -> None:
     axes.set_xlim(-0.5, len(names) - 0.5)
 
 
+def _legend_below(axes: Axes) -> None:
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
+
+
 def _stage_bars(summary: RunSummary) -> Draw:
     def draw(axes: Axes, theme: Theme) -> None:
         stages = summary.stages
         bars = axes.barh([stage.name for stage in stages], [stage.seconds for stage in stages], color=theme.series[0])
         texts = [f"{stage.seconds:,.1f} s, {stage.peak_memory_mb:,.0f} MiB" for stage in stages]
-        axes.bar_label(bars, texts, padding=4)
+        axes.bar_label(bars, texts, padding=3, fontsize=8)
         axes.invert_yaxis()
-        axes.set_xlim(0, 1.35 * max(max(stage.seconds for stage in stages), 0.1))
+        axes.set_xlim(0, 1.7 * max(max(stage.seconds for stage in stages), 0.1))
         axes.set_xlabel("seconds")
         axes.grid(visible=False, axis="y")
 
     return draw
 
 
-def _figure(panels: list[Panel], theme: Theme, *, columns: int = 2, height: float | None = None) -> bytes | None:
-    if not panels:
-        return None
+def draw_png(panels: list[Panel], theme: Theme = LIGHT) -> bytes:
+    """The panels as one PNG, two in a row."""
+    columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
-    style = {
+    style: dict[Any, Any] = {
         "font.size": 9,
         "axes.titlesize": 9.5,
         "axes.titlelocation": "left",
@@ -253,16 +277,18 @@ def _figure(panels: list[Panel], theme: Theme, *, columns: int = 2, height: floa
         "errorbar.capsize": 3,
         "lines.markersize": 4.5,
         "lines.linewidth": 1.5,
-        **{name: theme.text for name in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")},
+        "text.parse_math": False,
+        **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), theme.text),
     }
     with rc_context(style):
-        size = (2 * _PANEL[0], height or lines * _PANEL[1])
-        figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
+        height = lines * max(panel.height_in for panel in panels)
+        layout = ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1)
+        figure = Figure(figsize=(columns * _WIDTH_IN, height), dpi=_DPI, layout=layout)
         canvas = FigureCanvasAgg(figure)
-        for index, (title, draw) in enumerate(panels):
-            axes = figure.add_subplot(lines, min(columns, len(panels)), index + 1)
-            axes.set_title(title)
-            draw(axes, theme)
+        for index, panel in enumerate(panels):
+            axes = figure.add_subplot(lines, columns, index + 1)
+            axes.set_title(panel.title)
+            panel.draw(axes, theme)
         target = io.BytesIO()
         canvas.print_png(target)
     return target.getvalue()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from afmrl_ray.cit.stages import RunDirectory
 from afmrl_ray.report.collect import AttributeSizes, Estimate, Round, Rung, RunSummary, collect
@@ -58,7 +58,7 @@ def format_tables(summary: RunSummary) -> str:
     """The same, of a summary."""
     if not summary.stages:
         return f"{summary.name}: no stage is committed yet"
-    parts = [format_rungs(summary)] if summary.rungs else []
+    parts = [format_rungs(summary)] if sections(summary) else []
     return "\n\n".join([*parts, format_stages(summary)])
 
 
@@ -101,12 +101,14 @@ def column_names(summary: RunSummary) -> list[str]:
 
 
 def sections(summary: RunSummary) -> list[Section]:
-    """Protocols (headline first), attributes and rewards, each with a row a metric and a cell a rung."""
-    names = list(dict.fromkeys(name for rung in summary.rungs for name in rung.protocols))
-    names.sort(key=lambda name: name != summary.headline)
-    found = [_protocol_section(summary, name) for name in names]
+    """Protocols (headline first), attributes and rewards: a row for each metric measured, a cell for each rung."""
+    found = [_protocol_section(summary, name) for name in summary.protocols]
     found += [_attribute_section(summary), _reward_section(summary)]
-    return [section for section in found if any(cell.text for row in section.rows for cell in row.cells)]
+    measured = [
+        replace(section, rows=[row for row in section.rows if any(cell.text for cell in row.cells)])
+        for section in found
+    ]
+    return [section for section in measured if section.rows]
 
 
 def _protocol_section(summary: RunSummary, name: str) -> Section:

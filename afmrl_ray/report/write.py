@@ -9,7 +9,7 @@ from afmrl_ray import storage
 from afmrl_ray.cit.stages import RunDirectory
 from afmrl_ray.report.collect import Estimate, Round, Rung, RunSummary, collect
 from afmrl_ray.report.html import Listings, render
-from afmrl_ray.report.plots import DARK, LIGHT, draw_plots
+from afmrl_ray.report.plots import draw_png, plot_panels
 
 
 def write_report(run: RunDirectory, *, listings: Listings | None = None) -> str:
@@ -23,18 +23,16 @@ def write_report(run: RunDirectory, *, listings: Listings | None = None) -> str:
         StorageError: there is no run at that path, or it cannot be written.
     """
     summary = collect(run)
-    plots = draw_plots(summary, LIGHT)
     directory = storage.join(run.path, "report")
-    for name, png in plots.items():
+    for name, panels in plot_panels(summary).items():
         path = storage.join(directory, f"{name}.png")
-        if png is None:
-            storage.remove(path)
+        if panels:
+            storage.write_bytes(path, draw_png(panels))
         else:
-            storage.write_bytes(path, png)
+            storage.remove(path)
     storage.write_json(storage.join(directory, "report.json"), report_record(summary))
     index = storage.join(directory, "index.html")
-    page = render(summary, plots=plots, dark_plots=draw_plots(summary, DARK), listings=listings)
-    storage.write_bytes(index, page.encode())
+    storage.write_bytes(index, render(summary, listings=listings).encode())
     return index
 
 

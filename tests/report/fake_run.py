@@ -49,7 +49,12 @@ class FakeRun:
                 "name": "fake",
                 "config": CONFIG,
                 "versions": {"afmrl_ray": "0.1.0", "ray": "2.60.0"},
-                "catalogue": {"fingerprint": "f" * 64, "rows": 1210, "kept": 1200, "quarantined": {"image missing": 10}},
+                "catalogue": {
+                    "fingerprint": "f" * 64,
+                    "rows": 1210,
+                    "kept": 1200,
+                    "quarantined": {"image missing": 10},
+                },
                 "command": "python jobs/run_cit.py --config jobs/configs/fake.yaml",
             }
         )
@@ -104,7 +109,9 @@ class FakeRun:
 
         def body(directory: str) -> StageOutcome:
             if log:
-                lines = [json.dumps({"step": step, **{key: self._point(key, step) for key in log}}) for step in range(STEPS)]
+                lines = [
+                    json.dumps({"step": step, **{key: self._point(key, step) for key in log}}) for step in range(STEPS)
+                ]
                 storage.write_bytes(storage.join(directory, "log", "metrics.jsonl"), "\n".join(lines).encode())
             if examples:
                 storage.write_json(storage.join(directory, "examples.json"), self._examples())
@@ -119,7 +126,11 @@ class FakeRun:
 
     def _examples(self) -> list[dict[str, Any]]:
         titles = [self._title, "NEW hot sale steel bottle 500 ml with handle, free shipping, best gift", ""]
-        written = [self._attributes, "color: black; pattern: striped; shape: round; material: steel; capacity: 500 ml", ""]
+        written = [
+            self._attributes,
+            "color: black; pattern: striped; shape: round; material: steel; capacity: 500 ml",
+            "",
+        ]
         return [
             {
                 "query_row": 10 * index,
@@ -127,7 +138,12 @@ class FakeRun:
                 "title": title,
                 "attributes": text,
                 "hits": [
-                    {"row": 10 * index + hit, "item_id": f"item-{7 * hit:05d}", "score": 0.93 - hit / 50, "right": hit == index}
+                    {
+                        "row": 10 * index + hit,
+                        "item_id": f"item-{7 * hit:05d}",
+                        "score": 0.93 - hit / 50,
+                        "right": hit == index,
+                    }
                     for hit in range(5)
                 ],
             }
@@ -142,17 +158,14 @@ class FakeRun:
             for name, shift in (("hit", 0.0), ("recall", -0.011))
         }
         retrieval |= {"map@10": interval(level + 0.027, 0.02), "map_m5@10": interval(level + 0.029, 0.02)}
-        labels = ("probe_accuracy", "knn_accuracy", "nmi", "ari", "purity")
+        names = ("probe_accuracy", "knn_accuracy", "nmi", "ari", "purity")
+        labels = {
+            name: {"mean": 0.5 + level / 2 - 0.031 * i, "low": None, "high": None} for i, name in enumerate(names)
+        }
+        coarse = {"hit@1": interval(level + 0.2, 0.01)}
         return {
-            "labels": {
-                "kind": "labels",
-                "queries": 480,
-                "gallery": 700,
-                "metrics": {
-                    name: {"mean": 0.5 + level / 2 - 0.031 * i, "low": None, "high": None} for i, name in enumerate(labels)
-                },
-            },
-            "coarse": {"kind": "retrieval", "queries": 77, "gallery": 88, "metrics": {"hit@1": interval(level + 0.2, 0.01)}},
+            "labels": {"kind": "labels", "queries": 480, "gallery": 700, "metrics": labels},
+            "coarse": {"kind": "retrieval", "queries": 77, "gallery": 88, "metrics": coarse},
             "fine": {"kind": "retrieval", "queries": 480, "gallery": 720, "metrics": retrieval},
         }
 

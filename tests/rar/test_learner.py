@@ -1,0 +1,97 @@
+"""The update of the learners: the same however it is cut, and however many learners share it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from afmrl_ray.config.models import OptimizerConfig
+from afmrl_ray.config.train import RARConfig, RolloutConfig
+from afmrl_ray.rar.learner import build_learners, learner_batch
+from afmrl_ray.rar.module import trained_tensors, weights_fingerprint
+from afmrl_ray.rar.prompts import batch_columns
+from afmrl_ray.rar.rollout import RolloutPool, Weights
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+GROUP = 2
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_share=0.0, gradient_clip=0.0)
+
+
+@pytest.fixture(scope="module")
+def columns(ray_local, policy_spec) -> dict[str, np.ndarray]:
+    """Four groups sampled by the policy itself, with made-up advantages."""
+    pool = RolloutPool(policy_spec, RolloutConfig(pool={"cpus_per_worker": 0.5, "batch_size": 4}), group_size=GROUP)
+    tensors = trained_tensors(policy_spec.load_policy())
+    pool.push(Weights(0, weights_fingerprint(tensors), [ray.put(tensors)]))
+    groups = pool.sample([0, 1, 2, 3], [7, 8, 9, 10])
+    pool.close()
+    return batch_columns(groups, np.array([[1.0, -1.0], [0.5, -0.5], [2.0, -2.0], [0.0, 0.0]]))
+
+
+def update(policy_spec, columns, steps: int = 1, **changes) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Trained tensors and numbers after the updates."""
+    rar = RARConfig(
+        **{"group_size": GROUP, "prompts_per_step": 4, "optimizer": OPTIMIZER, "kl_coef": 0.1, "steps": 4,
+           "cpus_per_learner": 0.5, **changes}
+    )  # fmt: skip
+    learners = build_learners(rar, policy_spec)
+    try:
+        for _ in range(steps):
+            learners.update(batch=learner_batch(columns))
+        exported = [result.get() for result in learners.foreach_learner(lambda learner: learner.export_weights())]
+        stats = [result.get() for result in learners.foreach_learner(lambda learner: learner.stats)]
+    finally:
+        learners.shutdown()
+    version, fingerprint, reference = next(found for found in exported if found)
+    tensors = ray.get(reference[0])
+    assert version == steps
+    assert weights_fingerprint(tensors) == fingerprint
+    return tensors, stats[0]
+
+
+@pytest.fixture(scope="module")
+def whole(policy_spec, columns):
+    return update(policy_spec, columns, num_learners=0, tokens_per_microbatch=10**6)
+
+
+def assert_same_direction(policy_spec, ours, theirs):
+    """Compare updates where the gradient is more than rounding error, since Adam's first step is its sign."""
+    start = trained_tensors(policy_spec.load_policy())
+    for name, tensor in theirs.items():
+        moved = (tensor - start[name]).abs() > 0.9e-3
+        close = torch.isclose(ours[name], tensor, atol=1e-5, rtol=1e-4)
+        assert close[moved].float().mean() > 0.995 if moved.any() else True, name
+
+
+def test_fresh_rollouts_have_the_learners_own_logprobs(whole):
+    _, stats = whole
+    assert stats["logprob_gap"] < 1e-5
+    assert stats["ratio_max"] == pytest.approx(1.0, abs=1e-4)
+    assert stats["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert stats["microbatches"] == 1
+
+
+def test_the_cut_into_microbatches_changes_nothing(policy_spec, columns, whole):
+    tensors, stats = update(policy_spec, columns, num_learners=0, tokens_per_microbatch=60)
+    assert stats["microbatches"] > 3
+    for name in ("loss", "policy_loss", "kl", "gradient_norm"):
+        assert stats[name] == pytest.approx(whole[1][name], rel=1e-4, abs=1e-6)
+    assert_same_direction(policy_spec, tensors, whole[0])
+
+
+@pytest.mark.parametrize("learners", [1, 2])
+def test_the_number_of_learners_changes_nothing(policy_spec, columns, whole, learners):
+    tensors, stats = update(policy_spec, columns, num_learners=learners, tokens_per_microbatch=150)
+    for name in ("loss", "policy_loss", "gradient_norm"):
+        assert stats[name] == pytest.approx(whole[1][name], rel=1e-4, abs=1e-6)
+    assert_same_direction(policy_spec, tensors, whole[0])
+
+
+def test_the_update_moves_the_policy_and_the_kl_to_the_start_with_it(policy_spec, columns):
+    tensors, stats = update(policy_spec, columns, steps=3, num_learners=0)
+    start = trained_tensors(policy_spec.load_policy())
+    assert any(not torch.equal(tensors[name], start[name]) for name in start)
+    assert stats["kl"] > 1e-6
+    assert stats["logprob_gap"] > 1e-4

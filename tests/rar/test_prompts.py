@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from afmrl_ray.rar.checkpoint import Checkpoints
+from afmrl_ray.rar.heldout import compare, summarise
+from afmrl_ray.rar.prompts import batch_columns, group_seeds, prompts_of_step
+from afmrl_ray.rar.rollout import Group
+
+
+def test_prompts_go_through_epochs_without_gap_or_repeat():
+    rows = np.arange(100, 110)
+    asked = np.concatenate([prompts_of_step(rows, step, 4, seed=1) for step in range(10)])
+    for epoch in range(4):
+        assert sorted(asked[epoch * 10 : (epoch + 1) * 10]) == rows.tolist()
+    np.testing.assert_array_equal(prompts_of_step(rows, 7, 4, seed=1), asked[28:32])
+    assert not np.array_equal(prompts_of_step(rows, 7, 4, seed=2), asked[28:32])
+
+
+def test_seeds_differ_between_groups_and_steps():
+    seeds = [seed for step in range(-1, 20) for seed in group_seeds(0, step, 8)]
+    assert len(set(seeds)) == len(seeds)
+    assert group_seeds(0, 3, 8) == group_seeds(0, 3, 8)
+
+
+def group(row: int, lengths: list[int], width: int) -> Group:
+    mask = np.arange(width) < np.array(lengths)[:, None]
+    ids = np.where(mask, row, 0)
+    return Group(row, 0, ids, mask, np.where(mask, -1.0, 0.0).astype(np.float32), [("", True)] * len(lengths))
+
+
+def test_columns_are_aligned_by_completion_and_share_the_steps_denominator():
+    columns = batch_columns([group(5, [2, 1], 2), group(6, [3, 3], 3)], np.array([[1.0, -1.0], [2.0, -2.0]]))
+    assert columns["row"].tolist() == [5, 5, 6, 6]
+    assert columns["advantage"].tolist() == [1, -1, 2, -2]
+    assert columns["completion"].tolist() == [[5, 5, 0], [5, 0, 0], [6, 6, 6], [6, 6, 6]]
+    assert columns["mask"].sum(1).tolist() == [2, 1, 3, 3]
+    assert set(columns["denominator"].tolist()) == {9.0}
+
+
+def test_held_out_means_leave_out_what_failed():
+    parsed = [(("a", "b"),)] * 6
+    before = summarise(np.array([0.0, 1.0, np.nan, 0.5, np.nan, np.nan]), parsed, group_size=2)
+    after = summarise(np.array([1.0, 1.0, 1.0, 1.0, 1.0, 1.0]), parsed, group_size=2)
+    np.testing.assert_array_equal(before.rewards, [0.5, 0.5, np.nan])
+    result = compare(before, after, samples=50, seed=0)
+    assert result["heldout_gain"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
+    assert result["heldout_prompts"] == 2
+    assert result["heldout_pairs_after"] == pytest.approx(1.0)
+
+
+def test_a_checkpoint_counts_only_once_its_manifest_is_there(tmp_path):
+    checkpoints = Checkpoints(str(tmp_path))
+    assert checkpoints.latest() is None
+    for step in (2, 4, 6):
+        folder = tmp_path / f"step_{step:07d}" / "engine"
+        folder.mkdir(parents=True)
+        (folder / "shard").write_text(str(step))
+        if step < 6:
+            checkpoints.commit(step, {"tail": []})
+    assert checkpoints.latest() == {"step": 4, "tail": []}
+    checkpoints.commit(6, {"tail": []})
+    assert checkpoints.steps() == [4, 6]
+    assert not (tmp_path / "step_0000002").exists()

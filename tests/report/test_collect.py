@@ -1,0 +1,86 @@
+"""What is read from a run directory, whole or in pieces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from afmrl_ray import storage
+from afmrl_ray.cit.stages import RunDirectory, StageOutcome
+from afmrl_ray.errors import StorageError
+from afmrl_ray.report.collect import Estimate, collect
+from tests.report.fake_run import STEPS, FakeRun
+
+
+def test_every_stage_record_is_found_again(tmp_path: Path) -> None:
+    run = FakeRun(str(tmp_path)).everything()
+    summary = collect(run)
+    assert [rung.name for rung in summary.rungs] == ["chance", "pixels", "baseline", "round 0", "round 1"]
+    for rung in summary.rungs:
+        stage = run.committed(rung.stage)
+        assert stage is not None
+        recorded = stage.metrics[rung.name] if rung.stage == "floor" else stage.metrics["protocols"]
+        assert {name: {m: vars(v) for m, v in result.metrics.items()} for name, result in rung.protocols.items()} == {
+            name: result["metrics"] for name, result in recorded.items()
+        }
+    for each in summary.rounds:
+        rar = run.committed(f"rar-r{each.number}")
+        assert rar is not None
+        assert each.rar.keys() == rar.metrics.keys()
+        assert vars(each.reward("heldout_gain") or Estimate(None)) == rar.metrics["heldout_gain"]
+        assert [record["step"] for record in each.rar_log] == list(range(STEPS))
+        assert "masked_share" in each.agcl_log[0]
+    assert [(stage.name, stage.seconds, stage.peak_memory_mb) for stage in summary.stages] == [
+        (stage.name, stage.seconds, stage.peak_memory_mb) for stage in run.stages()
+    ]
+    assert summary.outdated == set()
+
+
+def test_credentials_in_addresses_are_not_passed_on(tmp_path: Path) -> None:
+    fake = FakeRun(str(tmp_path))
+    record = fake.run.read_run()
+    fake.run.write_run({**record, "command": "python job.py run.storage_path=s3://key:secret@bucket/runs"})
+    summary = collect(fake.run)
+    assert summary.command == "python job.py run.storage_path=s3://***@bucket/runs"
+    assert summary.config["teacher"]["base_url"] == "https://***@teacher.example/v1"
+
+
+def test_values_that_are_not_finite_count_as_not_measured() -> None:
+    assert Estimate.of(float("nan")) == Estimate.of({"mean": float("inf"), "low": None}) == Estimate(None)
+    assert Estimate.of(3) == Estimate(3.0)
+    assert not Estimate.of({"mean": 1, "low": 0, "high": None}).has_interval
+
+
+def test_a_run_that_is_not_there_is_the_users_error(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"run\.json"):
+        collect(RunDirectory(str(tmp_path), "nowhere"))
+
+
+def test_stages_with_other_settings_or_changed_foundations_are_outdated(tmp_path: Path) -> None:
+    fake = FakeRun(str(tmp_path))
+    run = fake.everything(rounds=1, baseline=False)
+    fake.stage("attributes-r0", fake.sizes(5.0), "distill")
+    assert collect(run).outdated == {"agcl-r0", "gallery-r0", "rar-r0", "evaluate-r0"}
+    record = run.read_run()
+    run.write_run({**record, "config": {**record["config"], "agcl": {"steps": 61}}})
+    assert collect(run).outdated == {stage.name for stage in run.stages()}
+
+
+def test_a_changed_seed_outdates_only_what_reads_it(tmp_path: Path) -> None:
+    fake = FakeRun(str(tmp_path))
+    fake.stage("distill", {"loss": 1.0})
+    fake.run.run_stage("catalogue", {"synthetic": {"seed": 7}}, lambda directory: StageOutcome({}, {}))
+    record = fake.run.read_run()
+    fake.run.write_run({**record, "config": {**record["config"], "run": {"seed": 5}}})
+    assert collect(fake.run).outdated == {"distill"}
+
+
+def test_logs_are_optional(tmp_path: Path) -> None:
+    run = FakeRun(str(tmp_path)).everything(rounds=1)
+    rar, agcl = run.committed("rar-r0"), run.committed("agcl-r0")
+    assert rar is not None
+    assert agcl is not None
+    storage.remove(storage.join(rar.directory, "log"))
+    assert collect(run).rounds[0].rar_log == []
+    assert collect(run).rounds[0].agcl_log != []
