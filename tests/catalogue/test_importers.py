@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+from afmrl_ray.catalogue import open_catalogue, write_catalogue
+from afmrl_ray.catalogue.importers import import_m5product, import_rows, parse_pv
+from afmrl_ray.config.catalogue import CatalogueConfig, SideConfig
+from afmrl_ray.errors import CatalogueError
+from tests.catalogue.test_reading import png
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"{number}.jpg").write_bytes(png((number, 0, 0)))
+    return folder
+
+
+def test_csv_round_trip_with_mapped_columns(tmp_path, pictures):
+    source = tmp_path / "items.csv"
+    with source.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["sku", "parent", "title", "file", "price"])
+        writer.writeheader()
+        for number in range(4):
+            writer.writerow(
+                {"sku": number, "parent": number // 2, "title": "a, mug", "file": f"{number}.jpg", "price": 9}
+            )
+    columns = {"item_id": "sku", "product_id": "parent", "image": "file"}
+    imported = import_rows(str(source), str(pictures), columns=columns)
+    assert imported.counts == {"rows": 4, "pictures_missing": 0}
+    write_catalogue(imported.table, str(tmp_path / "c.parquet"))
+    catalogue = open_catalogue(str(tmp_path / "c.parquet"))
+    item = catalogue.item(2)
+    assert (item.item_id, item.product_id, item.title, item.split, item.extra) == ("2", "1", "a, mug", "train", {"price": "9"})
+    assert catalogue.picture(2).getpixel((0, 0)) == (2, 0, 0)
+
+
+def test_jsonl_keeps_the_order_of_attributes_and_counts_missing_pictures(tmp_path, pictures):
+    source = tmp_path / "items.jsonl"
+    rows = [{"item_id": str(n), "attributes": {"z": "1", "a": "2"}, "image": f"{n}.jpg", "split": "test"} for n in range(5)]
+    source.write_text("\n".join(json.dumps(row) for row in rows))
+    imported = import_rows(str(source), str(pictures))
+    assert imported.counts["pictures_missing"] == 1
+    write_catalogue(imported.table, str(tmp_path / "c.parquet"))
+    catalogue = open_catalogue(str(tmp_path / "c.parquet"), config=CatalogueConfig(max_bad_share=0.5))
+    assert list(catalogue.item(0).attributes) == ["z", "a"]
+    assert catalogue.counts["quarantined"] == {"missing_image": 1}
+
+
+def test_m5product_as_published(tmp_path, pictures):
+    items = {
+        str(number): {"title": f"标题{number}", "pv": "颜色#:#红#;#颜色#:#蓝#;#broken#;#材质#:#棉", "label": "c1", "url": "x"}
+        for number in range(4)
+    }
+    (tmp_path / "items.json").write_text(json.dumps(items))
+    (tmp_path / "query.txt").write_text("0\n")
+    (tmp_path / "gallery.txt").write_text("1\n2\n99\n")
+    (tmp_path / "labels.json").write_text(json.dumps({"0": "s1", "1": "s1", "2": "s2"}))
+    lists = {("test", "query"): str(tmp_path / "query.txt"), ("test", "gallery"): str(tmp_path / "gallery.txt")}
+    imported = import_m5product(
+        str(tmp_path / "items.json"), str(pictures), lists=lists, labels=str(tmp_path / "labels.json")
+    )
+    assert imported.counts == {
+        "items": 4, "listed_but_absent": 1, "pictures_missing": 0, "test query": 1, "test gallery": 2, "train": 1,
+    }  # fmt: skip
+    write_catalogue(imported.table, str(tmp_path / "c.parquet"))
+    catalogue = open_catalogue(str(tmp_path / "c.parquet"))
+    assert catalogue.item(0).attributes == {"颜色": "红", "材质": "棉"}
+    assert catalogue.item(3).product_id is None
+    assert catalogue.rows(SideConfig(role="gallery")).tolist() == [1, 2]
+
+
+def test_property_strings_keep_the_first_of_a_repeated_name():
+    assert parse_pv("a#:#1#;#b#:##;#a#:#2") == {"a": "1", "b": ""}
+    assert parse_pv("") == {}
+
+
+def test_what_cannot_be_read_is_named(tmp_path, pictures):
+    with pytest.raises(CatalogueError, match="gone.csv does not exist"):
+        import_rows(str(tmp_path / "gone.csv"), str(pictures))
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"item_id": "1"}\n{oops')
+    with pytest.raises(CatalogueError, match=r"bad.jsonl:2: not JSON"):
+        import_rows(str(bad), str(pictures))
+    bad.write_text('{"title": "1"}')
+    with pytest.raises(CatalogueError, match="no column item_id, image"):
+        import_rows(str(bad), str(pictures))

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import struct
+import zlib
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue, check_positives, open_catalogue, stage
+from afmrl_ray.catalogue.staging import staged_path
+from afmrl_ray.config.catalogue import CatalogueConfig, SideConfig
+from afmrl_ray.errors import CatalogueError
+
+
+def png(color: tuple[int, int, int] = (200, 10, 10), side: int = 12) -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (side, side), color).save(data, "PNG")
+    return data.getvalue()
+
+
+def bomb() -> bytes:
+    """A PNG whose header claims 30,000 x 30,000 pixels."""
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + png()[33:]
+
+
+def rows(count: int = 40) -> list[dict]:
+    return [
+        {
+            "item_id": f"i{number:03d}",
+            "product_id": f"p{number // 2}",
+            "title": f"mug {number}",
+            "attributes": json.dumps({"Color": "Red", "size": str(number)}),
+            "split": "train" if number < count // 2 else "test",
+            "image": png((number, 0, 0)),
+            "weight_g": number,
+        }
+        for number in range(count)
+    ]
+
+
+def write(folder, content: list[dict], name: str = "c.parquet") -> str:
+    path = folder / name
+    pq.write_table(pa.Table.from_pylist(content), path, row_group_size=7)
+    return str(path)
+
+
+def test_good_rows_come_through_with_unknown_columns_and_absent_ones_as_null(tmp_path):
+    catalogue = open_catalogue(write(tmp_path, rows()))
+    item = catalogue.item(3)
+    assert (item.item_id, item.product_id, item.category, item.role) == ("i003", "p1", None, None)
+    assert item.attributes == {"Color": "Red", "size": "3"}
+    assert item.extra == {"weight_g": 3}
+    assert catalogue.counts == {"rows": 40, "kept": 40, "quarantined": {}}
+
+
+def test_every_kind_of_bad_row_is_put_aside_with_its_reason(tmp_path):
+    content = rows(60)
+    whole = content[5]["image"]
+    content[1]["item_id"] = "i000"
+    content[2]["item_id"] = None
+    content[3]["image"] = None
+    content[4]["image"] = b"not a picture"
+    content[5]["image"] = whole[: len(whole) // 2]
+    content[6]["image"] = bomb()
+    content[7]["attributes"] = "{broken"
+    content[8].update(title=None, attributes=None, image=None)
+    path = write(tmp_path, content)
+    catalogue = open_catalogue(path, config=CatalogueConfig(max_bad_share=0.5))
+    assert catalogue.counts["quarantined"] == {
+        "duplicate_item_id": 1,
+        "missing_item_id": 1,
+        "missing_image": 1,
+        "undecodable_image": 2,
+        "decompression_bomb": 1,
+        "bad_attributes": 1,
+        "empty": 1,
+    }
+    assert len(catalogue) == 52
+    assert catalogue.picture(1).getpixel((0, 0)) == (9, 0, 0)
+    target = tmp_path / "quarantine.parquet"
+    catalogue.write_quarantine(str(target))
+    aside = pq.read_table(target).to_pylist()
+    assert {"item_id": "i006", "row": 6, "reason": "decompression_bomb"} in aside
+    with pytest.raises(CatalogueError, match=r"8 of 60 rows are bad .*more than catalogue.max_bad_share 0.05"):
+        open_catalogue(path)
+
+
+@pytest.mark.parametrize(
+    ("drop", "message"),
+    [(("image",), "lacks the columns image or image_uri"), (("split", "item_id"), "lacks the columns item_id, split")],
+)
+def test_missing_columns_are_named(tmp_path, drop, message):
+    content = [{name: value for name, value in row.items() if name not in drop} for row in rows()]
+    with pytest.raises(CatalogueError, match=message):
+        open_catalogue(write(tmp_path, content))
+
+
+def test_a_missing_file_and_one_of_another_kind_are_named(tmp_path):
+    with pytest.raises(CatalogueError, match="nowhere.parquet does not exist"):
+        open_catalogue(str(tmp_path / "nowhere.parquet"))
+    (tmp_path / "text.parquet").write_text("hello")
+    with pytest.raises(CatalogueError, match="is no Parquet"):
+        open_catalogue(str(tmp_path / "text.parquet"))
+
+
+def test_pictures_by_uri_are_read_from_the_catalogues_folder(tmp_path):
+    (tmp_path / "a.png").write_bytes(png((1, 2, 3)))
+    content = [{"item_id": "a", "split": "train", "title": "x", "image_uri": "a.png"}]
+    catalogue = open_catalogue(write(tmp_path, content))
+    assert catalogue.picture(0).getpixel((0, 0)) == (1, 2, 3)
+
+
+def test_the_fingerprint_is_of_the_content(tmp_path):
+    content = rows()
+    first = open_catalogue(write(tmp_path, content)).fingerprint
+    pq.write_table(pa.Table.from_pylist(content), tmp_path / "other.parquet", row_group_size=40)
+    assert open_catalogue(str(tmp_path / "other.parquet")).fingerprint == first
+    content[0]["title"] = "cup"
+    assert open_catalogue(write(tmp_path, content, "changed.parquet")).fingerprint != first
+    assert open_catalogue(write(tmp_path, rows()[::-1], "turned.parquet")).fingerprint != first
+
+
+def test_sides_select_by_split_role_and_columns(tmp_path):
+    content = rows()
+    for number, row in enumerate(content):
+        row["role"] = "query" if number % 2 else "gallery"
+    catalogue = open_catalogue(write(tmp_path, content))
+    assert catalogue.rows(SideConfig(split=("test",), role="query")).tolist() == list(range(21, 40, 2))
+    assert catalogue.rows(SideConfig(split=("train", "test"), where={"weight_g": "7"})).tolist() == [7]
+    with pytest.raises(CatalogueError, match=r"no row of split val; it has the splits: test, train|no row of split val"):
+        catalogue.rows(SideConfig(split=("val",)))
+    with pytest.raises(CatalogueError, match="has no column 'colour'"):
+        catalogue.rows(SideConfig(where={"colour": "red"}))
+    with pytest.raises(CatalogueError, match="has no column 'description'"):
+        catalogue.rows(SideConfig(title_columns=("title", "description")))
+
+
+def test_queries_without_any_positive_are_told(tmp_path):
+    content = rows()
+    catalogue = open_catalogue(write(tmp_path, content))
+    check_positives(catalogue, SideConfig(split=("train",)), SideConfig(split=("train",)))
+    with pytest.raises(CatalogueError, match="nothing is positive"):
+        check_positives(catalogue, SideConfig(split=("train",)), SideConfig(split=("test",)))
+
+
+def read_in_another_process(staged: StagedCatalogue, row: int) -> tuple[str, bytes]:
+    return staged.item(row).item_id, staged.picture_bytes(row)
+
+
+def test_staged_rows_are_the_tables_rows_here_and_in_another_process(tmp_path):
+    content = rows(600)
+    config = CatalogueConfig(staging_dir=str(tmp_path / "staging"))
+    path = write(tmp_path, content)
+    staged = CatalogueRef(path, config, open_catalogue(path, config=config).fingerprint).open()
+    for row in (0, 255, 256, 511, 599):
+        assert staged.item(row).item_id == content[row]["item_id"]
+        assert staged.picture_bytes(row) == content[row]["image"]
+    assert staged.title(7, ("title", "product_id")) == "mug 7 p3"
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(read_in_another_process, (staged, 511)) == ("i511", content[511]["image"])
+
+
+def stage_once(path: str, config: CatalogueConfig) -> str:
+    return stage(open_catalogue(path, config=config), config)
+
+
+def test_processes_that_stage_at_once_leave_one_whole_file(tmp_path):
+    config = CatalogueConfig(staging_dir=str(tmp_path / "staging"))
+    path = write(tmp_path, rows())
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        made = pool.starmap(stage_once, [(path, config)] * 6)
+    assert len(set(made)) == 1
+    assert [file.name for file in (tmp_path / "staging").iterdir()] == [made[0].rsplit("/", 1)[1]]
+    assert len(StagedCatalogue(made[0])) == 40
+
+
+def test_a_catalogue_that_changed_under_a_run_is_refused(tmp_path):
+    config = CatalogueConfig(staging_dir=str(tmp_path / "staging"))
+    ref = CatalogueRef(write(tmp_path, rows()), config, "0" * 64)
+    with pytest.raises(CatalogueError, match="has changed while it was used"):
+        ref.open()
+    assert not np.any([file.exists() for file in [tmp_path / staged_path(config, "0" * 64)]])

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import io
+import json
+from collections import defaultdict
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from afmrl_ray.catalogue import make_catalogue
+from afmrl_ray.catalogue.contact_sheet import contact_sheet
+from afmrl_ray.catalogue.synthetic.products import COLORS
+from afmrl_ray.catalogue.table import CatalogueTable
+from afmrl_ray.config.catalogue import SyntheticConfig
+
+CONFIG = SyntheticConfig(
+    preset="tiny", train_products=240, val_products=12, test_products=24, picture_px=64, duplicate_share=0.2
+)
+
+
+@pytest.fixture(scope="module")
+def listings() -> list[dict]:
+    return make_catalogue(CONFIG).to_pylist()
+
+
+def test_it_is_a_function_of_its_config():
+    small = SyntheticConfig(preset="tiny", picture_px=48)
+    assert make_catalogue(small).equals(make_catalogue(small))
+    other = make_catalogue(SyntheticConfig(preset="tiny", picture_px=48, seed=8))
+    assert other["image"].to_pylist() != make_catalogue(small)["image"].to_pylist()
+
+
+def test_bench_has_two_thousand_test_queries():
+    from afmrl_ray.catalogue.synthetic.make import PRESETS
+
+    assert PRESETS["bench"]["test_products"] >= 2000
+
+
+def test_there_are_six_categories_and_at_least_five_attributes(listings):
+    assert len({row["category"] for row in listings}) >= 6
+    assert min(len(json.loads(row["true_attributes"])) for row in listings) >= 5
+
+
+def test_siblings_differ_in_exactly_one_attribute_from_one_of_their_family(listings):
+    families = defaultdict(dict)
+    for row in listings:
+        families[row["family_id"]][row["true_product_id"]] = json.loads(row["true_attributes"])
+    assert len(families) > 40
+    for members in families.values():
+        products = list(members.values())
+        assert len({json.dumps(product) for product in products}) == len(products)
+        for product in products[1:]:
+            assert 1 in [
+                sum(a != b for a, b in zip(product.values(), other.values(), strict=True))
+                for other in products
+                if other is not product
+            ]
+
+
+def test_no_family_and_no_product_is_in_two_splits(listings):
+    for column in ("family_id", "true_attributes"):
+        splits = defaultdict(set)
+        for row in listings:
+            splits[row[column] + (row["category"] if column == "true_attributes" else "")].add(row["split"])
+        assert all(len(found) == 1 for found in splits.values())
+
+
+def test_evaluation_has_one_query_per_product_and_the_rest_as_gallery(listings):
+    roles = defaultdict(list)
+    for row in listings:
+        if row["split"] != "train":
+            roles[row["product_id"]].append(row["role"])
+        else:
+            assert row["role"] is None
+    assert all(sorted(found) == ["gallery", "gallery", "query"] for found in roles.values())
+
+
+def test_duplicates_share_the_truth_under_another_id(listings):
+    identities = defaultdict(set)
+    for row in listings:
+        identities[row["true_product_id"]].add(row["product_id"])
+    twice = [name for name, ids in identities.items() if len(ids) == 2]
+    train = [name for name in identities if name.startswith("train")]
+    assert len(twice) / len(train) == pytest.approx(0.2, abs=0.08)
+    assert all(name.startswith("train") for name in twice)
+
+
+def test_the_teacher_errs_omits_and_babbles_at_the_set_rates(listings):
+    right = wrong = missing = irrelevant = 0
+    for row in listings:
+        truth, said = json.loads(row["true_attributes"]), json.loads(row["attributes"])
+        missing += sum(name not in said for name in truth)
+        wrong += sum(name in said and said[name] != value for name, value in truth.items())
+        right += sum(said.get(name) == value for name, value in truth.items())
+        irrelevant += sum(name not in truth for name in said)
+    total = right + wrong + missing
+    assert missing / total == pytest.approx(0.1, abs=0.02)
+    assert wrong / (right + wrong) == pytest.approx(0.1, abs=0.02)
+    assert irrelevant / (3 * len(listings)) == pytest.approx(0.5, abs=0.04)
+
+
+def test_listings_of_a_product_look_and_read_differently(listings):
+    by_product = defaultdict(list)
+    for row in listings:
+        by_product[row["product_id"]].append(row)
+    for rows in by_product.values():
+        assert len({row["image"] for row in rows}) == len(rows)
+    titles = [len({row["title"] for row in rows}) for rows in by_product.values()]
+    assert np.mean(titles) > 2.5
+
+
+def test_the_logos_box_holds_the_logos_colour(listings):
+    inside = []
+    for row in listings[::7]:
+        boxes = json.loads(row["boxes"])
+        for box in boxes.values():
+            assert all(0 <= edge <= 1 for edge in box)
+            assert box[0] <= box[2]
+            assert box[1] <= box[3]
+        pixels = np.asarray(Image.open(io.BytesIO(row["image"])), dtype=float)
+        left, top, right, bottom = (round(edge * 64) for edge in boxes["logo"])
+        middle = pixels[top + 2 : bottom - 2, left + 2 : right - 2].reshape(-1, 3).mean(0)
+        names = list(COLORS)
+        # Light scales all channels alike, so directions are compared first and brightness second.
+        distance = [np.linalg.norm(middle / (middle.max() + 1) - np.array(c) / (max(c) + 1)) +
+                    abs(middle.max() - max(c)) / 400 for c in COLORS.values()]  # fmt: skip
+        inside.append(names[int(np.argmin(distance))] == json.loads(row["true_attributes"])["logo"])
+    assert np.mean(inside) > 0.85
+
+
+def test_titles_name_only_some_attributes(listings):
+    named = [sum(value in row["title"].split() for value in json.loads(row["true_attributes"]).values()) for row in listings]
+    assert 1 < np.mean(named) < 4
+
+
+def test_a_contact_sheet_shows_every_listing(listings):
+    catalogue = CatalogueTable(make_catalogue(SyntheticConfig(preset="tiny", picture_px=48)), "synthetic", "")
+    sheet = contact_sheet(catalogue, list(range(8)), columns=4, side=60)
+    pixels = np.asarray(sheet)
+    for index in range(8):
+        x, y = 8 + index % 4 * 68, 8 + index // 4 * (60 + 6 * 13 + 8)
+        assert pixels[y : y + 60, x : x + 60].std() > 5
