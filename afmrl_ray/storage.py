@@ -18,6 +18,8 @@ from pyarrow import fs as pafs
 
 from afmrl_ray.errors import StorageError
 
+_PIECE_BYTES = 2**22
+
 
 def resolve(path: str) -> tuple[pafs.FileSystem, str]:
     """Return the filesystem of `path` and the path inside it; a local path is made absolute.
@@ -143,6 +145,16 @@ def localise(path: str, cache_dir: str) -> str:
             # Another process finished the same copy first: both are complete, keep theirs.
             remove(partial)
     return str(target)
+
+
+def digest_file(path: str) -> str:
+    """SHA-256 of a file's bytes, read in pieces."""
+    filesystem, inner = resolve(path)
+    total = hashlib.sha256()
+    with filesystem.open_input_stream(inner) as stream:
+        while piece := stream.read(_PIECE_BYTES):
+            total.update(piece)
+    return total.hexdigest()
 
 
 def digest(value: Any) -> str:

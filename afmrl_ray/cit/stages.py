@@ -157,8 +157,6 @@ def digest_path(path: str) -> str:
     total = hashlib.sha256()
     if storage.is_dir(path):
         for name in storage.list_files(path):
-            total.update(name.encode() + b"\0")
-            total.update(hashlib.sha256(storage.read_bytes(storage.join(path, name))).digest())
-    else:
-        total.update(storage.read_bytes(path))
-    return total.hexdigest()
+            total.update(name.encode() + b"\0" + bytes.fromhex(storage.digest_file(storage.join(path, name))))
+        return total.hexdigest()
+    return storage.digest_file(path)

@@ -16,7 +16,7 @@ from afmrl_ray.catalogue import CatalogueRef, make_catalogue
 from afmrl_ray.config import Config
 from afmrl_ray.config.catalogue import SyntheticConfig
 from afmrl_ray.models.listing import ListingProcessor, Row
-from afmrl_ray.models.pretrain import pretrain
+from afmrl_ray.models.pretrain import caption, pretrain
 from afmrl_ray.models.tiny import build_encoder, build_generator, save_checkpoint, train_tokenizer
 
 # Far from any seed a user would pick, so that the products differ from those of the run's own catalogue.
@@ -75,7 +75,7 @@ def _examples(config: Config) -> list[tuple[bytes, str, str]]:
     )
     table = make_catalogue(synthetic)
     return [
-        (row["image"], row["title"] or "", format_attributes(json.loads(row["true_attributes"]).items()))
+        (row["image"], row["title"] or "", caption(row["category"], json.loads(row["true_attributes"]).items()))
         for row in table.to_pylist()
     ]
 

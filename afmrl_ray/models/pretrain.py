@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,11 @@ from tqdm.auto import tqdm
 
 from afmrl_ray.models.listing import ListingProcessor, Row
 from afmrl_ray.models.logprobs import completion_batch, completion_logprobs
+
+
+def caption(category: str, attributes: Iterable[tuple[str, str]]) -> str:
+    """A phrase that says everything about a product: "mug red striped left-handle blue gold ceramic small"."""
+    return " ".join([category, *(value for _, value in attributes)])
 
 
 def pretrain(
@@ -28,8 +33,7 @@ def pretrain(
     """Train every weight to write captions.
 
     Args:
-        example: prompt and caption of example i; captions in the attribute format make a tiny generator behave like an
-            instruction-tuned one, which can write a format that it is asked for.
+        example: prompt and caption of example i.
         size: number of examples.
         label: of the progress bar.
 

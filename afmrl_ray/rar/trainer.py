@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 from tqdm.auto import tqdm
 
 from afmrl_ray import storage
-from afmrl_ray.attributes.text import InvalidAttributes
+from afmrl_ray.attributes.text import Attributes, InvalidAttributes, format_attributes
 from afmrl_ray.catalogue import CatalogueRef
 from afmrl_ray.config import Config
 from afmrl_ray.errors import UserError
@@ -240,6 +240,7 @@ class RARTrainer:
             "invalid_share": 1 - len(valid) / len(parsed),
             "zero_variance_share": float((np.ptp(known, axis=1) == 0).mean()) if len(known) else 1.0,
             "attribute_pairs": float(np.mean([len(attributes) for attributes in valid])) if valid else 0.0,
+            "attribute_words": mean_words(valid),
             "completion_tokens": float(np.mean([mask.sum(1).mean() for mask in (group.mask for group in groups)])),
             **stats,
             **{f"seconds_{name}": value for name, value in seconds.items()},
@@ -281,6 +282,11 @@ class RARTrainer:
         groups = [Group(g.row, g.version, g.ids[:kept], g.mask[:kept], g.logp[:kept], g.texts[:kept]) for g in groups]
         rewards, parsed = self._reward("heldout", groups)
         return summarise(rewards, parsed, group_size=kept)
+
+
+def mean_words(valid: Sequence[Attributes]) -> float:
+    """Mean words of attribute texts, 0 where there are none."""
+    return float(np.mean([len(format_attributes(attributes).split()) for attributes in valid])) if valid else 0.0
 
 
 @contextmanager

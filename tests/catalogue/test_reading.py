@@ -104,7 +104,7 @@ def test_missing_columns_are_named(tmp_path, drop, message):
 
 
 def test_a_missing_file_and_one_of_another_kind_are_named(tmp_path):
-    with pytest.raises(CatalogueError, match="nowhere.parquet does not exist"):
+    with pytest.raises(CatalogueError, match=r"nowhere\.parquet does not exist"):
         open_catalogue(str(tmp_path / "nowhere.parquet"))
     (tmp_path / "text.parquet").write_text("hello")
     with pytest.raises(CatalogueError, match="is no Parquet"):
@@ -135,7 +135,7 @@ def test_sides_select_by_split_role_and_columns(tmp_path):
     catalogue = open_catalogue(write(tmp_path, content))
     assert catalogue.rows(SideConfig(split=("test",), role="query")).tolist() == list(range(21, 40, 2))
     assert catalogue.rows(SideConfig(split=("train", "test"), where={"weight_g": "7"})).tolist() == [7]
-    with pytest.raises(CatalogueError, match=r"no row of split val; it has the splits: test, train|no row of split val"):
+    with pytest.raises(CatalogueError, match="no row of split val; it has the splits: test, train"):
         catalogue.rows(SideConfig(split=("val",)))
     with pytest.raises(CatalogueError, match="has no column 'colour'"):
         catalogue.rows(SideConfig(where={"colour": "red"}))

@@ -130,7 +130,9 @@ def test_the_logos_box_holds_the_logos_colour(listings):
 
 
 def test_titles_name_only_some_attributes(listings):
-    named = [sum(value in row["title"].split() for value in json.loads(row["true_attributes"]).values()) for row in listings]
+    named = [
+        sum(value in row["title"].split() for value in json.loads(row["true_attributes"]).values()) for row in listings
+    ]
     assert 1 < np.mean(named) < 4
 
 

@@ -89,6 +89,10 @@ def kill_when(driver: subprocess.Popen, condition, log: Path, limit_s: float = 2
     driver.wait()
 
 
+def appears(folder: Path, pattern: str):
+    return lambda: list(folder.glob(pattern))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_driver_killed_in_agcl_and_in_rar_finishes_with_the_numbers_of_an_undisturbed_run(tmp_path):
@@ -105,10 +109,10 @@ def test_a_driver_killed_in_agcl_and_in_rar_finishes_with_the_numbers_of_an_undi
         stages = folder / "t" / "stages"
         if name == "killed":
             driver = start_driver(file, log)
-            kill_when(driver, lambda: list(stages.glob("agcl-r0/*/train/agcl-r0/step_*")), log)
+            kill_when(driver, appears(stages, "agcl-r0/*/train/agcl-r0/step_*"), log)
             assert not (stages / "agcl-r0" / "stage.json").exists()
             driver = start_driver(file, log)
-            kill_when(driver, lambda: list(stages.glob("rar-r0/*/checkpoints/step_*/manifest.json")), log)
+            kill_when(driver, appears(stages, "rar-r0/*/checkpoints/step_*/manifest.json"), log)
             assert not (stages / "rar-r0" / "stage.json").exists()
         driver = start_driver(file, log)
         assert driver.wait(timeout=600) == 0, log.read_text()[-3000:]

@@ -73,12 +73,8 @@ def test_every_field_has_a_sentence():
 def test_a_misspelt_key_is_told_its_neighbour(key, position):
     section, field = key.rsplit(".", 1)
     wrong = f"{section}.{field[: position + 1]}zz{field[position + 1 :]}"
-    try:
+    with pytest.raises(ConfigError, match=rf"unknown config key|{section.split('.')[0]}"):
         load_config(None, [f"{wrong}=1"])
-    except ConfigError as error:
-        assert "unknown config key" in str(error) or section.split(".")[0] in str(error)
-    else:
-        raise AssertionError(f"{wrong} was accepted")
 
 
 def test_config_imports_neither_torch_nor_ray():

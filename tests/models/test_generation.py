@@ -53,7 +53,7 @@ def test_greedy_decoding_takes_the_likeliest_token_of_every_step(generator, prom
     out = generate(model, processor, prompts[:1], max_new_tokens=6)
     tokens: list[int] = []
     for expected in out.ids[0][out.mask[0]].tolist():
-        batch, mask = completion_batch(processor, prompts[:1], [np.array([*tokens, 0])], "cpu")
+        batch, _ = completion_batch(processor, prompts[:1], [np.array([*tokens, 0])], "cpu")
         hidden = model.model(**batch).last_hidden_state[:, -2]
         logp = token_logprobs(model.lm_head(hidden), temperature=1.0, forbidden_ids=processor.forbidden_ids)
         assert int(logp.argmax()) == expected

@@ -97,7 +97,7 @@ def test_actors_that_keep_dying_end_the_job(ray_local, policy_spec):
     pool = pool_of(policy_spec, 1, max_restarts=0)
     pool.push(weights_of(policy_spec, 0))
     ray.kill(pool.actors[0])
-    with pytest.raises(RuntimeError, match="more than rar.rollout.max_restarts 0 allows"):
+    with pytest.raises(RuntimeError, match=r"more than rar\.rollout\.max_restarts 0 allows"):
         pool.sample(ROWS, SEEDS)
     pool.close()
 

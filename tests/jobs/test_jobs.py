@@ -1,0 +1,170 @@
+"""The jobs as a user runs them: help, printed config, dry run, mistakes, and a submission to a running cluster."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from afmrl_ray.config import dump_yaml, load_config, validate
+from tests.catalogue.test_reading import rows
+from tests.cit.conftest import run_values
+
+ROOT = Path(__file__).resolve().parents[2]
+JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))
+
+
+def main_of(job: str):
+    spec = importlib.util.spec_from_file_location(f"job_{job}", ROOT / "jobs" / f"{job}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def test_all_jobs_of_the_design_are_there():
+    assert {
+        "make_catalogue", "import_catalogue", "distill", "annotate", "train_agcl", "train_rar", "evaluate", "run_cit",
+    } <= set(JOBS)  # fmt: skip
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_help_tells_what_the_job_does(job, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main_of(job)(["--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    for option in ("--config", "--print-config", "--dry-run", "section.field=value"):
+        assert option in shown
+
+
+def test_the_printed_config_is_the_resolved_one(capsys, tmp_path):
+    assert main_of("run_cit")(["--print-config", "rar.group_size=16"]) == 0
+    file = tmp_path / "printed.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert load_config(str(file)) == load_config(None, ["rar.group_size=16"])
+
+
+def test_a_dry_run_shows_schedule_and_resources_and_writes_nothing(capsys, tmp_path):
+    arguments = ["--dry-run", f"run.storage_path={tmp_path}/runs", "rar.prompts_per_step=10", "rar.group_size=4"]
+    assert main_of("run_cit")(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "x 10 prompts x 4 completions = 40 rollouts" in shown
+    assert "resources asked for at once" in shown
+    assert not (tmp_path / "runs").exists()
+
+
+def catalogue_without_positives(folder: Path) -> str:
+    content = [{**row, "product_id": row["item_id"]} for row in rows()]
+    pq.write_table(pa.Table.from_pylist(content), folder / "c.parquet")
+    return str(folder / "c.parquet")
+
+
+def bad_pictures(folder: Path) -> str:
+    content = [{**row, "image": b"x"} for row in rows()]
+    pq.write_table(pa.Table.from_pylist(content), folder / "c.parquet")
+    return str(folder / "c.parquet")
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (lambda at, models: ["rar.grup_size=3"], "rar.group_size"),
+        (lambda at, models: ["rar.group_size=x"], "rar.group_size"),
+        (lambda at, models: ["catalogue.path=/nowhere.parquet"], "/nowhere.parquet does not exist"),
+        (lambda at, models: [f"catalogue.path={catalogue_without_positives(at)}"], "nothing is positive"),
+        (lambda at, models: [f"catalogue.path={bad_pictures(at)}"], "undecodable_image"),
+        (lambda at, models: ["encoder.path=/no/such/model"], "encoder.path: /no/such/model does not exist"),
+        (lambda at, models: [f"encoder.path={models['generator']}"], "the encoder must be qwen2_vl"),
+        (lambda at, models: ["agcl.workers.num_workers=32"], "agcl asks for 32 CPU; the cluster has"),
+        (lambda at, models: ["agcl.workers.use_gpu=true"], "1 GPU"),
+        (lambda at, models: ["run.storage_path=/proc/nothing"], "/proc/nothing"),
+    ],
+)
+def test_a_mistake_is_one_line_with_exit_code_2_and_nothing_is_written(
+    ray_local, tiny_checkpoints, tmp_path, capsys, given, named
+):
+    storage = tmp_path / "runs"
+    arguments = [f"run.storage_path={storage}", *given(tmp_path, tiny_checkpoints)]
+    assert main_of("run_cit")(arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert named in error
+    assert not storage.exists()
+
+
+def test_a_failure_that_is_nobodys_mistake_says_how_to_go_on(monkeypatch, capsys):
+    from afmrl_ray import cli
+
+    def body(config, options):
+        error = RuntimeError("disk on fire")
+        error.add_note("in stage agcl-r0")
+        raise error
+
+    assert cli.job_main("a job", body, []) == 1
+    assert capsys.readouterr().err.strip().endswith(
+        "failed (in stage agcl-r0); committed stages are kept: run the same command again to resume"
+    )
+
+
+def test_make_and_import_catalogue(tmp_path, capsys):
+    out = tmp_path / "made.parquet"
+    sheet = tmp_path / "sheet.png"
+    arguments = ["--out", str(out), "--sheet", str(sheet), "synthetic.preset=tiny", "synthetic.picture_px=48"]
+    assert main_of("make_catalogue")(arguments) == 0
+    assert pq.read_table(out).num_rows > 100
+    assert sheet.read_bytes().startswith(b"\x89PNG")
+    source = tmp_path / "items.jsonl"
+    table = pq.read_table(out).slice(0, 6).to_pylist()
+    for row in table:
+        (tmp_path / f"{row['item_id']}.jpg").write_bytes(row["image"])
+    lines = [{"sku": r["item_id"], "title": r["title"], "file": f"{r['item_id']}.jpg"} for r in table]
+    source.write_text("\n".join(json.dumps(line) for line in lines))
+    arguments = ["--source", str(source), "--pictures", str(tmp_path), "--out", str(tmp_path / "in.parquet")]
+    assert main_of("import_catalogue")([*arguments, "--column", "item_id=sku", "--column", "image=file"]) == 0
+    assert pq.read_table(tmp_path / "in.parquet").num_rows == 6
+
+
+@pytest.mark.timeout(420)
+def test_a_job_is_submitted_to_a_running_cluster(tmp_path):
+    """`ray start` with its job server, then `ray job submit` of the same script, unchanged."""
+    port, dashboard = 26379, 28265
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    ray = str(Path(sys.executable).parent / "ray")
+    folder = Path("/tmp") / f"rj{os.getpid()}"
+    start = [
+        ray, "start", "--head", f"--port={port}", "--include-dashboard=true", f"--dashboard-port={dashboard}",
+        "--num-cpus=4", "--object-store-memory=100000000", f"--temp-dir={folder}", "--block",
+    ]  # fmt: skip
+    values = run_values(tmp_path)
+    values["distill"].update(steps=4)
+    config = tmp_path / "config.yaml"
+    config.write_text(dump_yaml(validate(values)))
+    head = subprocess.Popen(start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        submit = [
+            ray, "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--working-dir", str(ROOT / "jobs"),
+            "--", sys.executable, "distill.py", "--config", str(config),
+        ]  # fmt: skip
+        deadline = time.monotonic() + 240
+        while True:
+            done = subprocess.run(submit, env=environment, capture_output=True, text=True, timeout=300, check=False)
+            starting = ("Failed to connect", "No available agent")
+            if done.returncode == 0 or not any(words in done.stdout + done.stderr for words in starting):
+                break
+            assert time.monotonic() < deadline, "the job server never came up"
+            time.sleep(2)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+        assert "succeeded" in done.stdout
+        assert (tmp_path / "t" / "stages" / "distill" / "stage.json").exists()
+    finally:
+        head.terminate()
+        head.wait(timeout=60)
