@@ -37,6 +37,12 @@ format: $(VENV)/.installed ## mend what ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+bench: $(VENV)/.installed ## side-by-side timings, after an equality check
+	$(BIN)/python jobs/bench/bm25.py
+
+ladder: $(VENV)/.installed ## baseline and three rounds on the demo's catalogue (about 25 minutes on 2 cores)
+	$(BIN)/python jobs/run_cit.py --config jobs/configs/demo.yaml run.name=ladder cit.baseline=true cit.rounds=3
+
 chaos: $(VENV)/.installed ## the tests that kill things
 	$(BIN)/python -m pytest -m slow --timeout 1800
 

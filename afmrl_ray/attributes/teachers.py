@@ -72,19 +72,30 @@ def make_teacher(
         max_attributes: a listing with more is invalid.
     """
     if isinstance(config, ColumnTeacherConfig):
-        return ColumnTeacher(max_attributes)
+        return ColumnTeacher(max_attributes, names=config.names)
     return OpenAITeacher(config, max_attributes=max_attributes, cache_dir=cache_dir)
 
 
 class ColumnTeacher:
-    """The catalogue's own attributes, in normal form."""
+    """The catalogue's own attributes, in normal form.
 
-    def __init__(self, max_attributes: int) -> None:
+    Args:
+        max_attributes: a listing with more is invalid.
+        names: attributes that are taken, in this order; none = all, in the listing's order.
+    """
+
+    def __init__(self, max_attributes: int, *, names: Sequence[str] | None = None) -> None:
         self._max_attributes = max_attributes
+        self._names = names
 
     def annotate(self, items: Sequence[Listing]) -> list[Attributes | InvalidAttributes]:
-        texts = [format_attributes(normalise_attributes(item.attributes)) for item in items]
+        texts = [format_attributes(normalise_attributes(self._chosen(item.attributes))) for item in items]
         return [parse_attributes(text, max_attributes=self._max_attributes) for text in texts]
+
+    def _chosen(self, attributes: Mapping[str, str | None]) -> Mapping[str, str | None]:
+        if self._names is None:
+            return attributes
+        return {name: attributes[name] for name in self._names if name in attributes}
 
 
 class OpenAITeacher:

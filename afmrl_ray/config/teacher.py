@@ -14,6 +14,8 @@ class ColumnTeacherConfig(Section):
 
     kind: Literal["column"] = "column"
     """Discriminates the teachers."""
+    names: tuple[str, ...] | None = None
+    """Attributes that are taken, in this order; none = all, in the catalogue's order."""
 
 
 class OpenAITeacherConfig(Section):

@@ -205,3 +205,10 @@ def test_equal_listings_are_asked_once_and_another_prompt_asks_anew(endpoint: Fa
     _teacher(endpoint, tmp_path, model="n").annotate(same)
     _teacher(endpoint, tmp_path).annotate([_listing("t", PNG + b"other")])
     assert len(endpoint.requests) == 4
+
+
+def test_a_column_teacher_takes_the_named_attributes_in_their_order():
+    listing = Listing("a", "t", {"Size": "XL", "color": "Red", "note": "x"}, lambda: b"")
+    assert ColumnTeacher(4, names=("color", "Size", "weight")).annotate([listing]) == [
+        (("color", "red"), ("size", "xl"))
+    ]

@@ -110,8 +110,10 @@ def test_a_failure_that_is_nobodys_mistake_says_how_to_go_on(monkeypatch, capsys
         raise error
 
     assert cli.job_main("a job", body, []) == 1
-    assert capsys.readouterr().err.strip().endswith(
-        "failed (in stage agcl-r0); committed stages are kept: run the same command again to resume"
+    assert (
+        capsys.readouterr()
+        .err.strip()
+        .endswith("failed (in stage agcl-r0); committed stages are kept: run the same command again to resume")
     )
 
 

@@ -17,7 +17,7 @@ from afmrl_ray.rar.reward import Gallery, RewardPool, RewardSpec, parse_completi
 from afmrl_ray.retrieval.embed import Encoder, EncoderRef
 from tests.rar.conftest import PICTURE
 
-TRAIN = SideConfig()
+SIDE = SideConfig()
 
 
 def test_only_the_parser_gives_the_invalid_reward_and_what_it_refused_is_never_scored():
@@ -49,13 +49,13 @@ def encoder_ref(tiny_checkpoints) -> EncoderRef:
 @pytest.fixture(scope="module")
 def service(ray_local, encoder_ref, tiny_catalogue_ref):
     catalogue = tiny_catalogue_ref.open()
-    rows = catalogue.rows(TRAIN)
+    rows = catalogue.rows(SIDE)
     encoder = Encoder(encoder_ref, tiny_catalogue_ref)
     embeddings = encoder.embed(rows.tolist(), [""] * len(rows), inputs="both")
     spec = RewardSpec(
         encoder=encoder_ref,
         catalogue=tiny_catalogue_ref,
-        queries={"train": TRAIN},
+        queries={"train": SIDE},
         galleries={"train": Gallery(rows, [ray.put(embeddings)])},
         version="v1",
     )

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from afmrl_ray.config.models import AdapterConfig, PictureConfig
+from afmrl_ray.errors import CheckpointError
+from afmrl_ray.models.adapters import ADAPTER_FILE, load_start, load_trained, make_trainable, save_trained
+from afmrl_ray.models.backbones import load_backbone
+from afmrl_ray.models.encoder import EmbeddingModel
+from afmrl_ray.models.listing import ListingProcessor, collate
+from tests.models.test_listing import noise
+
+LORA = AdapterConfig(kind="lora", r=4)
+
+
+@pytest.fixture(scope="module")
+def batch(tiny_checkpoints):
+    processor = ListingProcessor.from_pretrained(
+        tiny_checkpoints["encoder"], PictureConfig(min_pixels=784, max_pixels=3136)
+    )
+    rows = [processor.row(noise(60, 60, seed), "red mug " * seed) for seed in range(4)]
+    return collate(rows, processor.pad_id)
+
+
+@pytest.fixture
+def adapter(tiny_checkpoints, tmp_path, batch):
+    """A folder with an adapter that changes something, and the embeddings of the model it was saved from."""
+    model = load_start(tiny_checkpoints["encoder"], "encoder", LORA)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    with torch.no_grad():
+        embeddings = EmbeddingModel(model).eval()(**batch)
+    save_trained(model, str(tmp_path / "adapter"), processor=tiny_checkpoints["encoder"])
+    return str(tmp_path / "adapter"), embeddings
+
+
+@torch.no_grad()
+def embed(model, batch):
+    return EmbeddingModel(model).eval()(**batch)
+
+
+def test_embeddings_are_of_unit_length_and_differ_from_the_bases(adapter, tiny_checkpoints, batch):
+    _, embeddings = adapter
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(4))
+    base = embed(load_backbone(tiny_checkpoints["encoder"], "encoder"), batch)
+    assert (embeddings - base).abs().max() > 1e-2
+
+
+def test_stock_transformers_and_peft_load_it_to_the_same_embeddings(adapter, tiny_checkpoints, batch):
+    from peft import PeftModel
+    from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+
+    path, embeddings = adapter
+    stock = PeftModel.from_pretrained(
+        Qwen2VLForConditionalGeneration.from_pretrained(tiny_checkpoints["encoder"], dtype=torch.float32), path
+    )
+    with torch.no_grad():
+        hidden = stock.get_base_model().model(**batch).last_hidden_state[:, -1]
+    torch.testing.assert_close(torch.nn.functional.normalize(hidden, dim=-1), embeddings, atol=1e-6, rtol=1e-5)
+    assert AutoTokenizer.from_pretrained(path).convert_tokens_to_ids("<|im_end|>") is not None
+
+
+def test_merged_and_trainable_loading_give_the_same_embeddings(adapter, batch):
+    path, embeddings = adapter
+    torch.testing.assert_close(embed(load_trained(path, "encoder"), batch), embeddings, atol=1e-5, rtol=1e-4)
+    going_on = load_start(path, "encoder", LORA)
+    torch.testing.assert_close(embed(going_on, batch), embeddings, atol=1e-6, rtol=1e-5)
+    assert any("lora" in name for name, p in going_on.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("change", ["missing", "renamed"])
+def test_an_adapter_that_does_not_fit_is_an_error_not_a_warning(adapter, tmp_path, change):
+    path, _ = adapter
+    broken = str(tmp_path / "broken")
+    shutil.copytree(path, broken)
+    file = os.path.join(broken, ADAPTER_FILE)
+    tensors = load_file(file)
+    name = sorted(tensors)[0]
+    tensor = tensors.pop(name)
+    if change == "renamed":
+        tensors[name.replace("language_model.", "")] = tensor
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="the adapter does not fit: 1 tensors missing"):
+        load_trained(broken, "encoder")
+
+
+def test_adapters_stay_in_the_language_model(tiny_checkpoints):
+    for role in ("encoder", "generator"):
+        model = load_start(tiny_checkpoints[role], role, LORA)
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert trained
+        assert all("language_model" in name and "lora_" in name for name in trained)
+
+
+def test_full_training_leaves_the_vision_tower_unless_asked(tiny_checkpoints):
+    model = load_backbone(tiny_checkpoints["generator"], "generator")
+    make_trainable(model, AdapterConfig(kind="full"))
+    assert not any(p.requires_grad for p in model.model.visual.parameters())
+    assert all(p.requires_grad for p in model.model.language_model.parameters())
+    make_trainable(model, AdapterConfig(kind="full", train_vision=True))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_targets_that_match_nothing_are_named(tiny_checkpoints):
+    with pytest.raises(CheckpointError, match=r"adapter.targets 'nothing' matches no module"):
+        load_start(tiny_checkpoints["encoder"], "encoder", AdapterConfig(kind="lora", targets="nothing"))
+
+
+def test_a_whole_model_round_trips_with_its_processor(tiny_checkpoints, tmp_path, batch):
+    model = load_start(tiny_checkpoints["encoder"], "encoder", AdapterConfig(kind="full", train_vision=True))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01)
+    expected = embed(model, batch)
+    save_trained(model, str(tmp_path / "model"), processor=tiny_checkpoints["encoder"])
+    torch.testing.assert_close(embed(load_trained(str(tmp_path / "model"), "encoder"), batch), expected)
+    ListingProcessor.from_pretrained(str(tmp_path / "model"), PictureConfig())
+    with pytest.raises(CheckpointError, match=r"adapter.kind is full"):
+        adapter = load_start(tiny_checkpoints["encoder"], "encoder", LORA)
+        save_trained(adapter, str(tmp_path / "adapter"), processor=tiny_checkpoints["encoder"])
+        load_start(str(tmp_path / "adapter"), "encoder", AdapterConfig(kind="full"))
