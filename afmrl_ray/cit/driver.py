@@ -11,6 +11,7 @@ from importlib import metadata
 from typing import Any
 
 from afmrl_ray.catalogue import check_positives
+from afmrl_ray.cit.bodies import open_given
 from afmrl_ray.cit.pipeline import Pipeline
 from afmrl_ray.cit.schedule import resources
 from afmrl_ray.cit.stages import RunDirectory
@@ -37,11 +38,11 @@ def open_run(config: Config) -> Iterator[Pipeline]:
             check_checkpoint(path, role)
     run = RunDirectory(config.run.storage_path, config.run.name)
     with ray_session(config.ray):
+        # Nodes may still join a cluster, but never a Ray that the job started itself.
+        joined = bool(config.ray.address or os.environ.get("RAY_ADDRESS"))
         for stage, asked in resources(config).items():
-            require_resources(stage, asked, wait_s=config.ray.wait_for_resources_s if config.ray.address else 0.0)
+            require_resources(stage, asked, wait_s=config.ray.wait_for_resources_s if joined else 0.0)
         if config.catalogue.path is not None:
-            from afmrl_ray.cit.bodies import open_given
-
             check_sides(config, open_given(config))
         run.create()
         pipeline = Pipeline(config, run)

@@ -12,7 +12,7 @@ from typing import Any
 from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue
 from afmrl_ray.cit import bodies
 from afmrl_ray.cit.evaluation import EvaluationInputs, evaluate_body, floor_body
-from afmrl_ray.cit.stages import RunDirectory, Stage
+from afmrl_ray.cit.stages import Body, RunDirectory, Stage
 from afmrl_ray.config import Config
 from afmrl_ray.models.annotate import GeneratorRef
 from afmrl_ray.retrieval.embed import EncoderRef
@@ -29,6 +29,13 @@ class Pipeline:
     def __init__(self, config: Config, run: RunDirectory) -> None:
         self.config = config
         self.run = run
+        self._done: dict[str, Stage] = {}
+
+    def _stage(self, name: str, inputs: dict[str, Any], body: Body, *, resumable: bool = False) -> Stage:
+        """The stage, run or skipped once; what stands on it asks again and again."""
+        if name not in self._done:
+            self._done[name] = self.run.run_stage(name, inputs, body, resumable=resumable)
+        return self._done[name]
 
     def _inputs(self, sections: tuple[str, ...], *upstream: Stage | None, **more: Any) -> dict[str, Any]:
         dumped = {name: getattr(self.config, name).model_dump(mode="json") for name in sections}
@@ -48,7 +55,7 @@ class Pipeline:
             inputs = {"synthetic": config.synthetic.model_dump(mode="json")}
         else:
             inputs = {"path": config.catalogue.path, "fingerprint": bodies.open_given(config).fingerprint}
-        return self.run.run_stage("catalogue", inputs, lambda at: bodies.catalogue_body(config, at))
+        return self._stage("catalogue", inputs, lambda at: bodies.catalogue_body(config, at))
 
     @cached_property
     def catalogue_ref(self) -> CatalogueRef:
@@ -73,7 +80,7 @@ class Pipeline:
             pictures=[config.encoder.picture.model_dump(), config.generator.picture.model_dump()],
             instructions=[config.encoder.instruction, config.generator.instruction],
         )
-        return self.run.run_stage("models", inputs, lambda at: bodies.models_body(config, self.catalogue_ref, at))
+        return self._stage("models", inputs, lambda at: bodies.models_body(config, self.catalogue_ref, at))
 
     def _base(self, role: str) -> str:
         path = getattr(self.config, role).path
@@ -98,7 +105,7 @@ class Pipeline:
         inputs = self._inputs(
             ("teacher",), self.catalogue_stage, items=self.config.distill.items.model_dump(mode="json")
         )
-        return self.run.run_stage(
+        return self._stage(
             "labels", inputs, lambda at: bodies.labels_body(self.config, self.catalogue_ref, at), resumable=True
         )
 
@@ -106,7 +113,7 @@ class Pipeline:
     def distill(self) -> Stage:
         """The generator fine-tuned on the teacher's attributes."""
         inputs = self._inputs(("generator", "distill"), self.catalogue_stage, self.models_stage, self.labels)
-        return self.run.run_stage(
+        return self._stage(
             "distill",
             inputs,
             lambda at: bodies.distill_body(
@@ -127,7 +134,7 @@ class Pipeline:
         inputs = self._inputs(
             ("generator",), self.catalogue_stage, before, items=self.config.annotate.items.model_dump()
         )
-        return self.run.run_stage(
+        return self._stage(
             f"attributes-r{number}",
             inputs,
             lambda at: bodies.attributes_body(
@@ -139,7 +146,7 @@ class Pipeline:
     def baseline(self) -> Stage:
         """Plain InfoNCE on the backbone, without attributes."""
         inputs = self._inputs(("encoder", "agcl"), self.catalogue_stage, self.models_stage)
-        return self.run.run_stage(
+        return self._stage(
             "baseline",
             inputs,
             lambda at: bodies.agcl_body(
@@ -154,7 +161,7 @@ class Pipeline:
         attributes = self.attributes(number)
         inputs = self._inputs(("encoder", "agcl"), self.catalogue_stage, self.models_stage, attributes, previous)
         name = f"agcl-r{number}"
-        return self.run.run_stage(
+        return self._stage(
             name,
             inputs,
             lambda at: bodies.agcl_body(
@@ -173,7 +180,7 @@ class Pipeline:
         agcl, attributes = self.agcl(number), self.attributes(number)
         task = self.config.rar.task.model_dump(mode="json")
         inputs = self._inputs(("encoder",), self.catalogue_stage, agcl, attributes, task=task)
-        return self.run.run_stage(
+        return self._stage(
             f"gallery-r{number}",
             inputs,
             lambda at: bodies.gallery_body(
@@ -187,7 +194,7 @@ class Pipeline:
         agcl, gallery = self.agcl(number), self.gallery(number)
         inputs = self._inputs(("encoder", "generator", "rar"), self.catalogue_stage, before, agcl, gallery)
         name = f"rar-r{number}"
-        return self.run.run_stage(
+        return self._stage(
             name,
             inputs,
             lambda at: bodies.rar_body(
@@ -219,10 +226,10 @@ class Pipeline:
             self._encoder(encoder),
             attributes.output("attributes") if attributes is not None else None,
         )
-        return self.run.run_stage(name, inputs, lambda at: evaluate_body(evaluation, at))
+        return self._stage(name, inputs, lambda at: evaluate_body(evaluation, at))
 
     @cached_property
     def floor(self) -> Stage:
         """Pixel baseline and chance."""
         inputs = self._inputs(("evaluation",), self.catalogue_stage)
-        return self.run.run_stage("floor", inputs, lambda at: floor_body(self.config, self.catalogue_ref, at))
+        return self._stage("floor", inputs, lambda at: floor_body(self.config, self.catalogue_ref, at))

@@ -1,0 +1,106 @@
+"""The step of distillation: a token mean over the global batch, however many workers share it."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from torch import distributed as dist
+from torch import multiprocessing
+
+from afmrl_ray.attributes.store import AttributeRow, write_attributes
+from afmrl_ray.config import validate
+from afmrl_ray.distill.train import DistillStep, labelled_rows
+from afmrl_ray.errors import CatalogueError, ConfigError
+from afmrl_ray.models.adapters import load_start
+from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.policy import Policy
+from afmrl_ray.models.prompts import generator_row
+from afmrl_ray.training.engine import Engine
+from tests.training.test_engine import free_port
+
+VALUES = {
+    "generator": {"picture": {"min_pixels": 784, "max_pixels": 3136}},
+    "distill": {"batch_size": 6, "optimizer": {"gradient_clip": 0.0}},
+}
+LABELS = [(row, "; ".join(["color: red", "size: xl", "trim: gold"][: 1 + row % 3])) for row in range(12)]
+
+
+def train(rank: int, world: int, port: int, ref, start: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    config = validate(VALUES)
+    engine = Engine(
+        Policy(load_start(start, "generator", config.distill.adapter)), config.distill.optimizer, steps=2, zero_stage=0
+    )
+    processor = ListingProcessor.from_pretrained(start, config.generator.picture)
+    step = DistillStep(config, LABELS, ref.open(), processor, engine, rank=rank, world=world)
+    loss = step(0)["loss"]
+    losses = torch.tensor([loss])
+    dist.all_reduce(losses)
+    if rank == 0:
+        torch.save((float(losses) / world, [p.grad.clone() for p in engine.parameters]), f"{folder}/{world}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.timeout(180)
+def test_workers_change_neither_loss_nor_gradient(tiny_checkpoints, tiny_catalogue_ref, tmp_path):
+    for world in (1, 2, 3):
+        arguments = (world, free_port(), tiny_catalogue_ref, tiny_checkpoints["generator"], str(tmp_path))
+        multiprocessing.spawn(train, args=arguments, nprocs=world)
+    loss, gradients = torch.load(tmp_path / "1.pt")
+    for world in (2, 3):
+        other_loss, other_gradients = torch.load(tmp_path / f"{world}.pt")
+        assert other_loss == pytest.approx(loss, rel=1e-5)
+        for theirs, ours in zip(gradients, other_gradients, strict=True):
+            assert (theirs - ours).norm() <= 1e-5 * max(theirs.norm(), 1e-3)
+
+
+@torch.no_grad()
+def test_the_loss_is_the_stock_models_mean_over_completion_tokens(tiny_checkpoints, tiny_catalogue_ref, tmp_path):
+    train_args = (1, free_port(), tiny_catalogue_ref, tiny_checkpoints["generator"], str(tmp_path))
+    multiprocessing.spawn(train, args=train_args, nprocs=1)
+    config = validate(VALUES)
+    catalogue = tiny_catalogue_ref.open()
+    start = tiny_checkpoints["generator"]
+    processor = ListingProcessor.from_pretrained(start, config.generator.picture)
+    model = load_start(start, "generator", config.distill.adapter)
+    total, count = 0.0, 0
+    for row, text in DistillStep(config, LABELS, catalogue, processor, None).batch(0):
+        prompt = generator_row(processor, catalogue, row, config=config.generator)
+        completion = processor.completion_ids(text)
+        ids = torch.from_numpy(np.concatenate([prompt.input_ids, completion]))[None]
+        logits = model(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            mm_token_type_ids=(ids == model.config.image_token_id).int(),
+            pixel_values=torch.from_numpy(prompt.patches),
+            image_grid_thw=torch.tensor([prompt.grid]),
+        ).logits[0, len(prompt) - 1 : -1]
+        logits[:, processor.forbidden_ids] = -torch.inf
+        logp = torch.log_softmax(logits.float(), -1).gather(-1, torch.from_numpy(completion)[:, None])
+        total, count = total - float(logp.sum()), count + len(completion)
+    assert torch.load(tmp_path / "1.pt")[0] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_labels_that_cannot_be_used_are_told(tiny_checkpoints, tiny_catalogue_ref, tmp_path):
+    catalogue = tiny_catalogue_ref.open()
+    items = catalogue.column("item_id")
+    config = validate(VALUES)
+    processor = ListingProcessor.from_pretrained(tiny_checkpoints["generator"], config.generator.picture)
+    path = str(tmp_path / "labels.parquet")
+    write_attributes(path, [AttributeRow(item, "", "empty") for item in items], fingerprint="t")
+    with pytest.raises(CatalogueError, match="gave no valid attributes"):
+        labelled_rows(config, catalogue, processor, path)
+    write_attributes(path, [AttributeRow(item, "color: red") for item in items[:3]], fingerprint="t")
+    with pytest.raises(ConfigError, match="distill.batch_size 6 exceeds the 3 labelled rows"):
+        labelled_rows(config, catalogue, processor, path)
+    short = validate({**VALUES, "generator": {**VALUES["generator"], "max_prompt_tokens": 20}})
+    with pytest.raises(CatalogueError):
+        labelled_rows(short, catalogue, processor, path)
