@@ -99,7 +99,7 @@ def test_labels_that_cannot_be_used_are_told(tiny_checkpoints, tiny_catalogue_re
     with pytest.raises(CatalogueError, match="gave no valid attributes"):
         labelled_rows(config, catalogue, processor, path)
     write_attributes(path, [AttributeRow(item, "color: red") for item in items[:3]], fingerprint="t")
-    with pytest.raises(ConfigError, match="distill.batch_size 6 exceeds the 3 labelled rows"):
+    with pytest.raises(ConfigError, match=r"distill\.batch_size 6 exceeds the 3 labelled rows"):
         labelled_rows(config, catalogue, processor, path)
     short = validate({**VALUES, "generator": {**VALUES["generator"], "max_prompt_tokens": 20}})
     with pytest.raises(CatalogueError):
