@@ -103,11 +103,10 @@ class RolloutPool:
     Args:
         spec: the policy.
         config: `rar.rollout`.
-        group_size: completions per prompt.
     """
 
-    def __init__(self, spec: PolicySpec, config: RolloutConfig, *, group_size: int) -> None:
-        self._spec, self._config, self._group_size = spec, config, group_size
+    def __init__(self, spec: PolicySpec, config: RolloutConfig) -> None:
+        self._spec, self._config = spec, config
         self._weights: Weights | None = None
         self._restarts = 0
         self._made = 0
@@ -160,8 +159,13 @@ class RolloutPool:
         self.actors[index] = self._make()
         self._push_to(index)
 
-    def sample(self, rows: Sequence[int], seeds: Sequence[int]) -> list[Group]:
+    def sample(self, rows: Sequence[int], seeds: Sequence[int], *, group_size: int) -> list[Group]:
         """A group for each row, in order; chunks lost with an actor are sampled again, none twice.
+
+        Args:
+            rows: catalogue rows of the prompts.
+            seeds: one for each prompt; a group is a function of weights, prompt and seed.
+            group_size: completions per prompt.
 
         Raises:
             TimeoutError: an actor does not answer; named.
@@ -179,7 +183,7 @@ class RolloutPool:
                 call = self.actors[actor].sample.remote(
                     list(rows[chunks[chunk]]),
                     list(seeds[chunks[chunk]]),
-                    group_size=self._group_size,
+                    group_size=group_size,
                     version=self._weights.version,
                 )
                 running[call] = chunk, actor

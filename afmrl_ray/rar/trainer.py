@@ -137,12 +137,11 @@ class RARTrainer:
         rar = self._rar
         self._learners = build_learners(rar, self._policy)
         self._rewards = RewardPool(self._rewards_spec, rar.reward, name=self._job.name)
-        self._rollouts = RolloutPool(self._policy, rar.rollout, group_size=rar.group_size)
-        start = self._restore()
+        self._rollouts = RolloutPool(self._policy, rar.rollout)
+        start, tail = self._restore()
         self._push()
         before = self._before(start)
         metrics = MetricsLog(storage.join(self._job.directory, "log"), resume_step=start)
-        tail: list[dict[str, float]] = []
         for step in tqdm(range(start, rar.steps), desc=self._job.name, initial=start, total=rar.steps, mininterval=5):
             values = self._step(step)
             metrics.log(step, values)
@@ -150,7 +149,6 @@ class RARTrainer:
             if (step + 1) % rar.checkpoint_every == 0 or step + 1 == rar.steps:
                 self._save(step + 1, tail)
         metrics.close()
-        tail = tail or (self._checkpoints.latest() or {})["tail"]
         model = storage.join(self._job.directory, "model")
         self._on_learners(lambda learner: learner.save_model(model))
         after = self._heldout()
@@ -171,14 +169,15 @@ class RARTrainer:
         if self._learners is not None:
             self._learners.shutdown()
 
-    def _restore(self) -> int:
+    def _restore(self) -> tuple[int, list[dict[str, float]]]:
+        """Load the latest checkpoint; returns the next step and the numbers of the last ones done."""
         manifest = self._checkpoints.latest()
         if manifest is None:
-            return 0
+            return 0, []
         step = int(manifest["step"])
         path = self._checkpoints.engine_path(step)
         self._on_learners(lambda learner: learner.load_engine(path, step))
-        return step
+        return step, manifest["tail"]
 
     def _save(self, step: int, tail: list[dict[str, float]]) -> None:
         path = self._checkpoints.engine_path(step)
@@ -217,7 +216,8 @@ class RARTrainer:
         seconds: dict[str, float] = {}
         rows = prompts_of_step(self.prompts["train"][0], step, rar.prompts_per_step, self._config.run.seed)
         with timed(seconds, "rollout"):
-            groups = self._rollouts.sample(rows.tolist(), group_seeds(self._config.run.seed, step, len(rows)))
+            seeds = group_seeds(self._config.run.seed, step, len(rows))
+            groups = self._rollouts.sample(rows.tolist(), seeds, group_size=rar.group_size)
         with timed(seconds, "reward"):
             rewards, parsed = self._reward("train", groups)
         grouped = rewards.reshape(len(groups), rar.group_size)
@@ -276,12 +276,11 @@ class RARTrainer:
     def _heldout(self) -> HeldOut:
         """Sample and score the held-out prompts, with the same seeds before and after."""
         assert self._rollouts is not None
-        rows = self.prompts["heldout"][0]
-        groups = self._rollouts.sample(rows.tolist(), group_seeds(self._config.run.seed, -1, len(rows)))
-        kept = min(self._rar.heldout_samples, self._rar.group_size)
-        groups = [Group(g.row, g.version, g.ids[:kept], g.mask[:kept], g.logp[:kept], g.texts[:kept]) for g in groups]
+        rows, samples = self.prompts["heldout"][0], self._rar.heldout_samples
+        seeds = group_seeds(self._config.run.seed, -1, len(rows))
+        groups = self._rollouts.sample(rows.tolist(), seeds, group_size=samples)
         rewards, parsed = self._reward("heldout", groups)
-        return summarise(rewards, parsed, group_size=kept)
+        return summarise(rewards, parsed, group_size=samples)
 
 
 def mean_words(valid: Sequence[Attributes]) -> float:

@@ -22,10 +22,10 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_shar
 @pytest.fixture(scope="module")
 def columns(ray_local, policy_spec) -> dict[str, np.ndarray]:
     """Four groups sampled by the policy itself, with made-up advantages."""
-    pool = RolloutPool(policy_spec, RolloutConfig(pool={"cpus_per_worker": 0.5, "batch_size": 4}), group_size=GROUP)
+    pool = RolloutPool(policy_spec, RolloutConfig(pool={"cpus_per_worker": 0.5, "batch_size": 4}))
     tensors = trained_tensors(policy_spec.load_policy())
     pool.push(Weights(0, weights_fingerprint(tensors), [ray.put(tensors)]))
-    groups = pool.sample([0, 1, 2, 3], [7, 8, 9, 10])
+    groups = pool.sample([0, 1, 2, 3], [7, 8, 9, 10], group_size=GROUP)
     pool.close()
     return batch_columns(groups, np.array([[1.0, -1.0], [0.5, -0.5], [2.0, -2.0], [0.0, 0.0]]))
 

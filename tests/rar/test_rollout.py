@@ -19,7 +19,7 @@ ROWS, SEEDS = list(range(6)), list(range(100, 106))
 
 def pool_of(spec, workers: int, **changes) -> RolloutPool:
     config = RolloutConfig(pool={"num_workers": workers, "cpus_per_worker": 0.5, "batch_size": 2}, **changes)
-    return RolloutPool(spec, config, group_size=3)
+    return RolloutPool(spec, config)
 
 
 def weights_of(spec, version: int, shift: float = 0.0) -> Weights:
@@ -38,7 +38,7 @@ def same(first, second) -> bool:
 def expected(ray_local, policy_spec):
     pool = pool_of(policy_spec, 1)
     pool.push(weights_of(policy_spec, 0))
-    groups = pool.sample(ROWS, SEEDS)
+    groups = pool.sample(ROWS, SEEDS, group_size=3)
     pool.close()
     return groups
 
@@ -47,19 +47,19 @@ def test_rollouts_do_not_depend_on_the_number_of_actors(expected, policy_spec):
     pool = pool_of(policy_spec, 2)
     pool.push(weights_of(policy_spec, 0))
     assert [group.row for group in expected] == ROWS
-    assert same(pool.sample(ROWS, SEEDS), expected)
-    assert not same(pool.sample(ROWS, [seed + 1 for seed in SEEDS]), expected)
+    assert same(pool.sample(ROWS, SEEDS, group_size=3), expected)
+    assert not same(pool.sample(ROWS, [seed + 1 for seed in SEEDS], group_size=3), expected)
     pool.close()
 
 
 def test_pushed_weights_reach_the_sampler_and_carry_their_version(expected, policy_spec):
     pool = pool_of(policy_spec, 1)
     pool.push(weights_of(policy_spec, 4, shift=0.05))
-    groups = pool.sample(ROWS, SEEDS)
+    groups = pool.sample(ROWS, SEEDS, group_size=3)
     assert {group.version for group in groups} == {4}
     assert not same(groups, expected)
     pool.push(weights_of(policy_spec, 5))
-    assert same(pool.sample(ROWS, SEEDS), expected)
+    assert same(pool.sample(ROWS, SEEDS, group_size=3), expected)
     pool.close()
 
 
@@ -88,7 +88,7 @@ def test_a_killed_actor_costs_nothing_but_time(expected, policy_spec):
     pool.push(weights_of(policy_spec, 0))
     pids = [ray.get(actor.__ray_call__.remote(lambda _: os.getpid())) for actor in pool.actors]
     os.kill(pids[0], signal.SIGKILL)
-    assert same(pool.sample(ROWS, SEEDS), expected)
+    assert same(pool.sample(ROWS, SEEDS, group_size=3), expected)
     assert pool.restarts == 1
     pool.close()
 
@@ -98,7 +98,7 @@ def test_actors_that_keep_dying_end_the_job(ray_local, policy_spec):
     pool.push(weights_of(policy_spec, 0))
     ray.kill(pool.actors[0])
     with pytest.raises(RuntimeError, match=r"more than rar\.rollout\.max_restarts 0 allows"):
-        pool.sample(ROWS, SEEDS)
+        pool.sample(ROWS, SEEDS, group_size=3)
     pool.close()
 
 
