@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,6 +22,15 @@ from tests.cit.conftest import run_values
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on now; all are held until each is known, so that none comes twice."""
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
 
 
 def main_of(job: str):
@@ -138,13 +149,15 @@ def test_make_and_import_catalogue(tmp_path, capsys):
 @pytest.mark.timeout(420)
 def test_a_job_is_submitted_to_a_running_cluster(tmp_path):
     """`ray start` with its job server, then `ray job submit` of the same script, unchanged."""
-    port, dashboard = 26379, 28265
+    # The usual ports, the agent's too, may belong to the Ray of the other tests.
+    port, dashboard, agent = free_ports(3)
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     ray = str(Path(sys.executable).parent / "ray")
     folder = Path("/tmp") / f"rj{os.getpid()}"
     start = [
         ray, "start", "--head", f"--port={port}", "--include-dashboard=true", f"--dashboard-port={dashboard}",
-        "--num-cpus=4", "--object-store-memory=100000000", f"--temp-dir={folder}", "--block",
+        f"--dashboard-agent-listen-port={agent}", "--num-cpus=4", "--object-store-memory=100000000",
+        f"--temp-dir={folder}", "--block",
     ]  # fmt: skip
     values = run_values(tmp_path)
     values["distill"].update(steps=4)
@@ -153,8 +166,8 @@ def test_a_job_is_submitted_to_a_running_cluster(tmp_path):
     head = subprocess.Popen(start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         submit = [
-            ray, "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--working-dir", str(ROOT / "jobs"),
-            "--", sys.executable, "distill.py", "--config", str(config),
+            ray, "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--working-dir", str(ROOT),
+            "--", sys.executable, "jobs/distill.py", "--config", str(config),
         ]  # fmt: skip
         deadline = time.monotonic() + 240
         while True:

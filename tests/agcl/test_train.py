@@ -1,0 +1,65 @@
+"""AGCL on a real Ray Train worker group: asked again, and with a worker that dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from afmrl_ray import storage
+from afmrl_ray.agcl.train import AGCLJob, train_agcl
+from afmrl_ray.config import Config, validate
+from tests.cit.conftest import run_values
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+
+
+def config_of(folder: Path, steps: int) -> Config:
+    values = run_values(folder)
+    values["agcl"].update(steps=steps, lexical={"enabled": False})
+    values["agcl"]["workers"].update(checkpoint_every=2)
+    return validate(values)
+
+
+def train(folder: Path, checkpoints: dict[str, str], ref, steps: int) -> tuple[dict[str, float], bytes]:
+    job = AGCLJob(checkpoints["encoder"], None, ref, str(folder / "attempt"), "agcl-test")
+    metrics = train_agcl(config_of(folder, steps), job)
+    return metrics, storage.read_bytes(str(folder / "attempt/model/adapter_model.safetensors"))
+
+
+def kill_a_worker_after(first_checkpoint: Path) -> None:
+    while not first_checkpoint.exists():
+        time.sleep(0.05)
+    # The checkpoint counts once the controller has noted it, a moment after it appeared.
+    time.sleep(2)
+    workers = [p for p in psutil.process_iter(["name"]) if "RayTrainWorker" in (p.info["name"] or "")]
+    os.kill(workers[-1].pid, signal.SIGKILL)
+
+
+def test_a_finished_training_asked_again_gives_the_same_at_once(
+    ray_local, tiny_checkpoints, tiny_catalogue_ref, tmp_path
+):
+    first = train(tmp_path, tiny_checkpoints, tiny_catalogue_ref, 4)
+    assert first[0]["gradient_norm"] > 0
+    steps = storage.read_bytes(str(tmp_path / "attempt/log/metrics.jsonl"))
+    assert train(tmp_path, tiny_checkpoints, tiny_catalogue_ref, 4) == first
+    assert storage.read_bytes(str(tmp_path / "attempt/log/metrics.jsonl")) == steps
+
+
+@pytest.mark.slow
+def test_a_killed_worker_changes_nothing_but_the_time(ray_local, tiny_checkpoints, tiny_catalogue_ref, tmp_path):
+    for name in ("calm", "killed"):
+        (tmp_path / name).mkdir()
+    calm = train(tmp_path / "calm", tiny_checkpoints, tiny_catalogue_ref, 80)
+    first = tmp_path / "killed/attempt/train/agcl-test/step_0000002"
+    killer = threading.Thread(target=kill_a_worker_after, args=(first,), daemon=True)
+    killer.start()
+    killed = train(tmp_path / "killed", tiny_checkpoints, tiny_catalogue_ref, 80)
+    killer.join(timeout=1)
+    assert not killer.is_alive()
+    assert killed == calm
