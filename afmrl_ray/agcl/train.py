@@ -67,7 +67,7 @@ def train_loop(payload: dict[str, Any]) -> None:
     agcl = config.agcl
     worker_threads(agcl.workers)
     rank, world = dist.get_rank(), dist.get_world_size()
-    model = load_start(job.start, "encoder", agcl.adapter, dtype=config.encoder.dtype)
+    model = load_start(job.start, "encoder", agcl.adapter, seed=config.run.seed, dtype=config.encoder.dtype)
     processor = ListingProcessor.from_pretrained(job.start, config.encoder.picture)
     catalogue = job.catalogue.open()
     engine = Engine(

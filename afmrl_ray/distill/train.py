@@ -62,7 +62,7 @@ def train_loop(payload: dict[str, Any]) -> None:
     config, job = validate(payload["config"]), payload["job"]
     distill = config.distill
     worker_threads(distill.workers)
-    model = load_start(job.start, "generator", distill.adapter, dtype=config.generator.dtype)
+    model = load_start(job.start, "generator", distill.adapter, seed=config.run.seed, dtype=config.generator.dtype)
     processor = ListingProcessor.from_pretrained(job.start, config.generator.picture)
     engine = Engine(
         Policy(model),

@@ -116,8 +116,11 @@ def load_trained(
     return model if trainable else model.merge_and_unload()
 
 
-def load_start(path: str, role: str, config: AdapterConfig, *, dtype: str = "float32") -> Any:
+def load_start(path: str, role: str, config: AdapterConfig, *, seed: int, dtype: str = "float32") -> Any:
     """The model that a training begins with: an adapter goes on, a whole model is prepared by `make_trainable`.
+
+    Args:
+        seed: of a new adapter's first weights, which PEFT would draw anew in every process.
 
     Raises:
         CheckpointError: see `load_trained`; or an adapter is to be gone on with under `kind: full`.
@@ -128,7 +131,11 @@ def load_start(path: str, role: str, config: AdapterConfig, *, dtype: str = "flo
             f"{path} is an adapter, but adapter.kind is full; use lora, or merge it into its base first"
         )
     model = load_trained(path, role, dtype=dtype, trainable=True)
-    return model if adapter else make_trainable(model, config)
+    if adapter:
+        return model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make_trainable(model, config)
 
 
 def check_adapter(model: Any, path: str) -> None:

@@ -38,6 +38,7 @@ class PolicySpec:
         catalogue: where the listings are.
         temperature: at which log-probabilities are meant.
         with_reference: whether the learner holds the frozen reference.
+        seed: of a new adapter's first weights.
     """
 
     start: str
@@ -46,10 +47,11 @@ class PolicySpec:
     catalogue: CatalogueRef
     temperature: float
     with_reference: bool
+    seed: int
 
     def load_policy(self) -> Policy:
         """The trainable policy as it was at the round's start."""
-        return Policy(load_start(self.start, "generator", self.adapter, dtype=self.generator.dtype))
+        return Policy(load_start(self.start, "generator", self.adapter, seed=self.seed, dtype=self.generator.dtype))
 
     def load_reference(self) -> Policy:
         """A frozen copy of the policy at the round's start, never "adapter off": rounds build on one another."""

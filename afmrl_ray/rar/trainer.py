@@ -119,6 +119,7 @@ class RARTrainer:
             catalogue=job.catalogue,
             temperature=self._rar.rollout.temperature,
             with_reference=self._rar.kl_coef > 0,
+            seed=config.run.seed,
         )
         self._rewards_spec = RewardSpec(
             encoder=job.encoder,

@@ -28,7 +28,7 @@ def train(rank: int, world: int, port: int, values: dict, ref, base: str, attrib
     dist.init_process_group("gloo", rank=rank, world_size=world)
     config = validate(values)
     torch.manual_seed(0)
-    model = load_start(base, "encoder", config.agcl.adapter)
+    model = load_start(base, "encoder", config.agcl.adapter, seed=0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at first, which would hide the gradient of the other factor
             torch.nn.init.normal_(parameter, std=0.1)

@@ -36,7 +36,10 @@ def train(rank: int, world: int, port: int, ref, start: str, folder: str) -> Non
     dist.init_process_group("gloo", rank=rank, world_size=world)
     config = validate(VALUES)
     engine = Engine(
-        Policy(load_start(start, "generator", config.distill.adapter)), config.distill.optimizer, steps=2, zero_stage=0
+        Policy(load_start(start, "generator", config.distill.adapter, seed=config.run.seed)),
+        config.distill.optimizer,
+        steps=2,
+        zero_stage=0,
     )
     processor = ListingProcessor.from_pretrained(start, config.generator.picture)
     step = DistillStep(config, LABELS, ref.open(), processor, engine, rank=rank, world=world)
@@ -70,7 +73,7 @@ def test_the_loss_is_the_stock_models_mean_over_completion_tokens(tiny_checkpoin
     catalogue = tiny_catalogue_ref.open()
     start = tiny_checkpoints["generator"]
     processor = ListingProcessor.from_pretrained(start, config.generator.picture)
-    model = load_start(start, "generator", config.distill.adapter)
+    model = load_start(start, "generator", config.distill.adapter, seed=config.run.seed)
     total, count = 0.0, 0
     for row, text in DistillStep(config, LABELS, catalogue, processor, None).batch(0):
         prompt = generator_row(processor, catalogue, row, config=config.generator)

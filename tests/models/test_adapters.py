@@ -30,7 +30,7 @@ def batch(tiny_checkpoints):
 @pytest.fixture
 def adapter(tiny_checkpoints, tmp_path, batch):
     """A folder with an adapter that changes something, and the embeddings of the model it was saved from."""
-    model = load_start(tiny_checkpoints["encoder"], "encoder", LORA)
+    model = load_start(tiny_checkpoints["encoder"], "encoder", LORA, seed=0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -69,7 +69,7 @@ def test_stock_transformers_and_peft_load_it_to_the_same_embeddings(adapter, tin
 def test_merged_and_trainable_loading_give_the_same_embeddings(adapter, batch):
     path, embeddings = adapter
     torch.testing.assert_close(embed(load_trained(path, "encoder"), batch), embeddings, atol=1e-5, rtol=1e-4)
-    going_on = load_start(path, "encoder", LORA)
+    going_on = load_start(path, "encoder", LORA, seed=0)
     torch.testing.assert_close(embed(going_on, batch), embeddings, atol=1e-6, rtol=1e-5)
     assert any("lora" in name for name, p in going_on.named_parameters() if p.requires_grad)
 
@@ -92,7 +92,7 @@ def test_an_adapter_that_does_not_fit_is_an_error_not_a_warning(adapter, tmp_pat
 
 def test_adapters_stay_in_the_language_model(tiny_checkpoints):
     for role in ("encoder", "generator"):
-        model = load_start(tiny_checkpoints[role], role, LORA)
+        model = load_start(tiny_checkpoints[role], role, LORA, seed=0)
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
         assert trained
         assert all("language_model" in name and "lora_" in name for name in trained)
@@ -109,11 +109,11 @@ def test_full_training_leaves_the_vision_tower_unless_asked(tiny_checkpoints):
 
 def test_targets_that_match_nothing_are_named(tiny_checkpoints):
     with pytest.raises(CheckpointError, match=r"adapter.targets 'nothing' matches no module"):
-        load_start(tiny_checkpoints["encoder"], "encoder", AdapterConfig(kind="lora", targets="nothing"))
+        load_start(tiny_checkpoints["encoder"], "encoder", AdapterConfig(kind="lora", targets="nothing"), seed=0)
 
 
 def test_a_whole_model_round_trips_with_its_processor(tiny_checkpoints, tmp_path, batch):
-    model = load_start(tiny_checkpoints["encoder"], "encoder", AdapterConfig(kind="full", train_vision=True))
+    model = load_start(tiny_checkpoints["encoder"], "encoder", AdapterConfig(kind="full", train_vision=True), seed=0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01)
@@ -121,7 +121,24 @@ def test_a_whole_model_round_trips_with_its_processor(tiny_checkpoints, tmp_path
     save_trained(model, str(tmp_path / "model"), processor=tiny_checkpoints["encoder"])
     torch.testing.assert_close(embed(load_trained(str(tmp_path / "model"), "encoder"), batch), expected)
     ListingProcessor.from_pretrained(str(tmp_path / "model"), PictureConfig())
-    adapter = load_start(tiny_checkpoints["encoder"], "encoder", LORA)
+    adapter = load_start(tiny_checkpoints["encoder"], "encoder", LORA, seed=0)
     save_trained(adapter, str(tmp_path / "adapter"), processor=tiny_checkpoints["encoder"])
     with pytest.raises(CheckpointError, match=r"adapter.kind is full"):
-        load_start(str(tmp_path / "adapter"), "encoder", AdapterConfig(kind="full"))
+        load_start(str(tmp_path / "adapter"), "encoder", AdapterConfig(kind="full"), seed=0)
+
+
+def test_a_new_adapter_is_a_function_of_the_seed(tiny_checkpoints):
+    def drawn(seed):
+        torch.rand(seed + 1)  # what was drawn before must not matter
+        model = load_start(tiny_checkpoints["encoder"], "encoder", LORA, seed=seed)
+        return torch.cat([p.flatten() for name, p in model.named_parameters() if "lora_A" in name])
+
+    state = torch.get_rng_state()
+    assert torch.equal(drawn(0), drawn(0))
+    assert not torch.equal(drawn(0), drawn(1))
+    torch.set_rng_state(state)
+    torch.rand(1)
+    after = torch.get_rng_state()
+    torch.set_rng_state(state)
+    drawn(0)
+    assert torch.equal(torch.get_rng_state(), after)

@@ -17,4 +17,5 @@ def policy_spec(tiny_checkpoints, tiny_catalogue_ref) -> PolicySpec:
         catalogue=tiny_catalogue_ref,
         temperature=1.0,
         with_reference=True,
+        seed=0,
     )
