@@ -18,13 +18,24 @@ Arguments = Callable[[argparse.ArgumentParser], None]
 log = logging.getLogger("afmrl_ray")
 
 
+def round_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--round`, for the jobs that run one stage of a round."""
+    parser.add_argument("--round", type=_round, default=0, help="round of the run, from 0; earlier ones run if needed")
+
+
+def _round(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no round: 0, 1, 2, ...")
+    return int(text)
+
+
 def job_main(
     description: str,
     body: Body,
     argv: Sequence[str] | None,
     *,
     arguments: Arguments | None = None,
-    dry_run: Callable[[Config, argparse.Namespace], str] | None = None,
+    dry_run: Callable[[Config], str] | None = None,
 ) -> int:
     """Run a job and return its exit code: 0 done, 2 the user's input is wrong, 1 anything else.
 
@@ -49,7 +60,7 @@ def job_main(
         if options.print_config or options.dry_run:
             sys.stdout.write(dump_yaml(config))
             if options.dry_run and dry_run is not None:
-                sys.stdout.write("\n" + dry_run(config, options) + "\n")
+                sys.stdout.write("\n" + dry_run(config) + "\n")
             return EXIT_DONE
         body(config, options)
     except UserError as error:

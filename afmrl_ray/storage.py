@@ -45,6 +45,16 @@ def join(path: str, *parts: str) -> str:
     return "/".join([path.rstrip("/"), *parts])
 
 
+def absolute(path: str) -> str:
+    """A path that means the same from every folder; a URI does already."""
+    return path if "://" in path else resolve(path)[1]
+
+
+def parent(path: str) -> str:
+    """The folder that holds `path`. (`..` is a name like any other on an object store.)"""
+    return path.rstrip("/").rsplit("/", 1)[0]
+
+
 def exists(path: str) -> bool:
     filesystem, inner = resolve(path)
     return filesystem.get_file_info(inner).type != pafs.FileType.NotFound
@@ -65,7 +75,7 @@ def make_dir(path: str) -> None:
     try:
         filesystem.create_dir(inner, recursive=True)
     except OSError as error:
-        raise StorageError(f"{path}: cannot be written ({error}); set run.storage_path to a writable place") from error
+        raise StorageError(f"{path}: cannot be written ({error})") from error
 
 
 def remove(path: str) -> None:
@@ -104,7 +114,7 @@ def write_bytes(path: str, data: bytes) -> None:
             with filesystem.open_output_stream(inner) as stream:
                 stream.write(data)
     except OSError as error:
-        raise StorageError(f"{path}: cannot be written ({error}); set run.storage_path to a writable place") from error
+        raise StorageError(f"{path}: cannot be written ({error})") from error
 
 
 def read_json(path: str) -> Any:

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from afmrl_ray.cit.driver import open_run
-from afmrl_ray.cit.schedule import describe
-from afmrl_ray.cli import job_main
+from afmrl_ray.cit.schedule import dry_run
+from afmrl_ray.cli import job_main, round_argument
 from afmrl_ray.config import Config
 
 
@@ -18,12 +18,8 @@ def body(config: Config, options: argparse.Namespace) -> None:
         print(f"{stage.name}: {stage.directory}")
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--round", type=int, default=0, help="round of the run, from 0; earlier ones are run if needed")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    return job_main(__doc__ or "", body, argv, arguments=arguments, dry_run=lambda config, _: describe(config))
+    return job_main(__doc__ or "", body, argv, arguments=round_argument, dry_run=dry_run)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from afmrl_ray.cit.driver import open_run
-from afmrl_ray.cit.schedule import describe
+from afmrl_ray.cit.schedule import dry_run
 from afmrl_ray.cli import job_main
 from afmrl_ray.config import Config
 
@@ -19,7 +19,7 @@ def body(config: Config, options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return job_main(__doc__ or "", body, argv, dry_run=lambda config, _: describe(config))
+    return job_main(__doc__ or "", body, argv, dry_run=dry_run)
 
 
 if __name__ == "__main__":

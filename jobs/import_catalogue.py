@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from afmrl_ray.catalogue import open_catalogue, write_catalogue
+from afmrl_ray.catalogue import check_table, write_catalogue
 from afmrl_ray.catalogue.importers import import_m5product, import_rows
 from afmrl_ray.cli import job_main
 from afmrl_ray.config import Config
@@ -32,6 +32,8 @@ def body(config: Config, options: argparse.Namespace) -> None:
             split, colon, role = place.partition(":")
             if not (separator and colon):
                 raise ConfigError(f"--ids {given!r}: write SPLIT:ROLE=FILE")
+            if (split, role) in lists:
+                raise ConfigError(f"--ids {place}: given twice; join the two files")
             lists[split, role] = path
         imported = import_m5product(options.source, options.pictures, lists=lists, labels=options.labels)
     else:
@@ -39,8 +41,8 @@ def body(config: Config, options: argparse.Namespace) -> None:
         if len(columns) < len(options.column):
             raise ConfigError("--column: write CANONICAL=OWN")
         imported = import_rows(options.source, options.pictures, columns=columns)
-    write_catalogue(imported.table, options.out)
-    catalogue = open_catalogue(options.out, config=config.catalogue)
+    catalogue = check_table(imported.table, options.source, config=config.catalogue)
+    write_catalogue(catalogue.table, options.out)
     catalogue.write_quarantine(f"{options.out}.quarantine.parquet")
     print(f"{options.out}: {imported.counts}, checked: {catalogue.counts}")
 

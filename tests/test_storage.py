@@ -42,7 +42,7 @@ def test_a_reader_never_sees_half_a_file(tmp_path):
 def test_places_that_cannot_be_written_are_named(tmp_path):
     (tmp_path / "file").write_text("x")
     for call in (lambda p: storage.write_bytes(p, b""), storage.make_dir):
-        with pytest.raises(StorageError, match=r"file/below.*set run.storage_path"):
+        with pytest.raises(StorageError, match=r"file/below.*cannot be written"):
             call(str(tmp_path / "file" / "below" / "x"))
     with pytest.raises(StorageError, match="not a path or URI"):
         storage.resolve("nosuch://bucket/x")

@@ -52,8 +52,8 @@ def normalise_attributes(attributes: Mapping[str, str | None] | Iterable[tuple[s
 def parse_attributes(text: str, *, max_attributes: int, complete: bool = True) -> Attributes | InvalidAttributes:
     """Read attributes that a model wrote; `parse(format(a)) == a` for non-empty `a` in normal form.
 
-    A segment is split at its first colon; further colons belong to the value and are dropped. Nothing else is forgiven,
-    an empty last segment neither.
+    A segment is split at its first colon; further colons belong to the value and are dropped. A semicolon at the end is
+    forgiven, nothing else is.
 
     Args:
         text: decoded completion up to its end-of-text token, special tokens left in.
@@ -67,7 +67,7 @@ def parse_attributes(text: str, *, max_attributes: int, complete: bool = True) -
     if not text.strip():
         return InvalidAttributes("empty")
     found: dict[str, str] = {}
-    for segment in text.split(";"):
+    for segment in text.rstrip().removesuffix(";").split(";"):
         raw_name, _, raw_value = segment.partition(":")
         name, value = _fold(raw_name), _fold(raw_value)
         if not (name and value):

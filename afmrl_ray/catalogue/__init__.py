@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from afmrl_ray.catalogue.reading import Catalogue, open_catalogue
+from afmrl_ray.catalogue.reading import Catalogue, check_table, open_catalogue
 from afmrl_ray.catalogue.schema import Item, write_catalogue
 from afmrl_ray.catalogue.staging import CatalogueRef, StagedCatalogue, stage
 from afmrl_ray.catalogue.synthetic import make_catalogue
@@ -15,6 +15,7 @@ __all__ = [
     "Item",
     "StagedCatalogue",
     "check_positives",
+    "check_table",
     "make_catalogue",
     "open_catalogue",
     "stage",

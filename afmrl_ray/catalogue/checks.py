@@ -12,11 +12,13 @@ from PIL import Image
 from afmrl_ray.catalogue.schema import parse_source_attributes
 
 _WORKERS = 4
+# The picture processor of Qwen2-VL refuses longer ones.
+_MAX_ASPECT_RATIO = 200
 
 
 def bad_rows(table: pa.Table, max_picture_pixels: int) -> dict[int, str]:
     """Reason of quarantine by row: missing_item_id, duplicate_item_id, bad_attributes, empty, missing_image,
-    decompression_bomb or undecodable_image.
+    decompression_bomb, aspect_ratio or undecodable_image.
     """
     found = _bad_text(table)
     pictures = table["image"]
@@ -33,6 +35,7 @@ def bad_rows(table: pa.Table, max_picture_pixels: int) -> dict[int, str]:
 def _bad_text(table: pa.Table) -> dict[int, str]:
     found: dict[int, str] = {}
     seen: set[str] = set()
+    pictureless = table["image"].is_null().to_pylist()
     columns = (table[name].to_pylist() for name in ("item_id", "title", "attributes"))
     for row, (item_id, title, attributes) in enumerate(zip(*columns, strict=True)):
         if item_id is None or item_id == "":
@@ -47,7 +50,7 @@ def _bad_text(table: pa.Table) -> dict[int, str]:
         except (ValueError, AttributeError, TypeError):
             found[row] = "bad_attributes"
             continue
-        if not title and not parsed and table["image"].is_null()[row].as_py():
+        if not title and not parsed and pictureless[row]:
             found[row] = "empty"
     return found
 
@@ -63,10 +66,11 @@ def picture_fault(data: bytes | None, max_pixels: int) -> str | None:
             with Image.open(io.BytesIO(data)) as picture:
                 if picture.width * picture.height > max_pixels:
                     return "decompression_bomb"
+                if max(picture.size) > _MAX_ASPECT_RATIO * min(picture.size):
+                    return "aspect_ratio"
                 picture.load()
     except Image.DecompressionBombError:
         return "decompression_bomb"
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError):
-        # What Pillow's decoders raise on damaged files.
+    except Exception:  # noqa: BLE001 - damaged files make Pillow's many decoders raise anything
         return "undecodable_image"
     return None

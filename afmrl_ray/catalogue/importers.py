@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -37,8 +38,12 @@ def import_rows(
         split: for rows that name none.
 
     Raises:
-        CatalogueError: the file is missing, of another kind, or lacks the columns of item id and picture.
+        CatalogueError: the file is missing, of another kind, not UTF-8, or lacks the columns of item id and picture;
+            or `columns` names something that no catalogue has.
     """
+    unknown = sorted(set(columns or {}) - {*_COLUMNS, "image"})
+    if unknown:
+        raise CatalogueError(f"--column {unknown[0]}: a catalogue's columns are {', '.join((*_COLUMNS, 'image'))}")
     names = {name: (columns or {}).get(name, name) for name in (*_COLUMNS, "image")}
     rows = list(_read(path))
     if not rows:
@@ -50,7 +55,7 @@ def import_rows(
     counts = {"rows": len(rows), "pictures_missing": 0}
     made = []
     for row in rows:
-        picture = _picture(pictures, str(row[names["image"]]))
+        picture = _picture(pictures, _text(row.get(names["image"])) or "")
         counts["pictures_missing"] += picture is None
         extra = {name: value for name, value in row.items() if name not in known}
         made.append(
@@ -83,7 +88,7 @@ def import_m5product(
     instances = _json_object(labels) if labels is not None else None
     places: dict[str, tuple[str, str]] = {}
     for place, path in lists.items():
-        for line in storage.read_bytes(_existing(path)).decode().split():
+        for line in _text_of(path).split():
             places[line] = place
     counts = {"items": len(items), "listed_but_absent": len(places.keys() - items.keys()), "pictures_missing": 0}
     made = []
@@ -119,23 +124,38 @@ def parse_pv(text: str) -> dict[str, str]:
 
 
 def _read(path: str) -> Iterator[dict[str, Any]]:
-    text = storage.read_bytes(_existing(path)).decode("utf-8-sig")
-    if path.endswith(".csv"):
-        yield from csv.DictReader(text.splitlines())
-        return
-    if not path.endswith((".jsonl", ".ndjson")):
+    if not path.endswith((".csv", ".jsonl", ".ndjson")):
         raise CatalogueError(f"{path}: a .csv or .jsonl file is needed")
-    for number, line in enumerate(text.splitlines(), start=1):
+    text = _text_of(path)
+    if path.endswith(".csv"):
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        for row in reader:
+            if None in row:
+                raise CatalogueError(f"{path}:{reader.line_num}: more fields than the header names")
+            yield row
+        return
+    # Not splitlines(): a title may hold U+2028 and the like.
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                yield json.loads(line)
+                row = json.loads(line)
             except ValueError as error:
                 raise CatalogueError(f"{path}:{number}: not JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise CatalogueError(f"{path}:{number}: a JSON object is needed")
+            yield row
+
+
+def _text_of(path: str) -> str:
+    try:
+        return storage.read_bytes(_existing(path)).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CatalogueError(f"{path}: not UTF-8 (byte {error.start})") from error
 
 
 def _json_object(path: str) -> dict[str, Any]:
     try:
-        value = json.loads(storage.read_bytes(_existing(path)))
+        value = json.loads(_text_of(path))
     except ValueError as error:
         raise CatalogueError(f"{path}: not JSON ({error})") from error
     if not isinstance(value, dict):

@@ -14,7 +14,7 @@ from afmrl_ray.catalogue.checks import bad_rows
 from afmrl_ray.catalogue.schema import NULLABLE, PICTURE_COLUMNS, REQUIRED, write_catalogue
 from afmrl_ray.catalogue.table import CatalogueTable
 from afmrl_ray.config.catalogue import CatalogueConfig
-from afmrl_ray.errors import CatalogueError
+from afmrl_ray.errors import CatalogueError, StorageError
 
 
 class Catalogue(CatalogueTable):
@@ -42,8 +42,17 @@ def open_catalogue(path: str, *, config: CatalogueConfig | None = None) -> Catal
     Raises:
         CatalogueError: it is missing, lacks columns, has no good row, or more bad rows than `catalogue.max_bad_share`.
     """
+    return check_table(_read(path), path, config=config)
+
+
+def check_table(table: pa.Table, path: str, *, config: CatalogueConfig | None = None) -> Catalogue:
+    """Put the bad rows of a table aside; `path` is where relative pictures lie, and what messages name.
+
+    Raises:
+        CatalogueError: see `open_catalogue`.
+    """
     config = config or CatalogueConfig()
-    table = _with_pictures(_normalised(_read(path), path), path)
+    table = _with_pictures(_normalised(table, path), path)
     bad = bad_rows(table, config.max_picture_pixels)
     rows = sorted(bad)
     quarantine = pa.table(
@@ -66,16 +75,16 @@ def open_catalogue(path: str, *, config: CatalogueConfig | None = None) -> Catal
 
 
 def fingerprint(table: pa.Table) -> str:
-    """SHA-256 over column names, types and the values in their order."""
+    """SHA-256 over column names, types and the values in their order, however the file cuts them into groups."""
     total = hashlib.sha256()
     for name in sorted(table.column_names):
-        column = table[name].combine_chunks()
+        column = table[name]
         total.update(f"{name}:{column.type}:{len(column)}".encode())
-        sink = pa.BufferOutputStream()
-        batch = pa.record_batch([column if not isinstance(column, pa.ChunkedArray) else column.chunk(0)], names=[name])
-        with pa.ipc.new_stream(sink, batch.schema) as writer:
-            writer.write_batch(batch)
-        total.update(sink.getvalue())
+        for chunk in column.chunks:
+            for value in chunk.to_pylist():
+                encoded = value if isinstance(value, bytes) else repr(value).encode()
+                total.update(f":{len(encoded)}:".encode())
+                total.update(encoded)
     return total.hexdigest()
 
 
@@ -84,7 +93,13 @@ def _read(path: str) -> pa.Table:
     if not storage.exists(path):
         raise CatalogueError(f"catalogue.path: {path} does not exist")
     try:
-        return ds.dataset(inner, filesystem=filesystem, format="parquet").to_table()
+        files: str | list[str] = inner
+        if storage.is_dir(path):
+            # Its pictures may lie beside the tables.
+            files = [storage.join(inner, name) for name in storage.list_files(path) if name.endswith(".parquet")]
+        if not files:
+            raise CatalogueError(f"catalogue.path: {path} holds no .parquet file")
+        return ds.dataset(files, filesystem=filesystem, format="parquet").to_table()
     except (OSError, pa.ArrowException) as error:
         raise CatalogueError(f"catalogue.path: {path} is no Parquet ({' '.join(str(error).split())[:160]})") from error
 
@@ -126,4 +141,8 @@ def _read_picture(uri: str | None, folder: str) -> bytes | None:
     if not uri:
         return None
     full = uri if "://" in uri or os.path.isabs(uri) else storage.join(folder or ".", uri)
-    return storage.read_bytes(full) if storage.exists(full) else None
+    try:
+        return storage.read_bytes(full) if storage.exists(full) else None
+    except (StorageError, OSError, ValueError):
+        # One bad address is one quarantined row; that no address can be read shows in the counts.
+        return None

@@ -14,7 +14,7 @@ import pyarrow as pa
 from afmrl_ray.catalogue.reading import Catalogue, open_catalogue
 from afmrl_ray.catalogue.table import CatalogueTable
 from afmrl_ray.config.catalogue import CatalogueConfig
-from afmrl_ray.errors import CatalogueError
+from afmrl_ray.errors import CatalogueError, StorageError
 
 _ROWS_PER_BATCH = 256
 
@@ -80,7 +80,12 @@ def stage(catalogue: Catalogue, config: CatalogueConfig) -> str:
     path = staged_path(config, catalogue.fingerprint)
     if os.path.exists(path):
         return path
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"catalogue.staging_dir: {os.path.dirname(path)} cannot be made ({error.strerror})"
+        ) from error
     table = catalogue.table.replace_schema_metadata({"name": catalogue.name, "fingerprint": catalogue.fingerprint})
     partial = f"{path}.{uuid.uuid4().hex}.partial"
     with pa.OSFile(partial, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:

@@ -19,26 +19,20 @@ from afmrl_ray.distill.train import DistillJob, train_distill
 from afmrl_ray.errors import CatalogueError
 from afmrl_ray.models.annotate import GeneratorRef, annotate_rows
 from afmrl_ray.rar.trainer import RARJob, train_rar
-from afmrl_ray.retrieval.embed import EncoderRef, embed_rows, save_embeddings
-from afmrl_ray.training.cluster import require_resources
+from afmrl_ray.retrieval.embed import EncoderRef, View, embed_rows, save_embeddings
+from afmrl_ray.training.cluster import Demand, pool_demand, require_resources
 
 
-def open_given(config: Config) -> Catalogue:
-    """Open and check the catalogue that the config names."""
-    assert config.catalogue.path is not None
-    return open_catalogue(config.catalogue.path, config=config.catalogue)
-
-
-def catalogue_body(config: Config, directory: str) -> StageOutcome:
+def catalogue_body(config: Config, given: Catalogue | None, directory: str) -> StageOutcome:
     """Make the synthetic catalogue, or write down what was wrong with the given one."""
     outputs = {}
-    if config.catalogue.path is None:
+    if given is None:
         path = storage.join(directory, "catalogue.parquet")
         write_catalogue(make_catalogue(config.synthetic), path)
         outputs["catalogue"] = "catalogue.parquet"
         catalogue = open_catalogue(path, config=config.catalogue)
     else:
-        catalogue = open_given(config)
+        catalogue = given
     catalogue.write_quarantine(storage.join(directory, "quarantine.parquet"))
     outputs["quarantine"] = "quarantine.parquet"
     return StageOutcome(outputs, {"fingerprint": catalogue.fingerprint, "counts": catalogue.counts})
@@ -51,7 +45,7 @@ def models_body(config: Config, catalogue: CatalogueRef, directory: str) -> Stag
     from afmrl_ray.cit.tiny import make_tiny
 
     roles = [role for role in ("encoder", "generator") if getattr(config, role).path is None]
-    require_resources("models", {"CPU": 1}, wait_s=config.ray.wait_for_resources_s)
+    require_resources("models", [Demand(1, {"CPU": 1})], wait_s=config.ray.wait_for_resources_s)
     task = ray.remote(num_cpus=1, max_retries=1)(make_tiny)
     losses = ray.get([task.remote(config, role, catalogue, storage.join(directory, role)) for role in roles])
     return StageOutcome({role: role for role in roles}, dict(zip(roles, losses, strict=True)))
@@ -68,7 +62,7 @@ def labels_body(config: Config, catalogue_ref: CatalogueRef, directory: str) -> 
         source = storage.digest({"teacher": config.teacher.path})
     else:
         # Beside the attempts, so that no change of settings asks a paid endpoint the same thing again.
-        cache = storage.join(directory, "..", "answers")
+        cache = storage.join(storage.parent(directory), "answers")
         teacher = make_teacher(config.teacher, cache_dir=cache, max_attributes=config.generator.max_attributes)
         items = [catalogue.item(int(row)) for row in rows]
         listings = [
@@ -77,7 +71,7 @@ def labels_body(config: Config, catalogue_ref: CatalogueRef, directory: str) -> 
         ]
         answers = teacher.annotate(listings)
         found = [("", a.reason) if isinstance(a, InvalidAttributes) else (format_attributes(a), "") for a in answers]
-        source = storage.digest(config.teacher.model_dump(mode="json"))
+        source = storage.digest(config.teacher.decisive())
     write_attributes(path, attribute_rows(catalogue.column("item_id"), rows, found), fingerprint=source)
     store = read_attributes(path)
     if store.invalid_share == 1.0:
@@ -109,8 +103,7 @@ def attributes_body(
     catalogue = catalogue_ref.open()
     rows = catalogue.rows(config.annotate.items)
     pool = config.annotate.pool
-    asked = {"CPU": pool.num_workers * pool.cpus_per_worker, "GPU": pool.num_workers * pool.gpus_per_worker}
-    require_resources("attributes", asked, wait_s=config.ray.wait_for_resources_s)
+    require_resources("attributes", [pool_demand(pool)], wait_s=config.ray.wait_for_resources_s)
     found = annotate_rows(rows, generator, catalogue_ref, pool=pool)
     path = storage.join(directory, "attributes.parquet")
     write_attributes(path, attribute_rows(catalogue.column("item_id"), rows, found), fingerprint=fingerprint)
@@ -136,28 +129,20 @@ def agcl_body(
 def gallery_body(
     config: Config, catalogue_ref: CatalogueRef, encoder: EncoderRef, attributes: str, directory: str
 ) -> StageOutcome:
-    """Embed the gallery of the training queries and that of the held-out ones; rows in both are embedded once."""
+    """Embed the gallery of the training queries and that of the held-out ones; a row in both is embedded once."""
     catalogue = catalogue_ref.open()
     task = config.rar.task
     sides = {"gallery": task.gallery, "heldout_gallery": task.heldout_gallery}
     rows = {name: catalogue.rows(side) for name, side in sides.items()}
-    by_inputs: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for name, side in sides.items():
-        by_inputs.setdefault((side.inputs, side.title_columns), []).append(name)
-    for (_, title_columns), names in by_inputs.items():
-        wanted = np.unique(np.concatenate([rows[name] for name in names]))
-        embeddings = embed_rows(
-            wanted,
-            encoder,
-            catalogue_ref,
-            attributes=attributes if task.gallery_enriched else None,
-            inputs=sides[names[0]].inputs,
-            title_columns=title_columns,
-            pool=config.evaluation.pool,
-        )
-        for name in names:
-            place = np.searchsorted(wanted, rows[name])
-            save_embeddings(storage.join(directory, f"{name}.safetensors"), rows[name], embeddings[place])
+    views = {name: View(side.inputs, side.title_columns, task.gallery_enriched) for name, side in sides.items()}
+    wanted = {
+        view: np.unique(np.concatenate([rows[name] for name in sides if views[name] == view]))
+        for view in dict.fromkeys(views.values())
+    }
+    embedded = embed_rows(wanted, encoder, catalogue_ref, attributes=attributes, pool=config.evaluation.pool)
+    for name, view in views.items():
+        place = np.searchsorted(wanted[view], rows[name])
+        save_embeddings(storage.join(directory, f"{name}.safetensors"), rows[name], embedded[view][place])
     return StageOutcome({name: f"{name}.safetensors" for name in sides}, {name: len(rows[name]) for name in sides})
 
 

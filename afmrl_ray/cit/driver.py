@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
-from afmrl_ray.catalogue import check_positives
-from afmrl_ray.cit.bodies import open_given
+from afmrl_ray.catalogue import check_positives, open_catalogue
 from afmrl_ray.cit.pipeline import Pipeline
 from afmrl_ray.cit.schedule import resources
 from afmrl_ray.cit.stages import RunDirectory
 from afmrl_ray.config import Config
 from afmrl_ray.config.evaluation import RetrievalProtocol
+from afmrl_ray.errors import CatalogueError
 from afmrl_ray.models.backbones import check_checkpoint
 from afmrl_ray.training.cluster import ray_session, require_resources
 
@@ -32,21 +32,23 @@ def open_run(config: Config) -> Iterator[Pipeline]:
     Raises:
         UserError: something that the config names does not exist, does not fit or is not there.
     """
-    for role in ("encoder", "generator"):
-        path = getattr(config, role).path
-        if path is not None and "://" not in path:
-            check_checkpoint(path, role)
+    for setting, role in (("encoder", "encoder"), ("generator", "generator"), ("teacher", "generator")):
+        path = getattr(getattr(config, setting), "path", None)
+        if path is not None:
+            check_checkpoint(path, role, setting=f"{setting}.path")
     run = RunDirectory(config.run.storage_path, config.run.name)
     with ray_session(config.ray):
         # Nodes may still join a cluster, but never a Ray that the job started itself.
         joined = bool(config.ray.address or os.environ.get("RAY_ADDRESS"))
         for stage, asked in resources(config).items():
             require_resources(stage, asked, wait_s=config.ray.wait_for_resources_s if joined else 0.0)
+        given = None
         if config.catalogue.path is not None:
-            check_sides(config, open_given(config))
+            given = open_catalogue(config.catalogue.path, config=config.catalogue)
+            check_sides(config, given)
         run.create()
-        pipeline = Pipeline(config, run)
-        if config.catalogue.path is None:
+        pipeline = Pipeline(config, run, given)
+        if given is None:
             check_sides(config, pipeline.catalogue)
         run.write_run(run_record(config, pipeline))
         yield pipeline
@@ -62,11 +64,13 @@ def run_cit(pipeline: Pipeline) -> None:
 
 
 def check_sides(config: Config, catalogue: Any) -> None:
-    """Make sure that every side that the config names has rows, and that queries have positives.
+    """Make sure that every side and column that the config names is there, and that queries have positives.
 
     Raises:
-        CatalogueError: a side is empty or a protocol has no positive.
+        CatalogueError: a side is empty, a column is missing, or a protocol has no positive or no common class.
     """
+    for column in config.generator.title_columns:
+        catalogue.column(column)
     catalogue.rows(config.distill.items)
     catalogue.rows(config.annotate.items)
     task = config.rar.task
@@ -78,8 +82,14 @@ def check_sides(config: Config, catalogue: Any) -> None:
         if isinstance(protocol, RetrievalProtocol):
             check_positives(catalogue, protocol.query, protocol.gallery)
         else:
-            catalogue.rows(protocol.fit)
-            catalogue.rows(protocol.test)
+            labels = catalogue.column(protocol.label)
+            fit, test = (
+                {labels[row] for row in catalogue.rows(side).tolist()} for side in (protocol.fit, protocol.test)
+            )
+            if not (fit & test) - {None}:
+                raise CatalogueError(
+                    f"evaluation protocol {protocol.name!r}: no class of column {protocol.label!r} is on both sides"
+                )
 
 
 def run_record(config: Config, pipeline: Pipeline) -> dict[str, Any]:

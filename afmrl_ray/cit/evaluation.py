@@ -15,8 +15,8 @@ from afmrl_ray.cit.stages import StageOutcome
 from afmrl_ray.config import Config
 from afmrl_ray.config.catalogue import SideConfig
 from afmrl_ray.config.evaluation import RetrievalProtocol
-from afmrl_ray.retrieval.embed import EncoderRef, embed_rows
-from afmrl_ray.retrieval.evaluate import evaluate, retrieval_protocol
+from afmrl_ray.retrieval.embed import EncoderRef, View, embed_rows
+from afmrl_ray.retrieval.evaluate import evaluate, retrieval_protocol, sides
 from afmrl_ray.retrieval.floor import chance, pixel_embeddings
 from afmrl_ray.retrieval.ranking import Ranking
 
@@ -37,24 +37,23 @@ class EvaluationInputs:
 def evaluate_body(inputs: EvaluationInputs, directory: str) -> StageOutcome:
     """Run all protocols and write examples of the headline one."""
     config, catalogue = inputs.config, inputs.catalogue.open()
-    cache: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    there = inputs.attributes is not None
+
+    def view(side: SideConfig, enriched: bool) -> View:
+        return View(side.inputs, side.title_columns, enriched and there)
+
+    # Every listing once in every way in which any protocol shows it.
+    wanted: dict[View, np.ndarray] = {}
+    for side, enriched in sides(config.evaluation):
+        shown = view(side, enriched)
+        wanted[shown] = np.union1d(wanted.get(shown, np.empty(0, np.int64)), catalogue.rows(side))
+    embedded = embed_rows(
+        wanted, inputs.encoder, inputs.catalogue, attributes=inputs.attributes, pool=config.evaluation.pool
+    )
 
     def embed(side: SideConfig, enriched: bool) -> tuple[np.ndarray, np.ndarray]:
-        attributes = inputs.attributes if enriched else None
-        key = storage.digest({"side": side.model_dump(mode="json"), "enriched": attributes is not None})
-        if key not in cache:
-            rows = catalogue.rows(side)
-            embeddings = embed_rows(
-                rows,
-                inputs.encoder,
-                inputs.catalogue,
-                attributes=attributes,
-                inputs=side.inputs,
-                title_columns=side.title_columns,
-                pool=config.evaluation.pool,
-            )
-            cache[key] = rows, embeddings
-        return cache[key]
+        rows, shown = catalogue.rows(side), view(side, enriched)
+        return rows, embedded[shown][np.searchsorted(wanted[shown], rows)]
 
     protocols, ranking = evaluate(config.evaluation, catalogue, embed, seed=config.run.seed)
     metrics: dict[str, Any] = {"protocols": protocols}

@@ -9,13 +9,14 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue
+from afmrl_ray.catalogue import Catalogue, CatalogueRef, StagedCatalogue
 from afmrl_ray.cit import bodies
 from afmrl_ray.cit.evaluation import EvaluationInputs, evaluate_body, floor_body
 from afmrl_ray.cit.stages import Body, RunDirectory, Stage
 from afmrl_ray.config import Config
 from afmrl_ray.models.annotate import GeneratorRef
 from afmrl_ray.retrieval.embed import EncoderRef
+from afmrl_ray.storage import absolute, is_dir
 
 
 class Pipeline:
@@ -24,11 +25,13 @@ class Pipeline:
     Args:
         config: the whole config.
         run: the run's directory, which must exist.
+        given: the catalogue of `catalogue.path`, opened; none for the synthetic one.
     """
 
-    def __init__(self, config: Config, run: RunDirectory) -> None:
+    def __init__(self, config: Config, run: RunDirectory, given: Catalogue | None = None) -> None:
         self.config = config
         self.run = run
+        self._given = given
         self._done: dict[str, Stage] = {}
 
     def _stage(self, name: str, inputs: dict[str, Any], body: Body, *, resumable: bool = False) -> Stage:
@@ -38,7 +41,7 @@ class Pipeline:
         return self._done[name]
 
     def _inputs(self, sections: tuple[str, ...], *upstream: Stage | None, **more: Any) -> dict[str, Any]:
-        dumped = {name: getattr(self.config, name).model_dump(mode="json") for name in sections}
+        dumped = {name: getattr(self.config, name).decisive() for name in sections}
         return {
             "config": dumped,
             "seed": self.config.run.seed,
@@ -51,16 +54,16 @@ class Pipeline:
         """The catalogue as a file: the synthetic one made, or the given one checked."""
         config = self.config
         inputs: dict[str, Any]
-        if config.catalogue.path is None:
-            inputs = {"synthetic": config.synthetic.model_dump(mode="json")}
+        if self._given is None:
+            inputs = {"synthetic": config.synthetic.decisive()}
         else:
-            inputs = {"path": config.catalogue.path, "fingerprint": bodies.open_given(config).fingerprint}
-        return self._stage("catalogue", inputs, lambda at: bodies.catalogue_body(config, at))
+            inputs = {"fingerprint": self._given.fingerprint}
+        return self._stage("catalogue", inputs, lambda at: bodies.catalogue_body(config, self._given, at))
 
     @cached_property
     def catalogue_ref(self) -> CatalogueRef:
         """The catalogue as workers open it."""
-        path = self.config.catalogue.path or self.catalogue_stage.output("catalogue")
+        path = absolute(self.config.catalogue.path or self.catalogue_stage.output("catalogue"))
         return CatalogueRef(path, self.config.catalogue, self.catalogue_stage.metrics["fingerprint"])
 
     @cached_property
@@ -74,7 +77,7 @@ class Pipeline:
         if config.encoder.path is not None and config.generator.path is not None:
             return None
         inputs = self._inputs(
-            ("tiny",),
+            ("tiny", "synthetic"),
             self.catalogue_stage,
             roles=[role for role in ("encoder", "generator") if getattr(config, role).path is None],
             pictures=[config.encoder.picture.model_dump(), config.generator.picture.model_dump()],
@@ -85,7 +88,8 @@ class Pipeline:
     def _base(self, role: str) -> str:
         path = getattr(self.config, role).path
         if path is not None:
-            return path
+            # A folder's name is written into adapters, which are read from anywhere; a hub name stays as it is.
+            return absolute(path) if is_dir(path) else path
         assert self.models_stage is not None
         return self.models_stage.output(role)
 
@@ -103,7 +107,10 @@ class Pipeline:
     def labels(self) -> Stage:
         """The teacher's attributes."""
         inputs = self._inputs(
-            ("teacher",), self.catalogue_stage, items=self.config.distill.items.model_dump(mode="json")
+            ("teacher", "generator") if self.config.teacher.kind == "model" else ("teacher",),
+            self.catalogue_stage,
+            items=self.config.distill.items.decisive(),
+            max_attributes=self.config.generator.max_attributes,
         )
         return self._stage(
             "labels", inputs, lambda at: bodies.labels_body(self.config, self.catalogue_ref, at), resumable=True
@@ -131,9 +138,7 @@ class Pipeline:
     def attributes(self, number: int) -> Stage:
         """Attributes by the generator as it is before round `number`."""
         before = self.rar(number - 1) if number else self.distill
-        inputs = self._inputs(
-            ("generator",), self.catalogue_stage, before, items=self.config.annotate.items.model_dump()
-        )
+        inputs = self._inputs(("generator",), self.catalogue_stage, before, items=self.config.annotate.items.decisive())
         return self._stage(
             f"attributes-r{number}",
             inputs,
@@ -178,7 +183,7 @@ class Pipeline:
     def gallery(self, number: int) -> Stage:
         """Embeddings of the galleries that RAR searches."""
         agcl, attributes = self.agcl(number), self.attributes(number)
-        task = self.config.rar.task.model_dump(mode="json")
+        task = self.config.rar.task.decisive()
         inputs = self._inputs(("encoder",), self.catalogue_stage, agcl, attributes, task=task)
         return self._stage(
             f"gallery-r{number}",

@@ -5,38 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from afmrl_ray.config import Config
-from afmrl_ray.config.cluster import PoolConfig, WorkersConfig
+from afmrl_ray.training.cluster import Demand, pool_demand, resources_there, total, workers_demand
 
 
-def resources(config: Config) -> dict[str, dict[str, float]]:
-    """CPUs and GPUs that each kind of stage holds at once."""
+def resources(config: Config) -> dict[str, list[Demand]]:
+    """What each kind of stage holds at once."""
     rar = config.rar
-    learners = max(1, rar.num_learners)
-    parts = [_pool(rar.rollout.pool), _pool(rar.reward.pool)]
-    if rar.num_learners:
-        parts.append({"CPU": learners * rar.cpus_per_learner, "GPU": learners * rar.gpus_per_learner})
+    learners = Demand(rar.num_learners, {"CPU": rar.cpus_per_learner, "GPU": rar.gpus_per_learner})
     return {
-        "distill": _workers(config.distill.workers),
-        "attributes": _pool(config.annotate.pool),
-        "agcl": _workers(config.agcl.workers),
-        "rar": {key: sum(part[key] for part in parts) for key in ("CPU", "GPU")},
-        "evaluate": _pool(config.evaluation.pool),
+        "distill": [workers_demand(config.distill.workers)],
+        "attributes": [pool_demand(config.annotate.pool)],
+        "agcl": [workers_demand(config.agcl.workers)],
+        "rar": [pool_demand(rar.rollout.pool), pool_demand(rar.reward.pool), *([learners] if rar.num_learners else [])],
+        "evaluate": [pool_demand(config.evaluation.pool)],
     }
 
 
-def _workers(workers: WorkersConfig) -> dict[str, float]:
-    return {
-        "CPU": workers.num_workers * workers.cpus_per_worker,
-        "GPU": float(workers.num_workers * workers.use_gpu),
-    }
+def dry_run(config: Config) -> str:
+    """What `--dry-run` prints after the config; a cluster that would be joined is asked what it has."""
+    return describe(config, resources_there(config.ray))
 
 
-def _pool(pool: PoolConfig) -> dict[str, float]:
-    return {"CPU": pool.num_workers * pool.cpus_per_worker, "GPU": pool.num_workers * pool.gpus_per_worker}
-
-
-def describe(config: Config, there: Mapping[str, float] | None = None) -> str:
-    """The derived schedule and the resources asked for, against those there if they are known."""
+def describe(config: Config, there: Mapping[str, float]) -> str:
+    """The derived schedule, and the resources asked for against those there."""
     distill, agcl, rar = config.distill, config.agcl, config.rar
     share = agcl.batch_size // agcl.workers.num_workers
     completions = rar.prompts_per_step * rar.group_size
@@ -55,12 +46,13 @@ def describe(config: Config, there: Mapping[str, float] | None = None) -> str:
         "resources asked for at once",
     ]
     for stage, asked in resources(config).items():
-        lines.append(f"  {stage:<11}" + ", ".join(f"{amount:g} {name}" for name, amount in asked.items() if amount))
-    if there is None:
+        amounts = total(asked)
+        short = [name for name, amount in amounts.items() if amount > there.get(name, 0)]
         lines.append(
-            "resources there: unknown until a cluster is joined (ray.address, RAY_ADDRESS) or ray.num_cpus is set"
+            f"  {stage:<11}"
+            + ", ".join(f"{amount:g} {name}" for name, amount in amounts.items() if amount)
+            + (f"  MORE THAN THERE IS ({', '.join(short)})" if short else "")
         )
-    else:
-        lines.append("resources there")
-        lines.append("  " + ", ".join(f"{there.get(name, 0):g} {name}" for name in ("CPU", "GPU")))
+    lines.append("resources there")
+    lines.append("  " + ", ".join(f"{there.get(name, 0):g} {name}" for name in ("CPU", "GPU")))
     return "\n".join(lines)

@@ -17,6 +17,7 @@ from typing import Any
 
 from afmrl_ray import storage
 from afmrl_ray.cit.memory import PeakMemory
+from afmrl_ray.errors import StorageError
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class RunDirectory:
     """`<storage_path>/<run>/` with `run.json` and one folder per stage."""
 
     def __init__(self, storage_path: str, name: str) -> None:
-        self.path = storage.join(storage_path if "://" in storage_path else storage.resolve(storage_path)[1], name)
+        self.path = storage.join(storage.absolute(storage_path), name)
 
     def create(self) -> None:
         """Make the directory and see that it can be written.
@@ -68,9 +69,12 @@ class RunDirectory:
         Raises:
             StorageError: it cannot.
         """
-        storage.make_dir(self.path)
         probe = storage.join(self.path, ".writable")
-        storage.write_bytes(probe, b"")
+        try:
+            storage.make_dir(self.path)
+            storage.write_bytes(probe, b"")
+        except StorageError as error:
+            raise StorageError(f"{error}; set run.storage_path to a writable place") from error
         storage.remove(probe)
 
     def write_run(self, record: dict[str, Any]) -> None:

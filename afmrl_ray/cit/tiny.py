@@ -19,15 +19,16 @@ from afmrl_ray.models.listing import ListingProcessor, Row
 from afmrl_ray.models.pretrain import caption, pretrain
 from afmrl_ray.models.tiny import build_encoder, build_generator, save_checkpoint, train_tokenizer
 
-# Far from any seed a user would pick, so that the products differ from those of the run's own catalogue.
+# Far from any seed a user would pick; the few products that recur by chance are left out.
 _DISJOINT_SEED = 900_001
+TRUE_ATTRIBUTES = "true_attributes"
 
 
 def make_tiny(config: Config, role: str, catalogue: CatalogueRef, directory: str) -> dict[str, float]:
     """Build, pre-train and save the tiny checkpoint of `role`; returns the first and last captioning loss."""
     tiny = config.tiny
     torch.set_num_threads(1)
-    examples = _examples(config)
+    examples = pretraining_examples(config, catalogue)
     texts = _texts(catalogue) + [text for _, title, text in examples for text in (title, text)]
     instructions = [config.encoder.instruction, config.generator.instruction, "user assistant"]
     tokenizer = train_tokenizer(texts + instructions * 50, tiny.vocabulary)
@@ -60,8 +61,12 @@ def make_tiny(config: Config, role: str, catalogue: CatalogueRef, directory: str
     return {"first_loss": losses[0] if losses else float("nan"), "last_loss": float(np.mean(tail))}
 
 
-def _examples(config: Config) -> list[tuple[bytes, str, str]]:
-    """Picture, title and caption of the listings of a synthetic catalogue with other products."""
+def pretraining_examples(config: Config, catalogue_ref: CatalogueRef) -> list[tuple[bytes, str, str]]:
+    """Picture, title and caption of the listings of a synthetic catalogue, but for products of the run's own."""
+    catalogue = catalogue_ref.open()
+    taken: set[tuple[str, str]] = set()
+    if TRUE_ATTRIBUTES in catalogue.table.column_names:
+        taken = set(zip(catalogue.column("category"), catalogue.column(TRUE_ATTRIBUTES), strict=True))
     products = max(config.tiny.pretrain_products, 1)
     synthetic = SyntheticConfig(
         preset=config.synthetic.preset,
@@ -75,8 +80,9 @@ def _examples(config: Config) -> list[tuple[bytes, str, str]]:
     )
     table = make_catalogue(synthetic)
     return [
-        (row["image"], row["title"] or "", caption(row["category"], json.loads(row["true_attributes"]).items()))
+        (row["image"], row["title"] or "", caption(row["category"], json.loads(row[TRUE_ATTRIBUTES]).items()))
         for row in table.to_pylist()
+        if (row["category"], row[TRUE_ATTRIBUTES]) not in taken
     ]
 
 

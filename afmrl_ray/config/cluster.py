@@ -36,6 +36,10 @@ class RayConfig(Section):
 class WorkersConfig(Section):
     """A Ray Train worker group with DeepSpeed inside."""
 
+    operational = frozenset(
+        {"cpus_per_worker", "use_gpu", "checkpoint_every", "checkpoints_kept", "max_failures", "collective_timeout_s"}
+    )
+
     num_workers: int = Field(1, ge=1)
     """Data-parallel workers; a step's batch is cut evenly among them."""
     cpus_per_worker: float = Field(1, gt=0)
@@ -56,6 +60,8 @@ class WorkersConfig(Section):
 
 class PoolConfig(Section):
     """A pool of Ray actors (or Ray Data actors) that run a model without training it."""
+
+    operational = frozenset({"num_workers", "cpus_per_worker", "gpus_per_worker"})
 
     num_workers: int = Field(1, ge=1)
     """Actors in the pool."""

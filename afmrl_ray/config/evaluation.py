@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveInt, model_validator
 
 from afmrl_ray.config.base import Section
 from afmrl_ray.config.catalogue import SideConfig
@@ -27,7 +27,7 @@ class RetrievalProtocol(Section):
     """Column whose equality makes a positive."""
     enriched: Enriched = "both"
     """Which sides are shown to the encoder with attributes."""
-    ks: tuple[int, ...] = (1, 5, 10)
+    ks: tuple[PositiveInt, ...] = Field((1, 5, 10), min_length=1)
     """Depths of hit@k and recall@k."""
     map_k: int = Field(10, gt=0)
     """Depth of mean average precision."""
@@ -69,3 +69,16 @@ class EvaluationConfig(Section):
     """Resamples for the 95 % intervals."""
     pool: PoolConfig = PoolConfig(batch_size=128)
     """Ray Data actors that embed."""
+
+    @model_validator(mode="after")
+    def _names(self) -> EvaluationConfig:
+        names = [protocol.name for protocol in self.protocols]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"evaluation.protocols: {twice[0]!r} names two protocols; give each a name of its own")
+        retrieval = [protocol.name for protocol in self.protocols if protocol.kind == "retrieval"]
+        if self.headline not in retrieval:
+            raise ValueError(
+                f"evaluation.headline {self.headline!r} is not a retrieval protocol; there are: {', '.join(retrieval)}"
+            )
+        return self

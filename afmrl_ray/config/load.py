@@ -5,12 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from afmrl_ray.config.root import Config
 from afmrl_ray.errors import ConfigError
+
+_TAGS = {"retrieval", "labels", "column", "openai", "model"}
+"""Kinds of protocols and teachers, which pydantic puts into the place of an error."""
 
 
 def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -33,7 +36,8 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
         values = OmegaConf.to_container(merged, resolve=True)
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such config file") from error
-    except (OmegaConfBaseException, YAMLError, IsADirectoryError) as error:
+    except (OmegaConfBaseException, YAMLError, OSError, TypeError, UnicodeDecodeError) as error:
+        # OmegaConf raises OSError and TypeError for YAML that is no mapping.
         raise ConfigError(f"{path or 'overrides'}: {' '.join(str(error).split())}") from error
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path}: a config is a mapping of sections, this is a {type(values).__name__}")
@@ -61,8 +65,7 @@ def dump_yaml(config: Config) -> str:
 
 def _first_error(error: ValidationError) -> str:
     first = error.errors()[0]
-    location = [str(part) for part in first["loc"]]
-    key = ".".join(location)
+    key = ".".join(_written(first["loc"]))
     if first["type"] == "extra_forbidden":
         nearest = difflib.get_close_matches(key, list(known_keys(Config)), n=1, cutoff=0.0)
         return f"unknown config key {key!r}; the nearest known key is {nearest[0]!r}"
@@ -70,6 +73,16 @@ def _first_error(error: ValidationError) -> str:
     return (
         f"{key}: {message} (got {first['input']!r})" if key and first["type"] != "value_error" else _plain(key, message)
     )
+
+
+def _written(location: Sequence[int | str]) -> list[str]:
+    """The keys of an error's place as a user writes them: without positions in a list and without kinds."""
+    before: Sequence[int | str] = ("", *location)
+    return [
+        part
+        for part, previous in zip(location, before, strict=False)
+        if isinstance(part, str) and not (part in _TAGS and (isinstance(previous, int) or previous == "teacher"))
+    ]
 
 
 def _plain(key: str, message: str) -> str:
@@ -81,7 +94,13 @@ def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
-        for candidate in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-                keys.extend(known_keys(candidate, f"{prefix}{name}."))
+        for section in _sections(field.annotation):
+            keys.extend(key for key in known_keys(section, f"{prefix}{name}.") if key not in keys)
     return keys
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The models inside a field's type: itself, or those of an optional, a union or a tuple."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections(part)]

@@ -128,3 +128,11 @@ class TinyConfig(Section):
     """Listings per captioning step."""
     pretrain_learning_rate: float = Field(2e-3, gt=0)
     """Peak learning rate of the captioning."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> TinyConfig:
+        if self.hidden_size % self.num_heads or self.num_heads % 2:
+            raise ValueError(
+                f"tiny.hidden_size {self.hidden_size} does not divide among num_heads {self.num_heads}, an even number"
+            )
+        return self

@@ -58,11 +58,9 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _headline_is_a_retrieval_protocol(self) -> Config:
-        names = [p.name for p in self.evaluation.protocols if p.kind == "retrieval"]
-        if self.evaluation.headline not in names:
+    def _an_adapter_is_gone_on_with(self) -> Config:
+        if self.distill.adapter.kind == "lora" and self.rar.adapter.kind == "full":
             raise ValueError(
-                f"evaluation.headline {self.evaluation.headline!r} is not a retrieval protocol; "
-                f"there are: {', '.join(names)}"
+                "rar.adapter.kind is full, but distill.adapter.kind lora leaves an adapter; set both to the same kind"
             )
         return self

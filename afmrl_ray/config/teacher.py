@@ -21,6 +21,8 @@ class ColumnTeacherConfig(Section):
 class OpenAITeacherConfig(Section):
     """Any endpoint that speaks OpenAI's chat completions."""
 
+    operational = frozenset({"api_key_env", "concurrency", "timeout_s", "max_retries", "backoff_s"})
+
     kind: Literal["openai"] = "openai"
     """Discriminates the teachers."""
     base_url: str

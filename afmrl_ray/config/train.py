@@ -115,6 +115,8 @@ class TaskConfig(Section):
 class RewardConfig(Section):
     """The reward service: frozen encoder and gallery behind Ray actors."""
 
+    operational = frozenset({"timeout_s", "max_retries", "max_failed_share"})
+
     kind: Literal["hit", "recall"] = "recall"
     """hit@k or recall@k of the enriched query."""
     k: int = Field(50, gt=0)
@@ -134,6 +136,8 @@ class RewardConfig(Section):
 class RolloutConfig(Section):
     """Sampling of completions by Ray actors."""
 
+    operational = frozenset({"timeout_s", "max_restarts"})
+
     pool: PoolConfig = PoolConfig(batch_size=8)
     """Rollout actors; `batch_size` counts prompts (groups) sampled at once."""
     temperature: float = Field(1.0, gt=0)
@@ -146,6 +150,10 @@ class RolloutConfig(Section):
 
 class RARConfig(Section):
     """Stage 2: GRPO of the generator, rewarded with the retrieval of the frozen encoder."""
+
+    operational = frozenset(
+        {"tokens_per_microbatch", "logprob_gap_limit", "cpus_per_learner", "gpus_per_learner", "checkpoint_every"}
+    )
 
     task: TaskConfig = TaskConfig()
     """What is retrieved."""

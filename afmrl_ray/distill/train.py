@@ -165,4 +165,7 @@ class DistillStep:
         # The engine averages over workers, so each counts its sum once per worker.
         loss = -logp.sum() * self._world / tokens
         self._engine.backward(loss)
-        return {"loss": float(loss.detach()), "tokens": float(tokens)}
+        total = loss.detach() / self._world
+        if self._world > 1:
+            dist.all_reduce(total)
+        return {"loss": float(total), "tokens": float(tokens)}

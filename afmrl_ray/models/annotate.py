@@ -67,7 +67,7 @@ class AnnotateActor:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         found = self._annotator.annotate(batch["row"].tolist())
         return {
-            "row": batch["row"],
+            "place": batch["place"],
             "attributes": np.array([text for text, _ in found], dtype=object),
             "reason": np.array([reason for _, reason in found], dtype=object),
         }
@@ -77,5 +77,7 @@ def annotate_rows(
     rows: np.ndarray, generator: GeneratorRef, catalogue: CatalogueRef, *, pool: PoolConfig
 ) -> list[tuple[str, str]]:
     """Attribute text and reason of invalidity of each catalogue row, in the order of `rows`."""
-    table = map_rows(AnnotateActor, rows, pool=pool, arguments={"generator": generator, "catalogue": catalogue})
+    table = map_rows(
+        AnnotateActor, {"row": rows}, pool=pool, arguments={"generator": generator, "catalogue": catalogue}
+    )
     return list(zip(table["attributes"], table["reason"], strict=True))

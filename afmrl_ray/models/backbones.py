@@ -16,29 +16,51 @@ ARCHITECTURES = {"encoder": "qwen2_vl", "generator": "qwen2_5_vl"}
 
 
 def fetch(path: str) -> str:
-    """A local folder for a path or URI, fetched once per node; a hub name is returned as it is."""
+    """A local folder for a path or URI, fetched once per node; a hub name is returned as it is.
+
+    Raises:
+        CheckpointError: nothing is at the URI.
+    """
     if "://" not in path:
         return path
+    if not storage.exists(storage.join(path, "config.json")) and not storage.exists(
+        storage.join(path, "adapter_config.json")
+    ):
+        raise CheckpointError(f"{path} holds no checkpoint")
     return storage.localise(path, os.path.join(tempfile.gettempdir(), f"afmrl_ray-{getpass.getuser()}", "models"))
 
 
-def check_checkpoint(path: str, role: str) -> None:
+def check_checkpoint(path: str, role: str, *, setting: str | None = None) -> None:
     """Make sure that `path` holds the architecture that `role` needs, by its config alone.
+
+    Args:
+        setting: what the message names; none = `<role>.path`.
 
     Raises:
         CheckpointError: the path is missing, is no checkpoint, or is of another architecture.
     """
     from transformers import AutoConfig
 
+    setting = setting or f"{role}.path"
+    if "://" in path:
+        file = storage.join(path, "config.json")
+        if not storage.exists(file):
+            raise CheckpointError(f"{setting}: {path} holds no checkpoint")
+        _check_type(storage.read_json(file).get("model_type"), path, role, setting)
+        return
     looks_local = os.path.isabs(path) or path.startswith(".") or path.count("/") > 1
     if looks_local and not os.path.isdir(path):
-        raise CheckpointError(f"{role}.path: {path} does not exist")
+        raise CheckpointError(f"{setting}: {path} does not exist")
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{role}.path: {path} is no checkpoint ({' '.join(str(error).split())[:160]})") from error
-    if config.model_type != ARCHITECTURES[role]:
-        raise CheckpointError(f"{role}.path: {path} is {config.model_type}, the {role} must be {ARCHITECTURES[role]}")
+        raise CheckpointError(f"{setting}: {path} is no checkpoint ({' '.join(str(error).split())[:160]})") from error
+    _check_type(config.model_type, path, role, setting)
+
+
+def _check_type(model_type: str | None, path: str, role: str, setting: str) -> None:
+    if model_type != ARCHITECTURES[role]:
+        raise CheckpointError(f"{setting}: {path} is {model_type}, the {role} must be {ARCHITECTURES[role]}")
 
 
 def load_backbone(path: str, role: str, *, dtype: str = "float32", device: torch.device | str = "cpu") -> Any:

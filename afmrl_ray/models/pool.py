@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,21 +10,25 @@ import numpy as np
 from afmrl_ray.config.cluster import PoolConfig
 
 
-def map_rows(actor: type, rows: np.ndarray, *, pool: PoolConfig, arguments: dict[str, Any]) -> Any:
-    """Send `rows` in batches through `pool.num_workers` actors and collect what they return.
+def map_rows(actor: type, columns: Mapping[str, np.ndarray], *, pool: PoolConfig, arguments: dict[str, Any]) -> Any:
+    """Send rows in batches through `pool.num_workers` actors and collect what they return.
 
     Args:
-        actor: class whose constructor takes `arguments` and `threads`, and whose call takes a batch with column `row`
-            and returns columns of the same length, `row` among them.
-        rows: [N] catalogue rows, each once.
+        actor: class whose constructor takes `arguments` and `threads`, and whose call takes a batch of `columns` with
+            `place`, a row's number, and returns columns of the same length, `place` among them.
+        columns: [N] integers each.
 
     Returns:
-        pandas DataFrame with the columns of the actor, in the order of `rows`.
+        pandas DataFrame with the columns of the actor, in the order of the rows.
     """
     import ray.data
 
-    blocks = min(len(rows), max(1, -(-len(rows) // pool.batch_size)))
-    dataset = ray.data.from_items([{"row": int(row)} for row in rows], override_num_blocks=blocks)
+    count = len(next(iter(columns.values())))
+    blocks = min(count, max(1, -(-count // pool.batch_size)))
+    items = [
+        {"place": place, **{name: int(values[place]) for name, values in columns.items()}} for place in range(count)
+    ]
+    dataset = ray.data.from_items(items, override_num_blocks=blocks)
     table = dataset.map_batches(
         actor,
         batch_size=pool.batch_size,
@@ -32,4 +37,4 @@ def map_rows(actor: type, rows: np.ndarray, *, pool: PoolConfig, arguments: dict
         num_cpus=pool.cpus_per_worker,
         num_gpus=pool.gpus_per_worker or None,
     ).to_pandas()
-    return table.set_index("row").loc[rows].reset_index()
+    return table.sort_values("place", ignore_index=True)

@@ -9,6 +9,8 @@ import numpy as np
 
 from afmrl_ray.attributes.text import InvalidAttributes
 
+_RESAMPLES = 2000
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -55,15 +57,15 @@ def summarise(rewards: np.ndarray, parsed: list[Any], *, group_size: int) -> Hel
     )
 
 
-def compare(before: HeldOut, after: HeldOut, *, samples: int, seed: int) -> dict[str, Any]:
+def compare(before: HeldOut, after: HeldOut, *, seed: int) -> dict[str, Any]:
     """Mean reward before and after, and of the difference paired by prompt, each with an interval."""
     first, second = np.array(before.rewards), np.array(after.rewards)
     both = ~(np.isnan(first) | np.isnan(second))
     first, second = first[both], second[both]
     return {
-        "heldout_before": asdict(_interval(first, samples, seed)),
-        "heldout_after": asdict(_interval(second, samples, seed)),
-        "heldout_gain": asdict(_interval(second - first, samples, seed)),
+        "heldout_before": asdict(_interval(first, seed)),
+        "heldout_after": asdict(_interval(second, seed)),
+        "heldout_gain": asdict(_interval(second - first, seed)),
         "heldout_prompts": len(first),
         "heldout_invalid_before": before.invalid_share,
         "heldout_invalid_after": after.invalid_share,
@@ -72,8 +74,8 @@ def compare(before: HeldOut, after: HeldOut, *, samples: int, seed: int) -> dict
     }
 
 
-def _interval(values: np.ndarray, samples: int, seed: int) -> Interval:
+def _interval(values: np.ndarray, seed: int) -> Interval:
     draw = np.random.default_rng(seed)
-    means = [values[draw.integers(len(values), size=len(values))].mean() for _ in range(samples)]
+    means = [values[draw.integers(len(values), size=len(values))].mean() for _ in range(_RESAMPLES)]
     low, high = np.percentile(means, [2.5, 97.5])
     return Interval(float(values.mean()), float(low), float(high))

@@ -57,11 +57,15 @@ def group_seeds(seed: int, step: int, count: int) -> list[int]:
     return np.random.default_rng([seed, step + 1, 7]).integers(2**62, size=count).tolist()
 
 
-def batch_columns(groups: list[Group], advantages: np.ndarray) -> dict[str, np.ndarray]:
+def batch_columns(groups: list[Group], advantages: np.ndarray, known: np.ndarray) -> dict[str, np.ndarray]:
     """Columns of the learners' batch, one row for each completion, groups contiguous.
 
-    The denominator is the number of completion tokens of the whole step, which makes the loss a token mean however the
-    step is cut among learners and micro-batches.
+    The denominator is the number of counted completion tokens of the whole step, which makes the loss a token mean
+    however the step is cut among learners and micro-batches.
+
+    Args:
+        advantages: [groups, G].
+        known: [groups, G] bool, False where the reward failed: such a completion counts for nothing, the KL included.
     """
     longest = max(group.ids.shape[1] for group in groups)
 
@@ -70,13 +74,14 @@ def batch_columns(groups: list[Group], advantages: np.ndarray) -> dict[str, np.n
         return np.concatenate([np.pad(a, ((0, 0), (0, longest - a.shape[1]))) for a in arrays]).astype(kind)
 
     mask = padded("mask", np.bool_)
-    count = len(mask)
+    weight = known.reshape(-1).astype(np.float32)
+    tokens = max(1.0, float((mask.sum(1) * weight).sum()))
     return {
         ROW: np.repeat([group.row for group in groups], [len(group.ids) for group in groups]),
         COMPLETION: padded("ids", np.int64),
         MASK: mask,
         OLD_LOGP: padded("logp", np.float32),
         ADVANTAGE: advantages.reshape(-1).astype(np.float32),
-        WEIGHT: np.ones(count, dtype=np.float32),
-        DENOMINATOR: np.full(count, mask.sum(), dtype=np.float32),
+        WEIGHT: weight,
+        DENOMINATOR: np.full(len(mask), tokens, dtype=np.float32),
     }

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayError
 
 from afmrl_ray.attributes.text import Attributes, InvalidAttributes, format_attributes, parse_attributes
 from afmrl_ray.catalogue import CatalogueRef
@@ -163,9 +163,12 @@ class RewardPool:
         for index, chunk, actor, call in calls:
             try:
                 version, scores = ray.get(call, timeout=self._config.timeout_s)
-            except (GetTimeoutError, RayActorError) as error:
+            except RayError as error:
+                if isinstance(error, ValueError):
+                    raise  # the catalogue's fault, and trying again would not mend it
                 log.warning("reward actor %d failed (%s), attempt %d", actor, type(error).__name__, attempt + 1)
-                ray.cancel(call, recursive=False) if isinstance(error, GetTimeoutError) else None
+                if isinstance(error, GetTimeoutError):
+                    ray.cancel(call, recursive=False)
                 failed.append((index, chunk))
                 continue
             if version != self._spec.version:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class RARJob:
         heldout_gallery: the same for held-out queries.
         gallery_version: pinned for the whole RAR and checked on every reply of the reward service.
         directory: attempt directory; the policy is written to `<directory>/model`.
-        name: prefix of the reward actors' names.
+        name: of the stage; part of the reward actors' names.
     """
 
     generator: GeneratorRef
@@ -137,7 +138,9 @@ class RARTrainer:
         """From the last checkpoint, or from the start, to the last step."""
         rar = self._rar
         self._learners = build_learners(rar, self._policy)
-        self._rewards = RewardPool(self._rewards_spec, rar.reward, name=self._job.name)
+        # Unique, since another run, or the actors of a killed one, may still hold the plain name.
+        name = f"{self._config.run.name}-{self._job.name}-{uuid.uuid4().hex[:8]}"
+        self._rewards = RewardPool(self._rewards_spec, rar.reward, name=name)
         self._rollouts = RolloutPool(self._policy, rar.rollout)
         start, tail = self._restore()
         self._push()
@@ -148,14 +151,14 @@ class RARTrainer:
             metrics.log(step, values)
             tail = [*tail, values][-_TAIL:]
             if (step + 1) % rar.checkpoint_every == 0 or step + 1 == rar.steps:
+                metrics.flush()
                 self._save(step + 1, tail)
         metrics.close()
         model = storage.join(self._job.directory, "model")
         self._on_learners(lambda learner: learner.save_model(model))
         after = self._heldout()
-        samples = self._config.evaluation.bootstrap_samples
         return {
-            **compare(before, after, samples=samples, seed=self._config.run.seed),
+            **compare(before, after, seed=self._config.run.seed),
             **{name: float(np.mean([values[name] for values in tail])) for name in ("reward_mean", "invalid_share")},
             "prompts": len(self.prompts["train"][0]),
             "dropped_prompts": self.prompts["train"][1],
@@ -226,7 +229,7 @@ class RARTrainer:
             torch.from_numpy(grouped), scale=rar.advantage_scale, eps=rar.advantage_eps
         ).numpy()
         with timed(seconds, "learn"):
-            stats = self._update(groups, advantages)
+            stats = self._update(groups, advantages, ~np.isnan(grouped))
         if stats["logprob_gap"] > rar.logprob_gap_limit:
             raise RuntimeError(
                 f"step {step}: sampler and learner differ by {stats['logprob_gap']:.4f} nats per token on fresh "
@@ -259,10 +262,10 @@ class RARTrainer:
         )
         return rewards, parsed
 
-    def _update(self, groups: list[Group], advantages: np.ndarray) -> dict[str, float]:
+    def _update(self, groups: list[Group], advantages: np.ndarray, known: np.ndarray) -> dict[str, float]:
         """One optimizer step of all learners on all groups."""
         try:
-            self._learners.update(batch=learner_batch(batch_columns(groups, advantages)))
+            self._learners.update(batch=learner_batch(batch_columns(groups, advantages, known)))
         except RayError as error:
             raise LearnerLostError(f"a learner died in an update ({type(error).__name__})") from error
         return self._on_learners(lambda learner: learner.stats)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,62 +76,87 @@ class Encoder:
         return self._model(**collate(built, self._processor.pad_id, self._model.device)).cpu().numpy()
 
 
+@dataclass(frozen=True)
+class View:
+    """How listings are shown to the encoder.
+
+    Attributes:
+        inputs: picture, text or both.
+        title_columns: columns that make up the title.
+        enriched: whether the stored attributes are shown too.
+    """
+
+    inputs: Inputs
+    title_columns: tuple[str, ...]
+    enriched: bool
+
+
 class EmbedActor:
-    """Ray Data's shell around `Encoder`."""
+    """Ray Data's shell around `Encoder`; column `view` of a batch says how each row is shown."""
 
     def __init__(
         self,
         encoder: EncoderRef,
         catalogue: CatalogueRef,
         attributes: str | None,
-        inputs: Inputs,
-        title_columns: tuple[str, ...],
+        views: tuple[View, ...],
         threads: int,
     ) -> None:
         torch.set_num_threads(threads)
         self._encoder = Encoder(encoder, catalogue)
         self._store = read_attributes(attributes) if attributes is not None else None
-        self._inputs, self._title_columns = inputs, title_columns
+        self._views = views
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        rows = batch["row"].tolist()
-        texts = [self._store.text(self._encoder.items[row]) if self._store is not None else "" for row in rows]
-        embeddings = self._encoder.embed(rows, texts, inputs=self._inputs, title_columns=self._title_columns)
-        return {"row": batch["row"], "embedding": embeddings}
+        embedded: dict[int, np.ndarray] = {}
+        for index in np.unique(batch["view"]).tolist():
+            places = np.flatnonzero(batch["view"] == index)
+            embedded.update(
+                zip(places.tolist(), self._embed(batch["row"][places].tolist(), self._views[index]), strict=True)
+            )
+        return {"place": batch["place"], "embedding": np.stack([embedded[place] for place in range(len(embedded))])}
+
+    def _embed(self, rows: list[int], view: View) -> np.ndarray:
+        store = self._store if view.enriched else None
+        texts = [store.text(self._encoder.items[row]) if store is not None else "" for row in rows]
+        return self._encoder.embed(rows, texts, inputs=view.inputs, title_columns=view.title_columns)
 
 
 def embed_rows(
-    rows: np.ndarray,
+    wanted: Mapping[View, np.ndarray],
     encoder: EncoderRef,
     catalogue: CatalogueRef,
     *,
     attributes: str | None,
-    inputs: Inputs,
-    title_columns: tuple[str, ...],
     pool: PoolConfig,
-) -> np.ndarray:
-    """Embed catalogue rows with their stored attributes.
+) -> dict[View, np.ndarray]:
+    """Embed catalogue rows in one pass of the pool, however many views of them are wanted.
 
     Args:
-        rows: [N] catalogue rows.
-        attributes: path of an attribute table, or none for inputs without attributes.
+        wanted: catalogue rows [N] of each view.
+        attributes: path of an attribute table, or none if no view is enriched.
 
     Returns:
-        [N, D] float32 in the order of `rows`.
+        [N, D] float32 of each view, in the order of its rows.
+
+    Raises:
+        ValueError: a view is enriched and there are no attributes.
     """
+    if attributes is None and any(view.enriched for view in wanted):
+        raise ValueError("embed_rows: an enriched view needs attributes")
+    views = tuple(wanted)
     table = map_rows(
         EmbedActor,
-        rows,
-        pool=pool,
-        arguments={
-            "encoder": encoder,
-            "catalogue": catalogue,
-            "attributes": attributes,
-            "inputs": inputs,
-            "title_columns": title_columns,
+        {
+            "row": np.concatenate([wanted[view] for view in views]),
+            "view": np.repeat(np.arange(len(views)), [len(wanted[view]) for view in views]),
         },
+        pool=pool,
+        arguments={"encoder": encoder, "catalogue": catalogue, "attributes": attributes, "views": views},
     )
-    return np.stack(table["embedding"].to_list()).astype(np.float32)
+    embeddings = np.stack(table["embedding"].to_list()).astype(np.float32)
+    ends = np.cumsum([len(wanted[view]) for view in views])
+    return dict(zip(views, np.split(embeddings, ends[:-1]), strict=True))
 
 
 def save_embeddings(path: str, rows: np.ndarray, embeddings: np.ndarray) -> None:

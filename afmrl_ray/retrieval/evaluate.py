@@ -28,6 +28,17 @@ class Value:
     high: float | None = None
 
 
+def sides(config: EvaluationConfig) -> list[tuple[SideConfig, bool]]:
+    """Every (side, with attributes) that the protocols will ask `Embed` for."""
+    found: list[tuple[SideConfig, bool]] = []
+    for protocol in config.protocols:
+        if isinstance(protocol, RetrievalProtocol):
+            found += [(protocol.query, protocol.enriched != "none"), (protocol.gallery, protocol.enriched == "both")]
+        else:
+            found += [(protocol.fit, protocol.enriched), (protocol.test, protocol.enriched)]
+    return found
+
+
 def evaluate(
     config: EvaluationConfig, catalogue: StagedCatalogue, embed: Embed, *, seed: int
 ) -> tuple[dict[str, Any], Ranking]:

@@ -5,17 +5,22 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-from afmrl_ray.config.cluster import RayConfig
+from afmrl_ray.config.cluster import PoolConfig, RayConfig, WorkersConfig
 from afmrl_ray.errors import ResourceError
 
 log = logging.getLogger(__name__)
 
-# Without it a LearnerGroup collected after shutdown starts a new Ray and hangs the driver's exit.
+_ROUNDING = 1e-6
+
 _WORKER_ENVIRONMENT = {
+    # Else a LearnerGroup collected after shutdown starts a new Ray and hangs the driver's exit.
     "RAY_ENABLE_AUTO_CONNECT": "0",
+    # Else Ray Train's workers print everything twice, and a closed progress bar rises again.
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -60,33 +65,83 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-def require_resources(stage: str, asked: Mapping[str, float], *, wait_s: float = 0.0) -> None:
+@dataclass(frozen=True)
+class Demand:
+    """What `count` actors or workers hold at once, `each` of them on one node."""
+
+    count: int
+    each: Mapping[str, float]
+
+
+def pool_demand(pool: PoolConfig) -> Demand:
+    return Demand(pool.num_workers, {"CPU": pool.cpus_per_worker, "GPU": pool.gpus_per_worker})
+
+
+def workers_demand(workers: WorkersConfig) -> Demand:
+    return Demand(workers.num_workers, {"CPU": workers.cpus_per_worker, "GPU": float(workers.use_gpu)})
+
+
+def total(demands: Sequence[Demand]) -> dict[str, float]:
+    """Sum per resource."""
+    names = {name for demand in demands for name in demand.each}
+    return {name: sum(d.count * d.each.get(name, 0) for d in demands) for name in sorted(names)}
+
+
+def require_resources(stage: str, demands: Sequence[Demand], *, wait_s: float = 0.0) -> None:
     """Make sure that the cluster could ever give what a stage asks for, waiting for nodes that may still join.
 
     Args:
         stage: named in the message.
-        asked: total per resource, e.g. {"CPU": 4, "GPU": 2}.
+        demands: everything that the stage holds at once.
 
     Raises:
-        ResourceError: after `wait_s` seconds the cluster still has less.
+        ResourceError: after `wait_s` seconds the cluster still has less, or no node is large enough for one worker.
     """
     import ray
 
     deadline = time.monotonic() + wait_s
     while True:
-        there = ray.cluster_resources()
-        short = {name: amount for name, amount in asked.items() if amount > there.get(name, 0) + 1e-6}
-        if not short:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        missing = _missing(demands, nodes)
+        if missing is None:
             return
         if time.monotonic() >= deadline:
-            wanted = ", ".join(f"{amount:g} {name}" for name, amount in asked.items() if amount)
-            found = ", ".join(f"{there.get(name, 0):g} {name}" for name in asked)
-            raise ResourceError(
-                f"{stage} asks for {wanted}; the cluster has {found}. "
-                f"Lower its num_workers, cpus_per_worker or GPUs, or add nodes"
-            )
-        log.warning("%s waits for resources: %s", stage, short)
+            raise ResourceError(f"{stage} {missing}. Lower its num_workers, cpus_per_worker or GPUs, or add nodes")
+        log.warning("%s %s, waiting", stage, missing)
         time.sleep(min(2.0, wait_s))
+
+
+def _missing(demands: Sequence[Demand], nodes: Sequence[Mapping[str, float]]) -> str | None:
+    asked = total(demands)
+    there = {name: sum(node.get(name, 0) for node in nodes) for name in asked}
+    if any(asked[name] > there[name] + _ROUNDING for name in asked):
+        return f"asks for {_words(asked)}; the cluster has {_words(there, zeros=True)}"
+    for demand in demands:
+        if not any(
+            all(amount <= node.get(name, 0) + _ROUNDING for name, amount in demand.each.items()) for node in nodes
+        ):
+            return f"asks for a node with {_words(demand.each)}; none of {len(nodes)} has that"
+    return None
+
+
+def _words(amounts: Mapping[str, float], *, zeros: bool = False) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in amounts.items() if amount or zeros)
+
+
+def resources_there(config: RayConfig) -> dict[str, float]:
+    """CPUs and GPUs of the cluster that a job would join, or of the local Ray that it would start.
+
+    Raises:
+        ResourceError: the cluster cannot be reached.
+    """
+    if config.address or os.environ.get("RAY_ADDRESS"):
+        import ray
+
+        with ray_session(config):
+            return {name: ray.cluster_resources().get(name, 0.0) for name in ("CPU", "GPU")}
+    import torch
+
+    return {"CPU": float(config.num_cpus or os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
 
 
 def torch_threads(cpus: float) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +49,7 @@ class Engine:
         deepspeed = _import_deepspeed()
         self._zero_stage = zero_stage
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self._all_parameters = list(model.parameters())
         factor = schedule_factor(optimizer, steps)
         self._engine, *_ = deepspeed.initialize(
             model=model,
@@ -100,17 +100,13 @@ class Engine:
 
     @contextmanager
     def whole_parameters(self) -> Iterator[None]:
-        """Inside, every trained parameter is whole on every rank (it is sharded under ZeRO 3)."""
+        """Inside, every parameter is whole on every rank; under ZeRO 3 all are sharded, frozen ones too."""
         deepspeed = _import_deepspeed()
-        with deepspeed.zero.GatheredParameters(self.parameters, enabled=self._zero_stage == 3):
+        with deepspeed.zero.GatheredParameters(self._all_parameters, enabled=self._zero_stage == 3):
             yield
 
     def close(self) -> None:
         self._engine.destroy()
-
-
-def has_engine_state(directory: str) -> bool:
-    return (Path(directory) / _TAG).is_dir()
 
 
 def _deepspeed_config(optimizer: OptimizerConfig, zero_stage: int, bf16: bool) -> dict[str, Any]:

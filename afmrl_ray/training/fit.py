@@ -12,7 +12,7 @@ from torch import distributed as dist
 
 from afmrl_ray import errors, storage
 from afmrl_ray.config.cluster import WorkersConfig
-from afmrl_ray.training.cluster import require_resources, torch_threads
+from afmrl_ray.training.cluster import require_resources, torch_threads, workers_demand
 from afmrl_ray.training.engine import Engine
 from afmrl_ray.training.metrics_log import MetricsLog
 
@@ -39,8 +39,8 @@ def fit(
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    per_worker = {"CPU": workers.cpus_per_worker, "GPU": float(workers.use_gpu)}
-    require_resources(name, {key: value * workers.num_workers for key, value in per_worker.items()}, wait_s=wait_s)
+    demand = workers_demand(workers)
+    require_resources(name, [demand], wait_s=wait_s)
     trainer = TorchTrainer(
         loop,
         train_loop_config=loop_config,
@@ -48,7 +48,7 @@ def fit(
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,
             use_gpu=workers.use_gpu,
-            resources_per_worker={key: value for key, value in per_worker.items() if value},
+            resources_per_worker={key: value for key, value in demand.each.items() if value},
         ),
         run_config=RunConfig(
             name=name,
@@ -123,6 +123,8 @@ def run_steps(
             bar.update(1)
         done = step + 1
         if done % workers.checkpoint_every == 0 or done == steps:
+            if log is not None:
+                log.flush()
             _report(engine, done, values, save_model)
     if log is not None and bar is not None:
         log.close()

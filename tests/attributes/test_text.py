@@ -34,7 +34,7 @@ def test_what_parses_is_in_normal_form(text: str) -> None:
         assert parsed.reason in INVALID_REASONS
     else:
         assert parsed == normalise_attributes(parsed)
-        assert len(parsed) == text.count(";") + 1, "a segment was silently dropped"
+        assert len(parsed) == text.rstrip().removesuffix(";").count(";") + 1, "a segment was silently dropped"
 
 
 def test_normalise_folds_drops_and_keeps_order() -> None:
@@ -48,7 +48,9 @@ def test_normalise_folds_drops_and_keeps_order() -> None:
         ("", "empty"),
         (" \n", "empty"),
         ("red", "no_pair"),
-        ("color: red;", "no_pair"),
+        (";", "no_pair"),
+        ("color: red;;", "no_pair"),
+        ("color: red;; neck: v", "no_pair"),
         ("color: red; v-neck", "no_pair"),
         ("color:; neck: v", "no_pair"),
         (": red", "no_pair"),
@@ -65,6 +67,10 @@ def test_invalid_texts_say_why(text: str, reason: str) -> None:
 def test_text_without_end_is_unfinished_though_it_would_parse() -> None:
     assert parse_attributes("color: red", max_attributes=3) == (("color", "red"),)
     assert parse_attributes("color: red", max_attributes=3, complete=False) == InvalidAttributes("unfinished")
+
+
+def test_a_semicolon_at_the_end_is_forgiven() -> None:
+    assert parse_attributes("color: red; ", max_attributes=1) == (("color", "red"),)
 
 
 def test_further_colons_belong_to_the_value() -> None:

@@ -90,3 +90,34 @@ def test_what_cannot_be_read_is_named(tmp_path, pictures):
     bad.write_text('{"title": "1"}')
     with pytest.raises(CatalogueError, match="no column item_id, image"):
         import_rows(str(bad), str(pictures))
+
+
+def test_odd_characters_inside_fields_stay_where_they_are(tmp_path, pictures):
+    title = "red\u2028shirt\x85\nlarge"
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"item_id": "1", "image": "0.jpg", "title": title}, ensure_ascii=False)
+    )
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["item_id", "image", "title"], ["1", "0.jpg", title]])
+    for name in ("a.jsonl", "a.csv"):
+        assert import_rows(str(tmp_path / name), str(pictures)).table["title"].to_pylist() == [title]
+
+
+def test_a_later_row_without_a_picture_is_counted(tmp_path, pictures):
+    (tmp_path / "a.jsonl").write_text('{"item_id": "1", "image": "0.jpg"}\n{"item_id": "2"}\n')
+    assert import_rows(str(tmp_path / "a.jsonl"), str(pictures)).counts["pictures_missing"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "columns", "message"),
+    [
+        ("a.csv", b"item_id,image\n1,0.jpg,extra\n", None, r"a\.csv:2: more fields"),
+        ("a.csv", b"item_id,image\n1,\xff.jpg\n", None, "not UTF-8"),
+        ("a.jsonl", b"[1]\n", None, r"a\.jsonl:1: a JSON object"),
+        ("a.csv", b"item_id,image\n1,0.jpg\n", {"titel": "x"}, "--column titel: a catalogue's columns are item_id"),
+    ],
+)
+def test_what_cannot_be_imported_is_named(tmp_path, pictures, name, content, columns, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CatalogueError, match=message):
+        import_rows(str(tmp_path / name), str(pictures), columns=columns)

@@ -18,9 +18,9 @@ from afmrl_ray.config.catalogue import CatalogueConfig, SideConfig
 from afmrl_ray.errors import CatalogueError
 
 
-def png(color: tuple[int, int, int] = (200, 10, 10), side: int = 12) -> bytes:
+def png(color: tuple[int, int, int] = (200, 10, 10), side: int = 12, height: int | None = None) -> bytes:
     data = io.BytesIO()
-    Image.new("RGB", (side, side), color).save(data, "PNG")
+    Image.new("RGB", (side, height or side), color).save(data, "PNG")
     return data.getvalue()
 
 
@@ -72,6 +72,7 @@ def test_every_kind_of_bad_row_is_put_aside_with_its_reason(tmp_path):
     content[6]["image"] = bomb()
     content[7]["attributes"] = "{broken"
     content[8].update(title=None, attributes=None, image=None)
+    content[9]["image"] = png(side=300, height=1)
     path = write(tmp_path, content)
     catalogue = open_catalogue(path, config=CatalogueConfig(max_bad_share=0.5))
     assert catalogue.counts["quarantined"] == {
@@ -82,14 +83,15 @@ def test_every_kind_of_bad_row_is_put_aside_with_its_reason(tmp_path):
         "decompression_bomb": 1,
         "bad_attributes": 1,
         "empty": 1,
+        "aspect_ratio": 1,
     }
-    assert len(catalogue) == 52
-    assert catalogue.picture(1).getpixel((0, 0)) == (9, 0, 0)
+    assert len(catalogue) == 51
+    assert catalogue.picture(1).getpixel((0, 0)) == (10, 0, 0)
     target = tmp_path / "quarantine.parquet"
     catalogue.write_quarantine(str(target))
     aside = pq.read_table(target).to_pylist()
     assert {"item_id": "i006", "row": 6, "reason": "decompression_bomb"} in aside
-    with pytest.raises(CatalogueError, match=r"8 of 60 rows are bad .*more than catalogue.max_bad_share 0.05"):
+    with pytest.raises(CatalogueError, match=r"9 of 60 rows are bad .*more than catalogue.max_bad_share 0.05"):
         open_catalogue(path)
 
 
@@ -188,3 +190,32 @@ def test_a_catalogue_that_changed_under_a_run_is_refused(tmp_path):
     with pytest.raises(CatalogueError, match="has changed while it was used"):
         ref.open()
     assert not np.any([file.exists() for file in [tmp_path / staged_path(config, "0" * 64)]])
+
+
+@pytest.mark.parametrize("uri", ["http://nowhere/x.png", "folder", "a\x00b", "missing.png"])
+def test_a_picture_address_that_cannot_be_read_is_one_bad_row(tmp_path, uri):
+    content = [{name: value for name, value in row.items() if name != "image"} for row in rows(30)]
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "p.png").write_bytes(png())
+    for row in content:
+        row["image_uri"] = "folder/p.png"
+    content[4]["image_uri"] = uri
+    catalogue = open_catalogue(write(tmp_path, content))
+    assert catalogue.counts["quarantined"] == {"missing_image": 1}
+    # The folder itself, tables and pictures in it, is a catalogue too.
+    assert open_catalogue(str(tmp_path)).fingerprint == catalogue.fingerprint
+
+
+def test_a_folder_without_tables_is_named(tmp_path):
+    (tmp_path / "p.png").write_bytes(png())
+    with pytest.raises(CatalogueError, match=r"holds no \.parquet file"):
+        open_catalogue(str(tmp_path))
+
+
+def test_the_fingerprint_follows_content_and_order_not_the_files_cut(tmp_path):
+    content = rows(3000)
+    pq.write_table(pa.Table.from_pylist(content), tmp_path / "one.parquet", row_group_size=11)
+    pq.write_table(pa.Table.from_pylist(content), tmp_path / "two.parquet", row_group_size=3000)
+    pq.write_table(pa.Table.from_pylist(content[::-1]), tmp_path / "three.parquet")
+    one, two, three = (open_catalogue(str(tmp_path / f"{name}.parquet")) for name in ("one", "two", "three"))
+    assert one.fingerprint == two.fingerprint != three.fingerprint

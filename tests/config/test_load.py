@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from typing import get_args
@@ -9,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from afmrl_ray.config import Config, dump_yaml, known_keys, load_config
+from afmrl_ray.config import Config, dump_yaml, known_keys, load_config, validate
+from afmrl_ray.config.cluster import PoolConfig
+from afmrl_ray.config.teacher import ColumnTeacherConfig
 from afmrl_ray.errors import ConfigError
 
 
@@ -74,13 +77,82 @@ def test_every_field_has_a_sentence():
     assert visit(Config, "") == []
 
 
-@given(st.sampled_from([key for key in known_keys(Config) if "." in key]), st.integers(0, 3))
-@settings(max_examples=30, deadline=None)
+def test_what_an_override_does_not_mention_keeps_its_default():
+    default = Config()
+    config = load_config(None, ["rar.task.query.inputs=picture", "rar.rollout.pool.num_workers=3", "teacher.names=[a]"])
+    assert config.rar.task.query == default.rar.task.query.model_copy(update={"inputs": "picture"})
+    assert config.rar.rollout.pool.batch_size == default.rar.rollout.pool.batch_size != PoolConfig().batch_size
+    assert config.teacher == ColumnTeacherConfig(names=("a",))
+    assert load_config(None, ["distill.optimizer.schedule=constant"]).distill.optimizer.learning_rate == 1e-5
+    pair = load_config(None, ["agcl.pairs=[{query: {inputs: picture}}]"]).agcl.pairs[0]
+    assert pair.query.split == pair.positive.split == ("train",)
+    assert (
+        load_config(None, ["evaluation.protocols=[{name: fine, kind: retrieval, query: {role: null}}]"])
+        .evaluation.protocols[0]
+        .query.role
+        is None
+    )
+
+
+@given(st.sampled_from([key for key in known_keys(Config) if "." in key]))
+@settings(max_examples=60, deadline=None)
+def test_naming_the_default_of_one_field_changes_nothing(key):
+    value = Config().model_dump(mode="json")
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return  # inside a list, or a field of another kind of teacher
+        value = value[part]
+    if isinstance(value, dict | list):
+        return
+    tree = value
+    for part in reversed(key.split(".")):
+        tree = {part: tree}
+    assert validate(tree) == Config()
+
+
+# Keys inside lists cannot be written as dotted overrides, and `kind` decides which keys a teacher has.
+DOTTED = [key for key in known_keys(Config) if "." in key and ".pairs." not in key and ".protocols." not in key]
+LONG = [key for key in DOTTED if len(key.rsplit(".", 1)[1]) > 5 and not key.startswith("teacher.")]
+
+
+@given(st.sampled_from(LONG), st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
 def test_a_misspelt_key_is_told_its_neighbour(key, position):
     section, field = key.rsplit(".", 1)
-    wrong = f"{section}.{field[: position + 1]}zz{field[position + 1 :]}"
-    with pytest.raises(ConfigError, match=rf"unknown config key|{section.split('.')[0]}"):
+    wrong = f"{section}.{field[:position]}{field[position + 1 :]}"  # one letter is missing
+    with pytest.raises(ConfigError, match=rf"unknown config key '{re.escape(wrong)}'.*'{re.escape(key)}'$"):
         load_config(None, [f"{wrong}=1"])
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (
+            {"evaluation": {"protocols": [{"kind": "retrieval", "name": "fine", "galery": {}}]}},
+            "unknown config key 'evaluation.protocols.galery'; the nearest known key is 'evaluation.protocols.gallery'",
+        ),
+        (
+            {"teacher": {"kind": "openai", "base_url": "x", "model": "m", "concurency": 1}},
+            "unknown config key 'teacher.concurency'; the nearest known key is 'teacher.concurrency'",
+        ),
+        ({"teacher": {"kind": "openai", "base_url": "x", "model": [1]}}, r"teacher.model: .*string"),
+        ({"evaluation": {"protocols": [{"kind": "retrieval", "name": "fine", "ks": []}]}}, "evaluation.protocols.ks"),
+        ({"evaluation": {"protocols": [{"kind": "retrieval", "name": "fine", "ks": [0]}]}}, "evaluation.protocols.ks"),
+        ({"evaluation": {"protocols": [{"kind": "retrieval", "name": "fine"}] * 2}}, "'fine' names two protocols"),
+        ({"distill": {"adapter": {"kind": "lora"}}}, "set both to the same kind"),
+        ({"tiny": {"hidden_size": 100, "num_heads": 3}}, "hidden_size 100 does not divide among num_heads 3"),
+    ],
+)
+def test_what_a_list_holds_is_named_too(values, words):
+    with pytest.raises(ConfigError, match=words):
+        validate(values)
+
+
+@pytest.mark.parametrize("content", [b"3", b"- a\n- b", b"a: \xff", b"a: ["])
+def test_a_file_that_is_no_mapping_is_a_config_error(tmp_path, content):
+    (tmp_path / "c.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"c\.yaml"):
+        load_config(str(tmp_path / "c.yaml"))
 
 
 def test_config_imports_neither_torch_nor_ray():

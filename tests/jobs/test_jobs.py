@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -16,7 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from afmrl_ray.catalogue import make_catalogue, write_catalogue
 from afmrl_ray.config import dump_yaml, load_config, validate
+from afmrl_ray.config.catalogue import SyntheticConfig
 from tests.catalogue.test_reading import rows
 from tests.cit.conftest import run_values
 
@@ -72,9 +75,43 @@ def test_a_dry_run_shows_schedule_and_resources_and_writes_nothing(capsys, tmp_p
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_dry_run_holds_what_is_asked_for_against_what_is_there(capsys, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert main_of("run_cit")(["--dry-run", "ray.num_cpus=3", "agcl.workers.num_workers=4"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"agcl +4 CPU  MORE THAN THERE IS \(CPU\)", shown)
+    assert re.search(r"distill +1 CPU$", shown, re.MULTILINE)
+    assert "resources there\n  3 CPU, " in shown
+
+
+@pytest.mark.parametrize("given", ["-1", "one", "1.5"])
+def test_a_round_that_is_none_is_refused(given, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main_of("evaluate")([f"--round={given}"])
+    assert ended.value.code == 2
+    assert f"{given!r} is no round" in capsys.readouterr().err
+
+
 def catalogue_without_positives(folder: Path) -> str:
     content = [{**row, "product_id": row["item_id"]} for row in rows()]
     pq.write_table(pa.Table.from_pylist(content), folder / "c.parquet")
+    return str(folder / "c.parquet")
+
+
+def catalogue_of(folder: Path, **changes) -> str:
+    content = [{**row, **changes} for row in rows()]
+    pq.write_table(pa.Table.from_pylist(content), folder / "c.parquet")
+    return str(folder / "c.parquet")
+
+
+def synthetic(folder: Path) -> str:
+    write_catalogue(make_catalogue(SyntheticConfig(preset="tiny", picture_px=32)), str(folder / "c.parquet"))
+    return f"catalogue.path={folder}/c.parquet"
+
+
+def without_split(folder: Path) -> str:
+    table = pq.read_table(catalogue_of(folder)).drop_columns(["split"])
+    pq.write_table(table, folder / "c.parquet")
     return str(folder / "c.parquet")
 
 
@@ -93,10 +130,22 @@ def bad_pictures(folder: Path) -> str:
         (lambda at, models: ["catalogue.path=/nowhere.parquet"], "/nowhere.parquet does not exist"),
         (lambda at, models: [f"catalogue.path={catalogue_without_positives(at)}"], "nothing is positive"),
         (lambda at, models: [f"catalogue.path={bad_pictures(at)}"], "undecodable_image"),
+        (lambda at, models: [f"catalogue.path={without_split(at)}"], "lacks the columns split"),
+        (lambda at, models: [f"catalogue.path={catalogue_of(at, split='test')}"], "split train"),
+        (lambda at, models: [synthetic(at), "generator.title_columns=[headline]"], "headline"),
+        (
+            lambda at, models: [
+                synthetic(at),
+                "evaluation.protocols=[{kind: retrieval, name: fine},{kind: labels, name: x, label: item_id}]",
+            ],
+            "evaluation protocol 'x': no class of column 'item_id' is on both sides",
+        ),
+        (lambda at, models: ["teacher={kind: model, path: /no/teacher}"], "teacher.path: /no/teacher does not exist"),
         (lambda at, models: ["encoder.path=/no/such/model"], "encoder.path: /no/such/model does not exist"),
         (lambda at, models: [f"encoder.path={models['generator']}"], "the encoder must be qwen2_vl"),
         (lambda at, models: ["agcl.workers.num_workers=32"], "agcl asks for 32 CPU; the cluster has"),
         (lambda at, models: ["agcl.workers.use_gpu=true"], "1 GPU"),
+        (lambda at, models: [f"encoder.path=file://{at}/nothing"], "nothing holds no checkpoint"),
         (lambda at, models: ["run.storage_path=/proc/nothing"], "/proc/nothing"),
     ],
 )
@@ -144,6 +193,19 @@ def test_make_and_import_catalogue(tmp_path, capsys):
     arguments = ["--source", str(source), "--pictures", str(tmp_path), "--out", str(tmp_path / "in.parquet")]
     assert main_of("import_catalogue")([*arguments, "--column", "item_id=sku", "--column", "image=file"]) == 0
     assert pq.read_table(tmp_path / "in.parquet").num_rows == 6
+
+
+def test_an_import_over_the_threshold_leaves_nothing_behind(tmp_path, capsys):
+    source = tmp_path / "items.csv"
+    source.write_text("item_id,image,title\n" + "".join(f"{n},none.jpg,mug\n" for n in range(5)))
+    arguments = ["--source", str(source), "--pictures", str(tmp_path), "--out", str(tmp_path / "out.parquet")]
+    assert main_of("import_catalogue")(arguments) == 2
+    assert "5 of 5 rows are bad (5 missing_image)" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["items.csv"]
+    source.with_suffix(".json").write_text("{}")
+    twice = ["--source", str(source.with_suffix(".json")), *arguments[2:], *["--ids", "test:query=a.txt"] * 2]
+    assert main_of("import_catalogue")(twice) == 2
+    assert "--ids test:query: given twice" in capsys.readouterr().err
 
 
 @pytest.mark.timeout(420)

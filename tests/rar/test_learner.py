@@ -27,7 +27,8 @@ def columns(ray_local, policy_spec) -> dict[str, np.ndarray]:
     pool.push(Weights(0, weights_fingerprint(tensors), [ray.put(tensors)]))
     groups = pool.sample([0, 1, 2, 3], [7, 8, 9, 10], group_size=GROUP)
     pool.close()
-    return batch_columns(groups, np.array([[1.0, -1.0], [0.5, -0.5], [2.0, -2.0], [0.0, 0.0]]))
+    advantages = np.array([[1.0, -1.0], [0.5, -0.5], [2.0, -2.0], [0.0, 0.0]])
+    return batch_columns(groups, advantages, np.ones_like(advantages, dtype=bool))
 
 
 def update(policy_spec, columns, steps: int = 1, **changes) -> tuple[dict[str, torch.Tensor], dict[str, float]]:

@@ -136,6 +136,31 @@ def test_what_the_service_lost_is_nan_and_too_much_of_it_ends_the_job(service):
         pool.score("train", queries)
 
 
+class FailingScorer:
+    """Runs out of memory on one query and holds a wrong catalogue on another."""
+
+    def score(self, gallery, queries):
+        if any(text == "large" for _, text in queries):
+            raise MemoryError("no memory left")
+        if any(text == "wrong" for _, text in queries):
+            raise ValueError("no positive")
+        return "v1", [1.0] * len(queries)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(180)
+def test_an_error_inside_an_actor_is_nan_unless_the_catalogue_is_to_blame(service):
+    spec, _, rows, _ = service
+    pool = pool_of(spec, "test-error", max_retries=1, max_failed_share=0.9)
+    pool.close()
+    pool.actors = [ray.remote(num_cpus=0.5)(FailingScorer).remote() for _ in range(2)]
+    queries = [(int(row), "large" if place == 4 else "") for place, row in enumerate(rows[:6])]
+    np.testing.assert_array_equal(pool.score("train", queries), [1, 1, 1, math.nan, math.nan, math.nan])
+    with pytest.raises(ValueError, match="no positive"):
+        pool.score("train", [(1, "wrong")])
+    pool.close()
+
+
 @pytest.mark.ray
 @pytest.mark.timeout(180)
 def test_a_reply_about_another_gallery_is_refused(service):

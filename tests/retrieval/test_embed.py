@@ -9,7 +9,7 @@ from afmrl_ray.attributes.store import AttributeRow, write_attributes
 from afmrl_ray.config.cluster import PoolConfig
 from afmrl_ray.config.models import EncoderConfig, GeneratorConfig
 from afmrl_ray.models.annotate import Annotator, GeneratorRef, annotate_rows
-from afmrl_ray.retrieval.embed import Encoder, EncoderRef, embed_rows, load_embeddings, save_embeddings
+from afmrl_ray.retrieval.embed import Encoder, EncoderRef, View, embed_rows, load_embeddings, save_embeddings
 
 PICTURE = {"min_pixels": 784, "max_pixels": 3136}
 POOL = PoolConfig(num_workers=2, cpus_per_worker=0.5, batch_size=4)
@@ -18,21 +18,28 @@ ROWS = np.array([30, 2, 17, 5, 41, 9, 8, 0, 1])
 
 @pytest.mark.ray
 @pytest.mark.timeout(180)
-def test_embeddings_come_in_the_order_asked_for_with_the_stored_attributes(
+def test_embeddings_of_several_views_come_in_the_order_asked_for_with_the_stored_attributes(
     ray_local, tiny_checkpoints, tiny_catalogue_ref, tmp_path
 ):
     items = tiny_catalogue_ref.open().column("item_id")
     store = str(tmp_path / "attributes.parquet")
     write_attributes(store, [AttributeRow(items[row], f"color: red; size: {row}") for row in ROWS[:5]], fingerprint="g")
     encoder = EncoderRef(tiny_checkpoints["encoder"], EncoderConfig(picture=PICTURE))
-    options = {"inputs": "both", "title_columns": ("title",)}
-    found = embed_rows(ROWS, encoder, tiny_catalogue_ref, attributes=store, pool=POOL, **options)
+    enriched, bare, pictures = (
+        View("both", ("title",), True), View("both", ("title",), False), View("picture", ("title",), False)
+    )  # fmt: skip
+    wanted = {enriched: ROWS, pictures: ROWS[2:5], bare: ROWS[::-1]}
+    embedded = embed_rows(wanted, encoder, tiny_catalogue_ref, attributes=store, pool=POOL)
+    found = embedded[enriched]
     texts = [f"color: red; size: {row}" if index < 5 else "" for index, row in enumerate(ROWS)]
     plain = Encoder(encoder, tiny_catalogue_ref)
-    expected = plain.embed(ROWS.tolist(), texts, **options)
+    expected = plain.embed(ROWS.tolist(), texts, inputs="both")
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    bare = plain.embed(ROWS.tolist(), [""] * len(ROWS), **options)
-    assert np.abs(bare[:5] - expected[:5]).max() > 1e-3
+    without = plain.embed(ROWS[::-1].tolist(), [""] * len(ROWS), inputs="both")
+    np.testing.assert_allclose(embedded[bare], without, atol=1e-5)
+    assert np.abs(without[::-1][:5] - expected[:5]).max() > 1e-3
+    seen = plain.embed(ROWS[2:5].tolist(), [""] * 3, inputs="picture")
+    np.testing.assert_allclose(embedded[pictures], seen, atol=1e-5)
     save_embeddings(str(tmp_path / "e.safetensors"), ROWS, found)
     rows, embeddings = load_embeddings(str(tmp_path / "e.safetensors"))
     np.testing.assert_array_equal(rows, ROWS)
@@ -54,3 +61,9 @@ def test_prompts_that_are_too_long_are_told_not_cut(tiny_checkpoints, tiny_catal
     generator = GeneratorRef(tiny_checkpoints["generator"], config)
     found = Annotator(generator, tiny_catalogue_ref).annotate(ROWS.tolist())
     assert [reason for _, reason in found] == ["prompt_too_long"] * len(ROWS)
+
+
+def test_enriched_views_need_attributes(tiny_checkpoints, tiny_catalogue_ref):
+    encoder = EncoderRef(tiny_checkpoints["encoder"], EncoderConfig(picture=PICTURE))
+    with pytest.raises(ValueError, match="needs attributes"):
+        embed_rows({View("both", ("title",), True): ROWS}, encoder, tiny_catalogue_ref, attributes=None, pool=POOL)

@@ -10,12 +10,14 @@ from torch import multiprocessing, nn
 from afmrl_ray.config.models import OptimizerConfig
 from afmrl_ray.training.engine import Engine, schedule_factor
 
-OPTIMIZER = OptimizerConfig(learning_rate=0.05, schedule="constant", warmup_share=0.0, gradient_clip=0.5)
+OPTIMIZER = OptimizerConfig(learning_rate=0.05, schedule="linear", warmup_share=0.25, gradient_clip=0.5)
 
 
 def model() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1))
+    net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1))
+    net[0].requires_grad_(False)
+    return net
 
 
 def data() -> torch.Tensor:
@@ -25,11 +27,13 @@ def data() -> torch.Tensor:
 def reference(steps: int) -> list[torch.Tensor]:
     """Plain torch: the whole batch at once."""
     net = model()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=0.05, weight_decay=0.0)
-    for _ in range(steps):
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.05, weight_decay=0.0)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.05 * [1, 1, 2 / 3, 1 / 3][step]
         optimizer.zero_grad()
         net(data()).square().mean().backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+        torch.nn.utils.clip_grad_norm_(trained, 0.5)
         optimizer.step()
     return [p.detach().clone() for p in net.parameters()]
 
@@ -42,14 +46,16 @@ def train(rank: int, world: int, stage: int, cut: int, port: int, folder: str, r
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    engine = Engine(model(), OPTIMIZER, steps=4, zero_stage=stage)
+    net = model()
+    engine = Engine(net, OPTIMIZER, steps=4, zero_stage=stage)
     own = data().chunk(world)[rank]
     for step in range(4):
         if resume and step == 2:
             engine.save(folder)
             dist.barrier()
             engine.close()
-            engine = Engine(model(), OPTIMIZER, steps=4, zero_stage=stage)
+            net = model()
+            engine = Engine(net, OPTIMIZER, steps=4, zero_stage=stage)
             engine.load(folder)
         parts = own.chunk(cut)
         for index, part in enumerate(parts):
@@ -57,7 +63,7 @@ def train(rank: int, world: int, stage: int, cut: int, port: int, folder: str, r
         engine.step()
     with engine.whole_parameters():
         if rank == 0:
-            torch.save([p.detach().clone() for p in engine.parameters], f"{folder}/weights.pt")
+            torch.save([p.detach().clone() for p in net.parameters()], f"{folder}/weights.pt")
     dist.barrier()
     dist.destroy_process_group()
 

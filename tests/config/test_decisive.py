@@ -1,0 +1,46 @@
+"""Which settings ask for finished work again."""
+
+from __future__ import annotations
+
+import pytest
+
+from afmrl_ray.config import load_config
+
+
+def decisive(*overrides: str) -> dict:
+    config = load_config(None, overrides)
+    return {name: getattr(config, name).decisive() for name in ("distill", "agcl", "rar", "teacher", "evaluation")}
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "agcl.workers.max_failures=9",
+        "agcl.workers.collective_timeout_s=5",
+        "distill.workers.checkpoint_every=7",
+        "rar.tokens_per_microbatch=5",
+        "rar.reward.timeout_s=5",
+        "rar.rollout.pool.num_workers=3",
+        "rar.logprob_gap_limit=1",
+        "evaluation.pool.cpus_per_worker=2",
+    ],
+)
+def test_what_changes_no_result_asks_for_nothing_again(override):
+    assert decisive(override) == decisive()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "agcl.temperature=0.1",
+        "agcl.workers.num_workers=2",
+        "agcl.pairs=[{weight: 2}]",
+        "agcl.mask.threshold=0.5",
+        "rar.reward.k=3",
+        "rar.task.query.inputs=picture",
+        "teacher.names=[a]",
+        "evaluation.protocols=[{kind: retrieval, name: fine, map_k: 3}]",
+    ],
+)
+def test_what_may_change_one_does(override):
+    assert decisive(override) != decisive()
