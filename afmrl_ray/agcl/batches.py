@@ -1,60 +1,75 @@
-"""Which pairs are in which batch: a pure function of seed and step, the same for any number of workers."""
+"""Which listings are in which batch: a pure function of seed and step, the same for any number of workers."""
 
 from __future__ import annotations
 
+import json
+import logging
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from afmrl_ray.catalogue import StagedCatalogue
-from afmrl_ray.config.train import PairConfig
+from afmrl_ray.config.train import AGCLConfig
 from afmrl_ray.errors import CatalogueError, ConfigError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A listing in a batch.
+
+    Attributes:
+        row: catalogue row.
+        enrich: number in [0, 1) that decides whether it shows its attributes.
+    """
+
+    row: int
+    enrich: float
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two listings of one product.
+    """A query with its positives, different listings of one product.
 
     Attributes:
-        query: catalogue row of the query.
-        positive: catalogue row of the positive.
+        query: the query.
+        positives: `agcl.positives_per_query` listings, drawn with replacement where the product has fewer.
+        negatives: curated ones, at most `agcl.curated_negatives`.
         source: index of the `agcl.pairs` entry that the pair comes from.
         product: code of the product; equal codes are the same product.
-        enrich_query: number in [0, 1) that decides whether the query shows its attributes.
-        enrich_positive: the same for the positive.
     """
 
-    query: int
-    positive: int
+    query: Shown
+    positives: tuple[Shown, ...]
+    negatives: tuple[Shown, ...]
     source: int
     product: int
-    enrich_query: float
-    enrich_positive: float
 
 
 class PairSampler:
-    """Uniform over products: every epoch visits each product once, one listing pair of it at a time.
+    """Uniform over products: every epoch visits each product once, another listing of it each time.
 
     Args:
         catalogue: where rows and product ids come from.
-        sources: `agcl.pairs`.
-        batch_size: pairs per step over all workers.
+        config: `agcl`.
         seed: of the order and the draws.
 
     Raises:
-        CatalogueError: a side is empty, or no product has a pair.
+        CatalogueError: a side is empty, no product has a pair, or a column that the config names is not there.
         ConfigError: fewer products than a batch needs.
     """
 
-    def __init__(
-        self, catalogue: StagedCatalogue, sources: Sequence[PairConfig], *, batch_size: int, seed: int
-    ) -> None:
+    def __init__(self, catalogue: StagedCatalogue, config: AGCLConfig, *, seed: int) -> None:
         products = catalogue.column("product_id")
-        self._weights = np.array([source.weight for source in sources])
+        self._config, self._seed = config, seed
+        self._weights = np.array([source.weight for source in config.pairs])
         self._sides: list[tuple[dict[str, list[int]], dict[str, list[int]]]] = []
         paired: set[str] = set()
-        for source in sources:
+        for source in config.pairs:
             queries = _by_product(catalogue.rows(source.query), products)
             positives = _by_product(catalogue.rows(source.positive), products)
             self._sides.append((queries, positives))
@@ -63,24 +78,33 @@ class PairSampler:
             raise CatalogueError(
                 "agcl.pairs: no product has two different listings on the two sides, nothing is positive"
             )
-        if len(paired) < batch_size:
+        if len(paired) < config.batch_size:
             raise ConfigError(
-                f"agcl.batch_size {batch_size} exceeds the {len(paired)} products that have pairs; "
+                f"agcl.batch_size {config.batch_size} exceeds the {len(paired)} products that have pairs; "
                 "lower it, since a batch holds each product once"
             )
+        # Products with pairs come first, so that their codes are places in the epoch's order.
         self._products = sorted(paired)
-        self._batch_size = batch_size
-        self._seed = seed
+        others = sorted({product for product in products if product is not None} - paired)
+        codes = {product: code for code, product in enumerate([*self._products, *others])}
+        self._code_of_row = [codes[product] if product is not None else -1 for product in products]
+        self._curated = _curated(catalogue, self._code_of_row) if config.curated_negatives else {}
+        self._groups = self._hard_groups(catalogue) if config.hard_share else []
+        self._epoch_order = lru_cache(maxsize=2)(self._make_epoch_order)
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(self._products) // self._batch_size
+        return len(self._products) // self._config.batch_size
+
+    def product_of(self, row: int) -> int:
+        """Code of a row's product; -1 if it has none."""
+        return self._code_of_row[row]
 
     def batch(self, step: int) -> list[Pair]:
         """The `batch_size` pairs of a step, each of another product."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._products))
-        chosen = order[place * self._batch_size : (place + 1) * self._batch_size]
+        size = self._config.batch_size
+        chosen = self._epoch_order(epoch)[place * size : (place + 1) * size]
         draw = np.random.default_rng([self._seed, epoch, place, 1])
         return [self._pair(int(code), draw) for code in chosen]
 
@@ -95,8 +119,61 @@ class PairSampler:
         source = able[int(draw.choice(len(able), p=weights / weights.sum()))]
         queries, positives = self._sides[source]
         query = int(draw.choice([q for q in queries[product] if set(positives[product]) != {q}]))
-        positive = int(draw.choice([p for p in positives[product] if p != query]))
-        return Pair(query, positive, source, code, float(draw.random()), float(draw.random()))
+        others = [p for p in positives[product] if p != query]
+        count = self._config.positives_per_query
+        picked = draw.choice(others, size=count, replace=len(others) < count).tolist()
+        curated = self._curated.get(query, [])
+        wanted = min(self._config.curated_negatives, len(curated))
+        negatives = draw.choice(curated, size=wanted, replace=False).tolist() if wanted else []
+        shown = [Shown(int(row), float(draw.random())) for row in (query, *picked, *negatives)]
+        return Pair(shown[0], tuple(shown[1 : 1 + count]), tuple(shown[1 + count :]), source, code)
+
+    def _hard_groups(self, catalogue: StagedCatalogue) -> list[list[int]]:
+        """Codes of the products that share a value of `hard_column`, groups of at least two."""
+        values = catalogue.column(self._config.hard_column)
+        group_of: dict[int, str] = {}
+        for row, code in enumerate(self._code_of_row):
+            if 0 <= code < len(self._products) and values[row] is not None:
+                group_of.setdefault(code, str(values[row]))
+        groups: dict[str, list[int]] = {}
+        for code in sorted(group_of):
+            groups.setdefault(group_of[code], []).append(code)
+        found = [codes for _, codes in sorted(groups.items()) if len(codes) > 1]
+        if not found:
+            raise CatalogueError(
+                f"agcl.hard_column {self._config.hard_column!r}: no two products share a value; set agcl.hard_share=0"
+            )
+        return found
+
+    def _make_epoch_order(self, epoch: int) -> np.ndarray:
+        """Codes of all products, batch after batch; `hard_share` of each batch is made of whole groups."""
+        draw = np.random.default_rng([self._seed, epoch])
+        order = draw.permutation(len(self._products))
+        if not self._groups:
+            return order
+        queues = [deque(draw.permutation(group).tolist()) for group in self._groups]
+        waiting = deque(draw.permutation(len(queues)).tolist())
+        rest, taken, made = deque(order.tolist()), np.zeros(len(order), dtype=bool), []
+        size = self._config.batch_size
+        hard = round(self._config.hard_share * size)
+        for _ in range(self.steps_per_epoch):
+            batch: list[int] = []
+            while len(batch) < hard and waiting:
+                queue = queues[waiting[0]]
+                while queue and len(batch) < hard:
+                    code = queue.popleft()
+                    if not taken[code]:
+                        taken[code] = True
+                        batch.append(code)
+                if not queue:
+                    waiting.popleft()
+            while len(batch) < size:
+                code = rest.popleft()
+                if not taken[code]:
+                    taken[code] = True
+                    batch.append(code)
+            made.extend(batch)
+        return np.array(made)
 
 
 def _by_product(rows: np.ndarray, products: Sequence[str | None]) -> dict[str, list[int]]:
@@ -106,3 +183,26 @@ def _by_product(rows: np.ndarray, products: Sequence[str | None]) -> dict[str, l
         if product is not None:
             groups.setdefault(product, []).append(row)
     return groups
+
+
+def _curated(catalogue: StagedCatalogue, codes: Sequence[int]) -> dict[int, list[int]]:
+    """Rows of each row's curated negatives; those of its own product, and unknown items, are left out and counted."""
+    row_of = {item: row for row, item in enumerate(catalogue.column("item_id"))}
+    found: dict[int, list[int]] = {}
+    unknown = same = 0
+    for row, value in enumerate(catalogue.column("negatives")):
+        items = json.loads(value) if isinstance(value, str) else value or []
+        known = [row_of[item] for item in items if item in row_of]
+        others = [other for other in known if codes[other] < 0 or codes[other] != codes[row]]
+        unknown, same = unknown + len(items) - len(known), same + len(known) - len(others)
+        if others:
+            found[row] = others
+    if unknown or same:
+        log.warning(
+            "column negatives: left out %d items that are not in the catalogue and %d of the row's own product",
+            unknown,
+            same,
+        )
+    if not found:
+        raise CatalogueError("column negatives holds no usable item id; set agcl.curated_negatives=0")
+    return found

@@ -21,7 +21,7 @@ def agcl_loss(
     similarity: Tensor,
     positives: Tensor,
     *,
-    temperature: float,
+    temperature: float | Tensor,
     lexical: Tensor | None = None,
     keep: Tensor | None = None,
     positive_weight: PositiveWeight = "bm25",
@@ -36,7 +36,7 @@ def agcl_loss(
     Args:
         similarity: [Q, D] cosines of queries and candidates.
         positives: [Q] column of each query's positive.
-        temperature: divides the cosines.
+        temperature: divides the cosines; a scalar tensor if it is learned.
         lexical: [Q, D] BM25 `B`, as `scale_lexical` returns it.
         keep: [Q, D] bool, False = not a negative; the positive is kept in any case.
         positive_weight: how the positive is weighted.
@@ -137,34 +137,125 @@ def false_negative_keep(
     threshold: float,
     product_ids: Tensor | None = None,
     min_negatives: int = 0,
+    exempt: Tensor | None = None,
 ) -> Tensor:
-    """Which candidates may serve as negatives of which query.
+    """Which candidates may serve as negatives of which query, by their similarity to the positive (the paper's mask).
 
     Args:
         candidates: [D, dim] embeddings of the candidates.
         positives: [Q] candidate that is each query's positive.
         threshold: a candidate whose cosine to the positive is above it is no negative.
-        product_ids: [D] int64 codes of the candidates' products, -1 = unknown, which equals nothing; a candidate of the
-            positive's product is no negative.
-        min_negatives: a query left with fewer gets back those least similar to its positive, up to this many, but never
-            one of the positive's product.
+        product_ids: see `keep_negatives`.
+        min_negatives: see `keep_negatives`.
+        exempt: see `keep_negatives`.
 
     Returns:
         [Q, D] bool, False = not a negative; True for the positive itself.
     """
     unit = F.normalize(candidates.float(), dim=1)
     cosine = unit[positives] @ unit.T
-    able = torch.ones_like(cosine, dtype=torch.bool)
+    return keep_negatives(
+        cosine > threshold, cosine, positives, product_ids=product_ids, min_negatives=min_negatives, exempt=exempt
+    )
+
+
+@torch.no_grad()
+def margin_keep(
+    similarity: Tensor,
+    positives: Tensor,
+    *,
+    margin: float,
+    product_ids: Tensor | None = None,
+    min_negatives: int = 0,
+    exempt: Tensor | None = None,
+) -> Tensor:
+    """The same by the query's own similarity: a candidate that is closer to it than its positive by more than `margin`.
+
+    Source: the rule of NV-Retriever and of ms-swift's fake negatives, `s_ij > s_ii + margin`.
+
+    Args:
+        similarity: [Q, D] cosines of queries and candidates.
+    """
+    similarity = similarity.float()
+    own = similarity.gather(1, positives[:, None])
+    return keep_negatives(
+        similarity > own + margin,
+        similarity,
+        positives,
+        product_ids=product_ids,
+        min_negatives=min_negatives,
+        exempt=exempt,
+    )
+
+
+@torch.no_grad()
+def attribute_keep(
+    lexical: Tensor,
+    positives: Tensor,
+    *,
+    threshold: float,
+    product_ids: Tensor | None = None,
+    min_negatives: int = 0,
+    exempt: Tensor | None = None,
+) -> Tensor:
+    """The same by attributes: a candidate whose BM25 exceeds `threshold` of the positive's own.
+
+    A query whose positive shares no word with it (`B_ii <= 0`) is suspicious of nobody.
+
+    Args:
+        lexical: [Q, D] BM25 of each query's attributes against each candidate's, unscaled.
+    """
+    lexical = lexical.float()
+    own = lexical.gather(1, positives[:, None])
+    return keep_negatives(
+        (own > 0) & (lexical > threshold * own),
+        lexical,
+        positives,
+        product_ids=product_ids,
+        min_negatives=min_negatives,
+        exempt=exempt,
+    )
+
+
+@torch.no_grad()
+def keep_negatives(
+    suspicious: Tensor,
+    closeness: Tensor,
+    positives: Tensor,
+    *,
+    product_ids: Tensor | None = None,
+    min_negatives: int = 0,
+    exempt: Tensor | None = None,
+) -> Tensor:
+    """The rules that every mask shares.
+
+    Args:
+        suspicious: [Q, D] bool, candidates that may be positives in truth.
+        closeness: [Q, D] by which the least suspicious ones are found.
+        positives: [Q] candidate that is each query's positive.
+        product_ids: [D] int64 codes of the candidates' products, -1 = unknown, which equals nothing; a candidate of the
+            positive's product is no negative.
+        min_negatives: a query left with fewer gets back those least close, up to this many, but never one of the
+            positive's product.
+        exempt: [Q, D] bool, candidates that someone chose as negatives of the query: suspicion does not touch them.
+
+    Returns:
+        [Q, D] bool, False = not a negative; True for the positive itself.
+    """
+    able = torch.ones_like(suspicious)
     if product_ids is not None:
         own = product_ids[positives][:, None]
         able = (product_ids[None, :] != own) | (own < 0)
     able.scatter_(1, positives[:, None], False)
-    keep = able & (cosine <= threshold)
+    keep = able & ~suspicious
+    if exempt is not None:
+        keep |= able & exempt
     short = (keep.sum(1) < min_negatives).nonzero()[:, 0]
     if len(short):
-        # What the threshold keeps are the least similar ones, so restoring only ever extends that set.
         least = (
-            cosine[short].masked_fill(~able[short], torch.inf).topk(min(min_negatives, cosine.shape[1]), largest=False)
+            closeness[short]
+            .masked_fill(~able[short], torch.inf)
+            .topk(min(min_negatives, closeness.shape[1]), largest=False)
         )
         restored = torch.zeros_like(keep[short]).scatter_(1, least.indices, True)
         keep[short] |= restored & able[short]

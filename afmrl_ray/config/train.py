@@ -42,6 +42,8 @@ class LexicalConfig(Section):
     """How B enters tanh: as it is, divided by B_ii, or divided by `temperature`."""
     temperature: float = Field(1.0, gt=0)
     """Divisor for scale `temperature`."""
+    idf: Literal["corpus", "batch"] = "corpus"
+    """Where document frequencies come from: all listings of `agcl.pairs`, or the candidates of the step."""
 
 
 class MaskConfig(Section):
@@ -49,8 +51,14 @@ class MaskConfig(Section):
 
     enabled: bool = True
     """Off = only listings of the same product are masked."""
+    kind: Literal["candidate", "margin", "attributes"] = "candidate"
+    """By what a candidate is suspicious: its similarity to the positive, to the query, or its attributes."""
     threshold: float = Field(0.9, ge=-1, le=1)
-    """Delta: a candidate whose cosine to the positive is above it is no negative."""
+    """For kind `candidate`, delta: a candidate whose cosine to the positive is above it is no negative."""
+    margin: float = 0.1
+    """For kind `margin`: a candidate that is closer to the query than the positive by more than this is no negative."""
+    attribute_threshold: float = Field(0.9, gt=0)
+    """For kind `attributes`: a candidate whose BM25 exceeds this share of the positive's own is no negative."""
     min_negatives: int = Field(8, ge=0)
     """Negatives that every query keeps, the least similar ones first."""
     warmup_steps: int = Field(0, ge=0)
@@ -77,8 +85,21 @@ class AGCLConfig(Section):
     """Optimizer steps of a round."""
     batch_size: int = Field(64, gt=1)
     """Pairs per step, over all workers; negatives come from all of them."""
+    tokens_per_microbatch: int | None = Field(None, gt=0)
+    """Visual and text tokens per forward pass of a worker; none = its whole share at once. Less takes less memory and a
+    second forward pass (GradCache), and changes the result by nothing but which random numbers dropout draws."""
+    positives_per_query: int = Field(1, ge=1)
+    """Positives of each query; each is pulled towards it on its own, none repels another."""
+    curated_negatives: int = Field(0, ge=0)
+    """Listings of the query's column `negatives` (item ids) that join the candidates; the mask spares them."""
+    hard_share: float = Field(0.0, ge=0, le=1)
+    """Share of a batch made of whole groups of products that agree in `hard_column`."""
+    hard_column: str = "category"
+    """Column whose equal values make products hard to tell apart."""
     temperature: float = Field(0.05, gt=0)
     """Temperature of the similarities."""
+    learn_temperature: bool = False
+    """Whether the temperature is learned, from `temperature` on, never below 0.01."""
     bidirectional: bool = True
     """Whether positives also retrieve their queries."""
     lexical: LexicalConfig = LexicalConfig()

@@ -21,6 +21,7 @@ from afmrl_ray.models.policy import Policy
 from afmrl_ray.models.prompts import generator_row, prompt_fits
 from afmrl_ray.training.engine import Engine
 from afmrl_ray.training.fit import fit, run_steps, worker_threads
+from afmrl_ray.training.metrics_log import results_of
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def train_distill(config: Config, job: DistillJob) -> dict[str, float]:
     )
     with result.checkpoint.as_directory() as checkpoint:
         storage.copy_dir(os.path.join(checkpoint, "model"), storage.join(job.directory, "model"))
-    return {name: value for name, value in result.metrics.items() if isinstance(value, float)}
+    return results_of(result.metrics)
 
 
 def train_loop(payload: dict[str, Any]) -> None:
@@ -65,7 +66,7 @@ def train_loop(payload: dict[str, Any]) -> None:
     model = load_start(job.start, "generator", distill.adapter, seed=config.run.seed, dtype=config.generator.dtype)
     processor = ListingProcessor.from_pretrained(job.start, config.generator.picture)
     engine = Engine(
-        Policy(model),
+        Policy(model).train(),
         distill.optimizer,
         steps=distill.steps,
         zero_stage=distill.workers.zero_stage,

@@ -15,20 +15,29 @@ class EmbeddingModel(nn.Module):
     """Wraps a (PEFT-wrapped) `Qwen2VLForConditionalGeneration` so that its forward pass gives embeddings.
 
     The head is never run: only the inner model's last hidden state is computed.
+
+    Args:
+        backbone: the model.
+        temperature: where a learned temperature begins; none = there is none.
     """
 
-    def __init__(self, backbone: Any) -> None:
+    def __init__(self, backbone: Any, temperature: float | None = None) -> None:
         super().__init__()
         self.backbone = backbone
+        self.log_temperature = nn.Parameter(torch.tensor([temperature]).log()) if temperature is not None else None
 
     def forward(self, **batch: Tensor) -> Tensor:
         """Embed a left-padded batch of `models.listing.collate`.
 
         Returns:
-            [B, D] float32, of unit length.
+            [B, D] float32, of unit length; with a learned temperature [B, D + 1], its logarithm in the last column, so
+            that its gradient takes the way of the embeddings' through parts and workers.
         """
         hidden = inner_model(self.backbone).model(**batch, use_cache=False).last_hidden_state
-        return functional.normalize(hidden[:, -1].float(), dim=-1)
+        embeddings = functional.normalize(hidden[:, -1].float(), dim=-1)
+        if self.log_temperature is None:
+            return embeddings
+        return torch.cat([embeddings, self.log_temperature.float().expand(len(embeddings), 1)], dim=1)
 
     @property
     def device(self) -> torch.device:

@@ -27,6 +27,7 @@ from torch import distributed as dist
 from afmrl_ray import storage
 from afmrl_ray.config.train import RARConfig
 from afmrl_ray.models.adapters import save_trained
+from afmrl_ray.models.microbatches import cut_by_tokens
 from afmrl_ray.rar.loss import grpo_loss
 from afmrl_ray.rar.module import (
     ADVANTAGE,
@@ -160,13 +161,9 @@ class GRPOLearner(TorchLearner):
         """Consecutive rows whose padded size stays within the token budget; the same count on every learner."""
         prompts = self._own.prompts(columns[ROW].tolist())
         lengths = [len(p) + int(m.sum()) for p, m in zip(prompts, columns[MASK], strict=True)]
-        parts, start, longest = [], 0, 0
-        for row, length in enumerate(lengths):
-            longest = max(longest, length)
-            if row > start and longest * (row - start + 1) > self.config.rar.tokens_per_microbatch:
-                parts.append(slice(start, row))
-                start, longest = row, length
-        parts.append(slice(start, len(lengths)))
+        # In order, so that the completions of a prompt stay together.
+        cut = cut_by_tokens(lengths, self.config.rar.tokens_per_microbatch, in_order=True)
+        parts = [slice(part[0], part[-1] + 1) for part in cut]
         self._real_parts = len(parts)
         most = torch.tensor(len(parts), device=self._engine.device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import tempfile
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -115,9 +117,12 @@ def run_steps(
         bar.update(start)
     values: dict[str, float] = {}
     for step in range(start, steps):
+        began = time.perf_counter()
         seed_step(seed, step, rank)
         values = train_step(step)
+        stepped = time.perf_counter()
         values.update(engine.step())
+        values.update(_measured(values, stepped - began, time.perf_counter() - stepped, engine.device))
         if log is not None and bar is not None:
             log.log(step, values)
             bar.update(1)
@@ -130,6 +135,20 @@ def run_steps(
         log.close()
         bar.close()
     return values
+
+
+def _measured(values: dict[str, float], step: float, optimizer: float, device: torch.device) -> dict[str, float]:
+    """Seconds of the step and of the optimizer in it, samples per second and peak memory."""
+    cuda = device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    found = {
+        "seconds_step": step + optimizer,
+        "seconds_optimizer": optimizer,
+        "peak_memory_mb": peak / 2**20,
+    }
+    if "samples" in values:
+        found["samples_per_second"] = values["samples"] / (step + optimizer)
+    return found
 
 
 def _restore(engine: Engine) -> int:

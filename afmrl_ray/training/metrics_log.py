@@ -7,6 +7,7 @@ import math
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,12 @@ class MetricsLog:
         self.flush()
         if self._target is not None:
             shutil.rmtree(self._directory)
+
+
+def results_of(values: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers that the same training gives on any machine: without seconds, rates and memory."""
+    measured = ("seconds_", "peak_memory_", "samples_per_")
+    return {name: value for name, value in values.items() if isinstance(value, float) and not name.startswith(measured)}
 
 
 def read_metrics(directory: str) -> list[dict[str, Any]]:

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from afmrl_ray.agcl.batches import PairSampler
+from afmrl_ray.agcl.layout import Batch
 from afmrl_ray.config.catalogue import SideConfig
-from afmrl_ray.config.train import PairConfig
+from afmrl_ray.config.train import AGCLConfig, PairConfig
 from afmrl_ray.errors import CatalogueError, ConfigError
 
-TRAIN = (PairConfig(),)
+
+def sampler_of(catalogue, seed: int = 0, **agcl) -> PairSampler:
+    return PairSampler(catalogue, AGCLConfig(**{"batch_size": 6, **agcl}), seed=seed)
 
 
 @pytest.fixture(scope="module")
@@ -16,28 +21,29 @@ def catalogue(tiny_catalogue_ref):
 
 
 def test_a_batch_is_a_function_of_seed_and_step(catalogue):
-    first = PairSampler(catalogue, TRAIN, batch_size=6, seed=3)
-    again = PairSampler(catalogue, TRAIN, batch_size=6, seed=3)
+    first = sampler_of(catalogue, seed=3)
+    again = sampler_of(catalogue, seed=3)
     for step in (7, 0, 3):
         assert first.batch(step) == again.batch(step)
-    assert first.batch(0) != PairSampler(catalogue, TRAIN, batch_size=6, seed=4).batch(0)
+    assert first.batch(0) != sampler_of(catalogue, seed=4).batch(0)
     assert first.batch(0) != first.batch(first.steps_per_epoch)
 
 
 def test_pairs_are_two_listings_of_one_product_and_a_batch_holds_a_product_once(catalogue):
-    sampler = PairSampler(catalogue, TRAIN, batch_size=6, seed=0)
+    sampler = sampler_of(catalogue)
     products, splits = catalogue.column("product_id"), catalogue.column("split")
     for step in range(10):
         batch = sampler.batch(step)
         assert len({pair.product for pair in batch}) == 6
         for pair in batch:
-            assert pair.query != pair.positive
-            assert products[pair.query] == products[pair.positive]
-            assert splits[pair.query] == splits[pair.positive] == "train"
+            (positive,) = pair.positives
+            assert pair.query.row != positive.row
+            assert products[pair.query.row] == products[positive.row]
+            assert splits[pair.query.row] == splits[positive.row] == "train"
 
 
 def test_an_epoch_visits_every_product_at_most_once_and_all_but_a_remainder(catalogue):
-    sampler = PairSampler(catalogue, TRAIN, batch_size=6, seed=0)
+    sampler = sampler_of(catalogue)
     seen = [pair.product for step in range(sampler.steps_per_epoch) for pair in sampler.batch(step)]
     products = {
         p for p, s in zip(catalogue.column("product_id"), catalogue.column("split"), strict=True) if s == "train"
@@ -49,18 +55,85 @@ def test_sources_take_their_sides_and_their_share(catalogue):
     queries = SideConfig(split=("test",), role="query")
     gallery = SideConfig(split=("test",), role="gallery")
     sources = (PairConfig(query=queries, positive=gallery, weight=3.0), PairConfig(query=gallery, positive=gallery))
-    sampler = PairSampler(catalogue, sources, batch_size=4, seed=0)
+    sampler = sampler_of(catalogue, pairs=sources, batch_size=4)
     roles = catalogue.column("role")
     pairs = [pair for step in range(100) for pair in sampler.batch(step)]
     for pair in pairs:
-        assert roles[pair.query] == ("query" if pair.source == 0 else "gallery")
-        assert roles[pair.positive] == "gallery"
+        assert roles[pair.query.row] == ("query" if pair.source == 0 else "gallery")
+        assert roles[pair.positives[0].row] == "gallery"
     assert sum(pair.source == 0 for pair in pairs) / len(pairs) == pytest.approx(0.75, abs=0.08)
 
 
 def test_impossible_batches_are_refused(catalogue):
     with pytest.raises(ConfigError, match=r"agcl.batch_size 500 exceeds the \d+ products"):
-        PairSampler(catalogue, TRAIN, batch_size=500, seed=0)
+        sampler_of(catalogue, batch_size=500)
     query = SideConfig(split=("test",), role="query")
     with pytest.raises(CatalogueError, match="nothing is positive"):
-        PairSampler(catalogue, (PairConfig(query=query, positive=query),), batch_size=2, seed=0)
+        sampler_of(catalogue, pairs=(PairConfig(query=query, positive=query),), batch_size=2)
+
+
+def test_hard_share_is_made_of_groups_and_an_epoch_still_visits_every_product_once(catalogue):
+    families = dict(zip(catalogue.column("product_id"), catalogue.column("family_id"), strict=True))
+    products = catalogue.column("product_id")
+
+    hard = sampler_of(catalogue, hard_share=0.5, hard_column="family_id", batch_size=8)
+    members = [families[products[pair.query.row]] for pair in hard.batch(0)]
+    assert len(set(members[:4])) == 1, "half of eight is one family"
+    everyone = [families[products[pair.query.row]] for pair in sampler_of(catalogue, batch_size=8).batch(0)]
+    assert len(set(everyone[:4])) > 1
+    seen = [pair.product for step in range(hard.steps_per_epoch) for pair in hard.batch(step)]
+    assert len(seen) == len(set(seen)) == hard.steps_per_epoch * 8
+    again = sampler_of(catalogue, hard_share=0.5, hard_column="family_id", batch_size=8)
+    assert again.batch(hard.steps_per_epoch + 1) == hard.batch(hard.steps_per_epoch + 1)
+    with pytest.raises(CatalogueError, match=r"agcl.hard_column 'item_id': no two products share a value"):
+        sampler_of(catalogue, hard_share=0.5, hard_column="item_id")
+
+
+def test_several_positives_are_different_listings_where_there_are_enough(catalogue):
+    products = catalogue.column("product_id")
+    for pair in sampler_of(catalogue, positives_per_query=2).batch(0):
+        rows = [shown.row for shown in pair.positives]
+        assert len(rows) == 2
+        assert pair.query.row not in rows
+        assert {products[row] for row in rows} == {products[pair.query.row]}
+
+
+def test_curated_negatives_are_of_other_products_and_never_unknown(curated_catalogue_ref, caplog):
+    catalogue = curated_catalogue_ref.open()
+    sampler = sampler_of(catalogue, curated_negatives=2)
+    items, products, wanted = (catalogue.column(name) for name in ("item_id", "product_id", "negatives"))
+    for pair in sampler.batch(1):
+        assert len(pair.negatives) == (2 if wanted[pair.query.row] else 0)
+        for shown in pair.negatives:
+            assert items[shown.row] in wanted[pair.query.row]
+            assert products[shown.row] != products[pair.query.row]
+    listed = sum(bool(names) for names in wanted)
+    assert f"left out {listed} items that are not in the catalogue and {listed} of the row's own product" in caplog.text
+
+
+def test_columns_of_a_batch_know_their_owners(curated_catalogue_ref):
+    catalogue = curated_catalogue_ref.open()
+    sampler = sampler_of(catalogue, curated_negatives=2, positives_per_query=2)
+    listing = [pair for step in range(3) for pair in sampler.batch(step) if pair.negatives][:6]
+    pairs = [replace(listing[0], negatives=listing[0].negatives[:1]), *listing[1:]]  # 11 negatives do not divide by 3
+    seen, texts = [], []
+    for rank in range(3):
+        batch = Batch(pairs, rank, 3, sampler.product_of)
+        assert batch.counts == [2, 4, 4]
+        seen.append([shown.row for shown, _, _ in batch.local_listings()])
+        forward = batch.forward(str)
+        texts.append(forward.candidate_texts)
+        assert forward.valid.tolist() == [True] * 23 + [False]
+        for place, row in enumerate((2 * rank, 2 * rank + 1)):
+            for which in range(2):
+                column = forward.positives[which][place]
+                assert forward.candidate_texts[column] == str(pairs[row].positives[which].row)
+                assert forward.products[column] == pairs[row].product
+            own = [texts[-1][column] for column in range(24) if forward.exempt[place, column]]
+            assert own == [str(shown.row) for shown in pairs[row].negatives]
+        backward = batch.backward(str)
+        assert backward.candidate_texts == [str(pair.query.row) for pair in pairs]
+        assert backward.positives == [[2 * rank, 2 * rank, 2 * rank + 1, 2 * rank + 1]]
+    assert texts[0] == texts[1] == texts[2]
+    gathered = [row for rows in seen for row in rows[2:6]] + [row for rows in seen for row in rows[6:]]
+    assert [str(row) for row in gathered] == texts[0], "columns stand as the gather concatenates them"

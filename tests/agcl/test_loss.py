@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from afmrl_ray.agcl.loss import agcl_loss, false_negative_keep, scale_lexical
+from afmrl_ray.agcl.loss import (
+    agcl_loss,
+    attribute_keep,
+    false_negative_keep,
+    keep_negatives,
+    margin_keep,
+    scale_lexical,
+)
 
 torch.set_num_threads(1)
 Q, D = 5, 9
@@ -159,3 +166,59 @@ def test_mask_equals_a_plain_loop(least: int) -> None:
     assert not keep[0, 2], "the same product is never a negative"
     if least == 100:
         assert keep[2].all(), "an unknown product equals nothing, not even another unknown one"
+
+
+def test_masks_by_margin_and_by_attributes_suspect_what_they_say() -> None:
+    similarity = torch.tensor([[0.5, 0.55, 0.7, 0.2]])
+    positives = torch.tensor([0])
+    assert margin_keep(similarity, positives, margin=0.1).tolist() == [[True, True, False, True]]
+    assert margin_keep(similarity, positives, margin=0.0).tolist() == [[True, False, False, True]]
+    lexical = torch.tensor([[8.0, 7.5, 2.0, 9.0], [0.0, 5.0, 1.0, 0.0]])
+    keep = attribute_keep(lexical, torch.tensor([0, 0]), threshold=0.9)
+    assert keep.tolist() == [[True, False, True, False], [True, True, True, True]]
+
+
+@pytest.mark.parametrize("rule", ["candidate", "margin", "attributes"])
+def test_every_mask_spares_curated_negatives_hides_the_product_and_keeps_enough(rule: str) -> None:
+    closeness = _unit(D, 16) @ _unit(D, 16).T
+    products = torch.tensor([0, 1, 2, 0, 3, 4, 5, 6, -1])
+    positives = torch.tensor([0, 5])
+    exempt = torch.zeros(2, D, dtype=torch.bool)
+    exempt[0, 3] = exempt[0, 7] = True
+    shared = {"product_ids": products, "exempt": exempt}
+
+    def mask(least: int) -> Tensor:
+        if rule == "candidate":
+            return false_negative_keep(_unit(D, 16), positives, threshold=-1, min_negatives=least, **shared)
+        if rule == "margin":
+            return margin_keep(closeness[positives], positives, margin=-9, min_negatives=least, **shared)
+        scores = closeness[positives] + 2
+        return attribute_keep(scores, positives, threshold=1e-3, min_negatives=least, **shared)
+
+    none = mask(0)
+    assert none[0].nonzero()[:, 0].tolist() == [0, 7], "3 is of the positive's product, whoever chose it"
+    assert none[1].nonzero()[:, 0].tolist() == [5]
+    assert mask(3)[1].sum() == 4
+    far = closeness[5].masked_fill(torch.arange(D) == 5, 9).argsort()[:3]
+    assert mask(3)[1][far].all()
+    assert mask(100)[0].nonzero()[:, 0].tolist() == [0, 1, 2, 4, 5, 6, 7, 8]
+
+
+def test_without_suspicion_only_the_product_is_hidden() -> None:
+    keep = keep_negatives(
+        torch.zeros(1, 4, dtype=torch.bool),
+        torch.zeros(1, 4),
+        torch.tensor([1]),
+        product_ids=torch.tensor([7, 7, -1, 3]),
+    )
+    assert keep.tolist() == [[False, True, True, True]]
+
+
+def test_a_learned_temperature_gets_the_gradient_of_the_formula() -> None:
+    similarity, *_ = _batch()
+    learned = torch.tensor(0.1, requires_grad=True)
+    agcl_loss(similarity, POSITIVES, temperature=learned)[0].backward()
+    step = 1e-3
+    up, down = (agcl_loss(similarity.double(), POSITIVES, temperature=0.1 + s)[0] for s in (step, -step))
+    assert learned.grad is not None
+    assert float(learned.grad) == pytest.approx(float(up - down) / (2 * step), rel=1e-2)

@@ -1,7 +1,8 @@
-"""The step of AGCL: any number of workers gives the loss and gradient of one worker with the whole batch."""
+"""The step of AGCL under DeepSpeed: workers, ZeRO stages and GradCache give the gradient of one plain pass."""
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import pytest
@@ -9,36 +10,92 @@ import torch
 from torch import distributed as dist
 from torch import multiprocessing
 
-from afmrl_ray.agcl.train import AGCLStep
+from afmrl_ray.agcl.layout import Batch
+from afmrl_ray.agcl.step import AGCLStep
 from afmrl_ray.attributes.store import AttributeRow, read_attributes, write_attributes
 from afmrl_ray.attributes.text import format_attributes, normalise_attributes
 from afmrl_ray.config import validate
 from afmrl_ray.models.adapters import load_start
 from afmrl_ray.models.encoder import EmbeddingModel
-from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.listing import ListingProcessor, collate
+from afmrl_ray.models.microbatches import cut_by_tokens
 from afmrl_ray.training.engine import Engine
+from afmrl_ray.training.fit import seed_step
 from tests.training.test_engine import free_port
 
+BUDGET = 220
+"""Tokens that cut a share of twelve listings into several parts."""
 
-def train(rank: int, world: int, port: int, values: dict, ref, base: str, attributes: str, folder: str) -> None:
+
+def values_of(**agcl) -> dict:
+    return {
+        "encoder": {"picture": {"min_pixels": 784, "max_pixels": 3136}},
+        "agcl": {"batch_size": 6, "mask": {"threshold": 0.99, "min_negatives": 2}, **agcl},
+    }
+
+
+def embedding_model(config, base: str) -> EmbeddingModel:
+    agcl = config.agcl
+    model = load_start(base, "encoder", agcl.adapter, seed=0)
+    draw = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero at first, which would hide the gradient of the other factor
+            parameter.data.normal_(std=0.1, generator=draw)
+    return EmbeddingModel(model, agcl.temperature if agcl.learn_temperature else None).train()
+
+
+def plain(case: tuple, ref, base: str, attributes: str, world: int) -> tuple[float, list[torch.Tensor]]:
+    """One process without DeepSpeed: all activations of all workers' listings at once, drawn as the workers draw."""
+    _, values = case
+    config = validate(values)
+    model = embedding_model(config, base)
+    processor = ListingProcessor.from_pretrained(base, config.encoder.picture)
+    engine = type("Engine", (), {"device": torch.device("cpu")})()
+    step = AGCLStep(config, ref.open(), processor, read_attributes(attributes), engine)
+    sides: list[list[torch.Tensor]] = [[], [], []]
+    for rank in range(world):
+        batch = Batch(step._sampler.batch(0), rank, world, step._sampler.product_of)
+        rows = [step._input(*listing) for listing in batch.local_listings()]
+        budget = config.agcl.tokens_per_microbatch
+        parts = cut_by_tokens([len(row) for row in rows], budget) if budget else [list(range(len(rows)))]
+        seed_step(0, 0, rank)
+        embeddings: dict[int, torch.Tensor] = {}
+        for part in parts:
+            found = model(**collate([rows[row] for row in part], processor.pad_id))
+            embeddings.update(zip(part, found, strict=True))
+        own = torch.stack([embeddings[row] for row in range(len(rows))]).split(batch.counts)
+        for side, share in zip(sides, own, strict=True):
+            side.append(share)
+    everything = torch.cat([torch.cat(side) for side in sides])
+    whole = Batch(step._sampler.batch(0), 0, 1, step._sampler.product_of)
+    # With several workers, listings that fill up the last share stand at the end.
+    loss, stats = step._loss(0, whole, everything[: sum(whole.counts)])
+    loss.backward()
+    return stats["loss"], [p.grad for p in model.parameters() if p.requires_grad]
+
+
+def train(rank: int, world: int, port: int, cases: list, ref, base: str, attributes: str, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    config = validate(values)
-    torch.manual_seed(0)
-    model = load_start(base, "encoder", config.agcl.adapter, seed=0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # zero at first, which would hide the gradient of the other factor
-            torch.nn.init.normal_(parameter, std=0.1)
-    engine = Engine(EmbeddingModel(model), config.agcl.optimizer, steps=2, zero_stage=config.agcl.workers.zero_stage)
-    processor = ListingProcessor.from_pretrained(base, config.encoder.picture)
-    step = AGCLStep(config, ref.open(), processor, read_attributes(attributes), engine, rank=rank, world=world)
-    loss = step(0)["loss"]
-    if rank == 0:
-        torch.save((loss, [p.grad.clone() for p in engine.parameters]), os.path.join(folder, f"{world}.pt"))
-    dist.barrier()
+    from deepspeed.utils import safe_get_full_grad
+
+    processor = None
+    for name, values in cases:
+        config = validate(values)
+        processor = processor or ListingProcessor.from_pretrained(base, config.encoder.picture)
+        model = embedding_model(config, base)
+        engine = Engine(model, config.agcl.optimizer, steps=2, zero_stage=config.agcl.workers.zero_stage)
+        step = AGCLStep(config, ref.open(), processor, read_attributes(attributes), engine, rank=rank, world=world)
+        seed_step(0, 0, rank)
+        stats = step(0)
+        gradients = [safe_get_full_grad(p).clone() for p in engine.parameters]
+        if rank == 0:
+            torch.save((stats, gradients), os.path.join(folder, f"{name}-{world}.pt"))
+        dist.barrier()
+        engine.close()
     dist.destroy_process_group()
 
 
@@ -52,31 +109,61 @@ def attributes(tiny_catalogue_ref, tmp_path_factory) -> str:
     return path
 
 
-@pytest.mark.timeout(240)
-@pytest.mark.parametrize("adapter", ["lora", "full"])
-def test_workers_change_neither_loss_nor_gradient(tiny_checkpoints, tiny_catalogue_ref, attributes, tmp_path, adapter):
-    values = {
-        "encoder": {"picture": {"min_pixels": 784, "max_pixels": 3136}},
-        "agcl": {
-            "batch_size": 6,
-            "adapter": {"kind": adapter, "r": 4},
-            "mask": {"threshold": 0.99, "min_negatives": 2},
-        },
-    }
-    for world in (1, 2, 3):
-        arguments = (
-            world,
-            free_port(),
-            values,
-            tiny_catalogue_ref,
-            tiny_checkpoints["encoder"],
-            attributes,
-            str(tmp_path),
+def check(case: tuple, folder, world: int, expected: tuple[float, list[torch.Tensor]]) -> dict[str, float]:
+    stats, gradients = torch.load(folder / f"{case[0]}-{world}.pt")
+    loss, wanted = expected
+    assert stats["loss"] == pytest.approx(loss, rel=1e-5), case[0]
+    for ours, theirs in zip(gradients, wanted, strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * max(theirs.norm(), 1e-3), case[0]
+    return stats
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("world", [1, 2])
+def test_gradcache_under_every_zero_stage_equals_the_plain_pass(
+    tiny_checkpoints, tiny_catalogue_ref, attributes, tmp_path, world
+):
+    cases = [
+        (
+            f"zero{stage}-{kind}-{dropout}",
+            values_of(
+                adapter={"kind": kind, "r": 4, "dropout": dropout},
+                workers={"zero_stage": stage},
+                tokens_per_microbatch=BUDGET,
+                learn_temperature=kind == "lora",
+            ),
         )
-        multiprocessing.spawn(train, args=arguments, nprocs=world)
-    loss, gradients = torch.load(tmp_path / "1.pt")
-    for world in (2, 3):
-        other_loss, other_gradients = torch.load(tmp_path / f"{world}.pt")
-        assert other_loss == pytest.approx(loss, rel=1e-5)
-        for theirs, ours in zip(gradients, other_gradients, strict=True):
-            assert (theirs - ours).norm() <= 1e-5 * max(theirs.norm(), 1e-3)
+        for stage, (kind, dropout) in itertools.product(range(4), (("lora", 0.0), ("lora", 0.3), ("full", 0.0)))
+    ]
+    given = (tiny_catalogue_ref, tiny_checkpoints["encoder"], attributes)
+    multiprocessing.spawn(train, args=(world, free_port(), cases, *given, str(tmp_path)), nprocs=world)
+    expected = {case[0][6:]: plain(case, *given, world) for case in cases if case[0].startswith("zero0")}
+    assert expected["lora-0.3"][0] != pytest.approx(expected["lora-0.0"][0], rel=1e-3), "dropout does nothing"
+    for case in cases:
+        stats = check(case, tmp_path, world, expected[case[0][6:]])
+        assert stats["microbatches"] > 1
+
+
+@pytest.mark.timeout(300)
+def test_the_number_of_workers_changes_neither_loss_nor_gradient(
+    tiny_checkpoints, curated_catalogue_ref, attributes, tmp_path
+):
+    """Local rows against global columns under every mask, several positives, curated negatives, both directions."""
+    cases = [
+        ("candidate", values_of(adapter={"kind": "full"})),
+        ("one", values_of(lexical={"positive_weight": "one", "scale": "self", "idf": "batch"}, bidirectional=False)),
+        ("margin", values_of(mask={"kind": "margin", "margin": -0.05, "min_negatives": 2}, positives_per_query=2)),
+        ("attributes", values_of(mask={"kind": "attributes", "attribute_threshold": 0.5, "min_negatives": 1})),
+        ("off", values_of(mask={"enabled": False}, lexical={"enabled": False}, positives_per_query=2)),
+        ("curated", values_of(curated_negatives=2, mask={"threshold": -1, "min_negatives": 0})),
+        # The budget gives some workers more parts than others.
+        ("cut", values_of(tokens_per_microbatch=90)),
+    ]
+    given = (curated_catalogue_ref, tiny_checkpoints["encoder"], attributes)
+    expected = {case[0]: plain(case, *given, 1) for case in cases}
+    for world in (1, 2, 3):
+        multiprocessing.spawn(train, args=(world, free_port(), cases, *given, str(tmp_path)), nprocs=world)
+        for case in cases:
+            stats = check(case, tmp_path, world, expected[case[0]])
+            if case[0] in ("margin", "attributes", "off", "curated"):
+                assert stats["masked_share"] > 0, case[0]
