@@ -99,10 +99,11 @@ def floor_body(config: Config, catalogue_ref: CatalogueRef, directory: str) -> S
     """8x8 pixels and chance under every retrieval protocol."""
     catalogue = catalogue_ref.open()
     found: dict[str, dict[str, Any]] = {"pixels": {}, "chance": {}}
+    embeddings = pixel_embeddings(catalogue)
 
     def embed(side: SideConfig, enriched: bool) -> tuple[np.ndarray, np.ndarray]:
         rows = catalogue.rows(side)
-        return rows, pixel_embeddings(catalogue, rows)
+        return rows, embeddings[rows]
 
     for protocol in config.evaluation.protocols:
         if isinstance(protocol, RetrievalProtocol):

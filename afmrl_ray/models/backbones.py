@@ -11,6 +11,7 @@ import torch
 
 from afmrl_ray import storage
 from afmrl_ray.errors import CheckpointError
+from afmrl_ray.models.vision_attention import use_attention_by_length
 
 ARCHITECTURES = {"encoder": "qwen2_vl", "generator": "qwen2_5_vl"}
 
@@ -75,6 +76,7 @@ def load_backbone(path: str, role: str, *, dtype: str = "float32", device: torch
     check_checkpoint(local, role)
     model_class: Any = Qwen2VLForConditionalGeneration if role == "encoder" else Qwen2_5_VLForConditionalGeneration
     model = model_class.from_pretrained(local, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    use_attention_by_length(model)
     # What an adapter will name as its base: where the checkpoint lies for everybody, not this node's copy of it.
     model.name_or_path = path
     return model.to(device)

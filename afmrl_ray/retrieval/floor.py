@@ -15,15 +15,17 @@ from afmrl_ray.retrieval.ranking import Ranking
 SIDE = 8
 
 
-def pixel_embedding(picture: Image.Image) -> np.ndarray:
-    """[192] float32 of unit length: the picture as 8x8 RGB pixels."""
-    small = np.asarray(picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR), dtype=np.float32)
-    return small.ravel() / max(float(np.linalg.norm(small)), 1e-6)
+def pixels(picture: Image.Image) -> np.ndarray:
+    """[192] float32: the picture as 8x8 RGB pixels."""
+    small = picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+    return np.asarray(small, dtype=np.float32).ravel()
 
 
-def pixel_embeddings(catalogue: StagedCatalogue, rows: np.ndarray) -> np.ndarray:
-    """[N, 192] pixel embeddings of catalogue rows."""
-    return np.stack([pixel_embedding(catalogue.picture(int(row))) for row in rows])
+def pixel_embeddings(catalogue: StagedCatalogue) -> np.ndarray:
+    """[N, 192] pixels of all rows without their mean, of unit length; what all pictures share tells none apart."""
+    found = np.stack([pixels(catalogue.picture(row)) for row in range(len(catalogue))])
+    found -= found.mean(0)
+    return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-6)
 
 
 def chance(protocol: RetrievalProtocol, ranking: Ranking) -> dict[str, Any]:

@@ -1,25 +1,20 @@
-"""BM25 of attribute texts against rank_bm25's own loop: equal numbers first, then both timed in turn."""
+"""BM25 of attribute texts against rank_bm25's own loop and, where it is installed, bm25s."""
 
 from __future__ import annotations
 
-import json
-import platform
+import importlib.util
 import random
-import statistics
 import sys
-import time
-from collections.abc import Callable
-from importlib import metadata
-from pathlib import Path
 
 import numpy as np
+from harness import Comparison, compare, seconds, write
 from rank_bm25 import BM25Okapi
 
 from afmrl_ray.attributes.lexical import BM25, tokenize
 from afmrl_ray.attributes.text import format_attributes
 from afmrl_ray.catalogue.synthetic.products import families
 
-TEXTS, REPEATS, TARGET = 1024, 7, 10.0
+TEXTS = 1024
 
 
 def corpus() -> list[str]:
@@ -29,48 +24,38 @@ def corpus() -> list[str]:
     return texts
 
 
-def loop(model: BM25Okapi, texts: list[str]) -> np.ndarray:
-    return np.stack([model.get_scores(tokenize(text)) for text in texts])
+def comparisons() -> list[Comparison]:
+    """Raises AssertionError if the numbers are not those of rank_bm25."""
+    texts = corpus()
+    ours, theirs = BM25().fit(texts), BM25Okapi([tokenize(text) for text in texts])
 
+    def loop() -> np.ndarray:
+        return np.stack([theirs.get_scores(tokenize(text)) for text in texts])
 
-def seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
+    gap = float(np.abs(ours.scores(texts, texts) - loop()).max())
+    assert gap < 1e-4, f"not the numbers of rank_bm25: {gap:g}"
+    name = f"BM25 {len(texts)} x {len(texts)}, tokenising included"
+    equality = f"largest difference from rank_bm25 {gap:.1e}"
+    mine = seconds(lambda: ours.scores(texts, texts))
+    found = [compare(name, "rank_bm25 loop", mine, seconds(loop), target=10, at_most=False, equality=equality)]
+    if importlib.util.find_spec("bm25s"):
+        import bm25s
+
+        model = bm25s.BM25()
+        model.index([tokenize(text) for text in texts], show_progress=False)
+
+        def scores() -> np.ndarray:
+            return np.stack([model.get_scores(tokenize(text)) for text in texts])
+
+        other = "another idf than Okapi's, so times only"
+        found.append(compare(name, "bm25s", mine, seconds(scores), target=1.0, equality=other))
+    return found
 
 
 def main() -> int:
-    texts = corpus()
-    ours, theirs = BM25().fit(texts), BM25Okapi([tokenize(text) for text in texts])
-    gap = float(np.abs(ours.scores(texts, texts) - loop(theirs, texts)).max())
-    if gap > 1e-4:
-        print(f"not equal: {gap:g}", file=sys.stderr)
-        return 1
-    samples = [
-        (seconds(lambda: ours.scores(texts, texts)), seconds(lambda: loop(theirs, texts))) for _ in range(REPEATS)
-    ]
-    mine, peer = (statistics.median(column) for column in zip(*samples, strict=True))
-    record = {
-        "name": f"BM25 {TEXTS} x {TEXTS}, tokenising included",
-        "ours": mine,
-        "peer": peer,
-        "ratio": peer / mine,
-        "target": TARGET,
-        "reached": peer / mine >= TARGET,
-        "unit": "seconds; ratio = rank_bm25 loop / ours",
-        "samples": samples,
-        "largest_difference": gap,
-        "versions": {"python": platform.python_version(), "rank-bm25": metadata.version("rank-bm25")},
-    }
-    path = Path("runs/bench/bm25.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([record], indent=2))
-    spread = [f"{min(column) * 1e3:.0f} to {max(column) * 1e3:.0f}" for column in zip(*samples, strict=True)]
-    print(f"largest difference {gap:.1e}")
-    print(f"ours      {mine * 1e3:8.1f} ms (of {REPEATS}: {spread[0]})")
-    print(f"rank_bm25 {peer * 1e3:8.1f} ms (of {REPEATS}: {spread[1]})")
-    print(f"ratio     {peer / mine:8.1f} (target {TARGET:g})   -> {path}")
-    return 0
+    found = comparisons()
+    write("bm25", found, ["rank-bm25", "numpy", "scipy"])
+    return 0 if all(c.reached for c in found) else 1
 
 
 if __name__ == "__main__":

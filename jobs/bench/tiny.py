@@ -1,0 +1,69 @@
+"""The tiny model, catalogue and pairs that the benchmarks share."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from afmrl_ray.attributes.text import format_attributes, normalise_attributes
+from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue, make_catalogue, open_catalogue, write_catalogue
+from afmrl_ray.config import Config, validate
+from afmrl_ray.config.catalogue import CatalogueConfig
+from afmrl_ray.models.backbones import load_backbone
+from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.tiny import build_encoder, save_checkpoint, train_tokenizer
+
+TINY = {"hidden_size": 128, "num_layers": 4, "patch_px": 7}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a benchmark works on."""
+
+    config: Config
+    reference: CatalogueRef
+    checkpoint: str
+
+    @property
+    def catalogue(self) -> StagedCatalogue:
+        return self.reference.open()
+
+    def model(self) -> torch.nn.Module:
+        """The encoder's backbone, the same weights every time."""
+        return load_backbone(self.checkpoint, "encoder")
+
+    def processor(self) -> ListingProcessor:
+        return ListingProcessor.from_pretrained(self.checkpoint, self.config.encoder.picture)
+
+
+def make_bench(batch_size: int, train_products: int, **agcl: object) -> Bench:
+    """A synthetic catalogue and a tiny random encoder in a temporary folder."""
+    folder = Path(tempfile.mkdtemp(prefix="afmrl-bench-"))
+    config = validate(
+        {
+            "synthetic": {"preset": "tiny", "train_products": train_products, "picture_px": 56},
+            "tiny": TINY,
+            "encoder": {"picture": {"min_pixels": 3136, "max_pixels": 3136}},
+            "agcl": {
+                "batch_size": batch_size,
+                "adapter": {"kind": "full", "train_vision": True},
+                "lexical": {"enabled": False},
+                "mask": {"enabled": False},
+                "enrich_query": 0.0,
+                "enrich_positive": 0.0,
+                **agcl,
+            },
+        }
+    )
+    path = str(folder / "catalogue.parquet")
+    write_catalogue(make_catalogue(config.synthetic), path)
+    staged = CatalogueConfig(path=path, staging_dir=str(folder / "staging"))
+    catalogue = open_catalogue(path, config=staged)
+    texts = [title for title in catalogue.column("title") if title]
+    texts += [format_attributes(normalise_attributes(catalogue.item(row).attributes)) for row in range(len(catalogue))]
+    tokenizer = train_tokenizer([*texts, config.encoder.instruction], config.tiny.vocabulary)
+    save_checkpoint(build_encoder(config.tiny, tokenizer, 0), tokenizer, config.tiny, str(folder / "encoder"))
+    return Bench(config, CatalogueRef(path, staged, catalogue.fingerprint), str(folder / "encoder"))
