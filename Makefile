@@ -6,7 +6,7 @@ CATALOGUE ?= ../shared/data/grocery/products.parquet
 export RAY_ENABLE_AUTO_CONNECT := 0
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch-extensions
 
-.PHONY: help demo demo-grocery test lint format bench ladder chaos clean
+.PHONY: help demo demo-grocery test lint format bench bench-agcl ladder chaos clean
 
 help: ## show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -40,6 +40,16 @@ format: $(VENV)/.installed ## mend what ruff can
 bench: $(VENV)/.installed ## side-by-side timings, after an equality check
 	$(BIN)/python jobs/bench/bm25.py
 
+# An environment of its own: peers are never needed by the package.
+.venv-bench/.installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt torch
+	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	touch $@
+
+bench-agcl: .venv-bench/.installed ## stage 1 side by side with sentence-transformers, faiss, bm25s (about 15 minutes)
+	.venv-bench/bin/python jobs/bench/agcl.py
+
 ladder: $(VENV)/.installed ## baseline and three rounds on the demo's catalogue (about 25 minutes on 2 cores)
 	$(BIN)/python jobs/run_cit.py --config jobs/configs/demo.yaml run.name=ladder cit.baseline=true cit.rounds=3
 
@@ -47,4 +57,4 @@ chaos: $(VENV)/.installed ## the tests that kill things
 	$(BIN)/python -m pytest -m slow --timeout 1800
 
 clean: ## remove the environment, caches and runs
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf $(VENV) .venv-bench runs .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache *.egg-info

@@ -21,15 +21,50 @@ _SENTINEL = "\u2042"
 
 
 @dataclass(frozen=True)
+class PixelFormat:
+    """How stored pixels become the tower's input; a still picture is one frame, which the tower sees several times.
+
+    Attributes:
+        scale: of each channel.
+        shift: of each channel.
+        frames: times that a picture is repeated.
+    """
+
+    scale: tuple[float, ...]
+    shift: tuple[float, ...]
+    frames: int
+
+    @classmethod
+    def of(cls, image_processor: Any) -> PixelFormat:
+        """What the checkpoint's picture processor would do to pixels from 0 to 255."""
+        channels = len(image_processor.image_mean)
+        mean, std = image_processor.image_mean, image_processor.image_std
+        if not image_processor.do_normalize:
+            mean, std = [0.0] * channels, [1.0] * channels
+        factor = image_processor.rescale_factor if image_processor.do_rescale else 1.0
+        scale = tuple(factor / s for s in std)
+        return cls(scale, tuple(-m / s for m, s in zip(mean, std, strict=True)), image_processor.temporal_patch_size)
+
+    def values(self, patches: torch.Tensor) -> torch.Tensor:
+        """[n, channels, area] uint8 to [n, channels * frames * area] float32."""
+        scale = torch.tensor(self.scale, device=patches.device)[:, None]
+        shift = torch.tensor(self.shift, device=patches.device)[:, None]
+        pixels = torch.addcmul(shift, patches.float(), scale)
+        return pixels[:, :, None].expand(-1, -1, self.frames, -1).reshape(len(patches), -1)
+
+
+@dataclass(frozen=True)
 class Row:
     """One sequence before padding.
 
     Attributes:
         input_ids: [L] token ids.
-        patches: [n, patch_dim] pixels of the picture in the tower's order, or none.
+        patches: [n, channels, area] uint8 pixels of the picture in the tower's order, or none: an eighth of what the
+            tower takes, which a whole batch of pictures would otherwise hold in memory.
         grid: (1, height, width) of the patches, or none.
         token_types: [L] 1 at visual tokens, else 0.
         positions: [3, L] M-RoPE positions (time, height, width).
+        pixels: how `patches` become the tower's input, or none.
     """
 
     input_ids: np.ndarray
@@ -37,6 +72,7 @@ class Row:
     grid: tuple[int, int, int] | None
     token_types: np.ndarray
     positions: np.ndarray
+    pixels: PixelFormat | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -86,6 +122,7 @@ class ListingProcessor:
         self._size = {"shortest_edge": picture.min_pixels, "longest_edge": picture.max_pixels}
         self._budget = {"min_pixels": picture.min_pixels, "max_pixels": picture.max_pixels}
         self._merge_size = int(image_processor.merge_size)
+        self._pixels = PixelFormat.of(image_processor)
         self._image_id = self._special("<|image_pad|>")
         self._vision_start, self._vision_end = self._special("<|vision_start|>"), self._special("<|vision_end|>")
         self.end_id = self._special("<|im_end|>")
@@ -132,10 +169,13 @@ class ListingProcessor:
         return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
 
     def patches(self, picture: Image.Image) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """Pixels of one picture in the tower's order, [n, patch_dim] float32, and their grid."""
-        out = self._image_processor(images=[picture], size=self._size, return_tensors="np")
+        """Pixels of one picture in the tower's order, [n, channels, area] uint8, and their grid."""
+        out = self._image_processor(
+            images=[picture], size=self._size, do_rescale=False, do_normalize=False, return_tensors="np"
+        )
         grid = tuple(int(n) for n in out["image_grid_thw"][0])
-        return out["pixel_values"].astype(np.float32), grid  # type: ignore[return-value]
+        frames = out["pixel_values"].reshape(grid[1] * grid[2], len(self._pixels.scale), self._pixels.frames, -1)
+        return frames[:, :, 0].astype(np.uint8), grid  # type: ignore[return-value]
 
     def row(self, picture: Image.Image | None, text: str, *, max_tokens: int | None = None) -> Row:
         """Build the sequence of one listing.
@@ -157,7 +197,7 @@ class ListingProcessor:
         input_ids = np.concatenate([self._prefix, visual, body, self._suffix])
         token_types = (input_ids == self._image_id).astype(np.int64)
         positions = mrope_positions(token_types, [grid] if grid is not None else [], self._merge_size)
-        return Row(input_ids, patches, grid, token_types, positions)
+        return Row(input_ids, patches, grid, token_types, positions, self._pixels if patches is not None else None)
 
     def length(self, picture_size: tuple[int, int] | None, text: str) -> int:
         """Tokens of the sequence that `row` would build, from the picture's (width, height) alone."""
@@ -190,6 +230,7 @@ def append_completion(row: Row, completion: np.ndarray) -> Row:
         row.grid,
         np.concatenate([row.token_types, np.zeros(len(completion), dtype=np.int64)]),
         np.concatenate([row.positions, tail], axis=1),
+        row.pixels,
     )
 
 
@@ -214,11 +255,14 @@ def collate(rows: Sequence[Row], pad_id: int, device: torch.device | str = "cpu"
         types[index, start:] = row.token_types
         positions[:, index, start:] = row.positions
     out = {"input_ids": input_ids, "attention_mask": mask, "mm_token_type_ids": types, "position_ids": positions}
-    pictured = [row for row in rows if row.patches is not None]
-    if pictured:
-        out["pixel_values"] = np.concatenate([row.patches for row in pictured if row.patches is not None])
-        out["image_grid_thw"] = np.array([row.grid for row in pictured], dtype=np.int64)
-    return {name: torch.from_numpy(array).to(device) for name, array in out.items()}
+    tensors = {name: torch.from_numpy(array).to(device) for name, array in out.items()}
+    pictures = [(row.patches, row.grid, row.pixels) for row in rows if row.patches is not None]
+    if pictures:
+        patches, grids, formats = zip(*pictures, strict=True)
+        assert len(set(formats)) == 1, "rows of different checkpoints in one batch"
+        tensors["pixel_values"] = formats[0].values(torch.from_numpy(np.concatenate(patches)).to(device))
+        tensors["image_grid_thw"] = torch.tensor(grids, device=device)
+    return tensors
 
 
 def _one_line(error: Exception) -> str:

@@ -83,7 +83,7 @@ def test_the_loss_is_the_stock_models_mean_over_completion_tokens(tiny_checkpoin
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             mm_token_type_ids=(ids == model.config.image_token_id).int(),
-            pixel_values=torch.from_numpy(prompt.patches),
+            pixel_values=prompt.pixels.values(torch.from_numpy(prompt.patches)),
             image_grid_thw=torch.tensor([prompt.grid]),
         ).logits[0, len(prompt) - 1 : -1]
         logits[:, processor.forbidden_ids] = -torch.inf

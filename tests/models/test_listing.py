@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import AutoImageProcessor
 
 from afmrl_ray.config.models import PictureConfig
 from afmrl_ray.errors import CheckpointError
@@ -57,6 +58,26 @@ def test_positions_of_several_pictures_never_overlap_and_end_where_text_goes_on(
     expected_last = sum(t + 1 for t in text) + sum(max(grid) for grid in grids) - 1
     assert (positions[:, -1] == expected_last).all()
     assert len({tuple(column) for column in positions.T}) == len(types)
+
+
+@pytest.mark.parametrize("size", [(60, 60), (33, 190), (300, 120)])
+def test_pixels_are_those_of_the_stock_processor(loaded, tiny_checkpoints, size):
+    model, processor = loaded
+    picture = noise(*size, seed=3)
+    stock = AutoImageProcessor.from_pretrained(model.name_or_path, backend="pil")
+    wanted = stock(
+        images=[picture],
+        size={"shortest_edge": PICTURE.min_pixels, "longest_edge": PICTURE.max_pixels},
+        return_tensors="pt",
+    )
+    row = processor.row(picture, "mug")
+    batch = collate([row, row], processor.pad_id)
+    assert row.patches.dtype == np.uint8
+    assert row.patches.nbytes * 8 == wanted["pixel_values"].float().numpy().nbytes
+    torch.testing.assert_close(
+        batch["pixel_values"], torch.cat([wanted["pixel_values"].float()] * 2), atol=2e-6, rtol=0
+    )
+    assert torch.equal(batch["image_grid_thw"], torch.cat([wanted["image_grid_thw"]] * 2))
 
 
 def test_a_padded_row_gives_the_same_states_as_alone(loaded):

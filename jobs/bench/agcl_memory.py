@@ -1,0 +1,96 @@
+"""Peak memory of a GradCache step over the batch size, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+from harness import Comparison, comparison
+
+SIZES, PART, REPEATS = (64, 256, 1024), 32, 5
+
+
+def child(pairs: int) -> dict[str, float]:
+    """Peak of a step in MiB: in all, and beyond what the loaded model and catalogue take."""
+    import torch
+    from tiny import make_bench
+
+    from afmrl_ray.agcl.batches import PairSampler
+    from afmrl_ray.agcl.gradcache import backward_in_parts
+    from afmrl_ray.agcl.layout import Batch
+    from afmrl_ray.agcl.loss import agcl_loss, false_negative_keep
+    from afmrl_ray.models.encoder import EmbeddingModel
+    from afmrl_ray.models.listing import collate
+    from afmrl_ray.models.microbatches import cut_by_tokens
+    from afmrl_ray.models.prompts import encoder_row
+
+    bench = make_bench(pairs, max(SIZES))
+    catalogue, processor = bench.catalogue, bench.processor()
+    model = EmbeddingModel(bench.model()).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    sampler = PairSampler(catalogue, bench.config.agcl, seed=0)
+
+    def step(pairs_of_step: int) -> None:
+        batch = Batch(sampler.batch(0)[:pairs_of_step], 0, 1, sampler.product_of)
+        rows = [
+            encoder_row(processor, catalogue, shown.row, config=bench.config.encoder, inputs="both")
+            for shown, _, _ in batch.local_listings()
+        ]
+        index = torch.arange(pairs_of_step)
+
+        def loss(embeddings: torch.Tensor) -> tuple[torch.Tensor, None]:
+            queries, positives = embeddings.chunk(2)
+            keep = false_negative_keep(positives.detach(), index, threshold=0.9, min_negatives=8)
+            return agcl_loss(queries @ positives.T, index, temperature=0.05, keep=keep)[0], None
+
+        parts = cut_by_tokens([len(row) for row in rows], PART * max(map(len, rows)))
+        backward_in_parts(
+            lambda wanted: model(**collate([rows[row] for row in wanted], processor.pad_id)),
+            parts,
+            loss,
+            lambda value, last: value.backward(),
+        )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+
+    # Gradients, optimizer state and allocator arenas exist before what is measured.
+    step(4)
+    before = _peak()
+    step(pairs)
+    return {"peak": _peak(), "beyond": _peak() - before}
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def comparisons() -> list[Comparison]:
+    samples: dict[int, list[dict[str, float]]] = {size: [] for size in SIZES}
+    for _ in range(REPEATS):
+        for size in SIZES:
+            out = subprocess.run(
+                [sys.executable, str(Path(__file__)), str(size)], capture_output=True, text=True, check=True
+            )
+            samples[size].append(json.loads(out.stdout.splitlines()[-1]))
+    found = []
+    for measure, what in (("peak", "whole process"), ("beyond", "the step alone")):
+        for size in SIZES[1:]:
+            pairs = [(a[measure], b[measure]) for a, b in zip(samples[size], samples[SIZES[0]], strict=True)]
+            found.append(
+                comparison(
+                    f"GradCache peak memory, {size} pairs, {what}",
+                    f"{SIZES[0]} pairs",
+                    pairs,
+                    target=1.15,
+                    unit="MiB",
+                    equality="the same code path, checked in the step's own benchmark",
+                )
+            )
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(child(int(sys.argv[1]))))
