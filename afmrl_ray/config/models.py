@@ -75,6 +75,10 @@ class AdapterConfig(Section):
     """Scale of the adapters, relative to the rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout before the adapters."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) instead of alpha / r, so that the learning rate need not follow the rank."""
+    dora: bool = False
+    """Train the length of each weight column apart from its direction (DoRA): slower, often better at a low rank."""
     targets: str = LANGUAGE_PROJECTIONS
     """Regular expression over full module names; the default is the language model's projections only."""
     train_vision: bool = False

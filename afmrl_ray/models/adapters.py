@@ -42,7 +42,13 @@ def make_trainable(model: Any, config: AdapterConfig) -> Any:
     from peft import LoraConfig, get_peft_model
 
     lora = LoraConfig(
-        r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=config.targets, bias="none"
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=config.targets,
+        use_rslora=config.rslora,
+        use_dora=config.dora,
+        bias="none",
     )
     try:
         return get_peft_model(model, lora)

@@ -12,6 +12,7 @@ from afmrl_ray.errors import CheckpointError
 from afmrl_ray.models.adapters import ADAPTER_FILE, load_start, load_trained, make_trainable, save_trained
 from afmrl_ray.models.backbones import load_backbone
 from afmrl_ray.models.encoder import EmbeddingModel
+from afmrl_ray.models.export import export_merged
 from afmrl_ray.models.listing import ListingProcessor, collate
 from tests.models.test_listing import noise
 
@@ -27,10 +28,11 @@ def batch(tiny_checkpoints):
     return collate(rows, processor.pad_id)
 
 
-@pytest.fixture
-def adapter(tiny_checkpoints, tmp_path, batch):
+@pytest.fixture(params=["lora", "rslora", "dora"])
+def adapter(request, tiny_checkpoints, tmp_path, batch):
     """A folder with an adapter that changes something, and the embeddings of the model it was saved from."""
-    model = load_start(tiny_checkpoints["encoder"], "encoder", LORA, seed=0)
+    config = LORA if request.param == "lora" else LORA.model_copy(update={request.param: True})
+    model = load_start(tiny_checkpoints["encoder"], "encoder", config, seed=0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -81,13 +83,39 @@ def test_an_adapter_that_does_not_fit_is_an_error_not_a_warning(adapter, tmp_pat
     shutil.copytree(path, broken)
     file = os.path.join(broken, ADAPTER_FILE)
     tensors = load_file(file)
-    name = sorted(tensors)[0]
+    name = next(name for name in sorted(tensors) if "lora_A" in name)
     tensor = tensors.pop(name)
     if change == "renamed":
         tensors[name.replace("language_model.", "")] = tensor
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="the adapter does not fit: 1 tensors missing"):
         load_trained(broken, "encoder")
+
+
+def test_an_exported_adapter_is_an_ordinary_model_with_the_same_embeddings(adapter, tmp_path, batch):
+    from transformers import Qwen2VLForConditionalGeneration
+
+    path, embeddings = adapter
+    out = str(tmp_path / "merged")
+    export_merged(path, "encoder", out)
+    stock = Qwen2VLForConditionalGeneration.from_pretrained(out, dtype=torch.float32)
+    torch.testing.assert_close(embed(stock, batch), embeddings, atol=1e-5, rtol=1e-4)
+    assert not os.path.exists(os.path.join(out, "adapter_config.json"))
+    ListingProcessor.from_pretrained(out, PictureConfig())
+    with pytest.raises(CheckpointError, match="is not empty"):
+        export_merged(path, "encoder", out)
+
+
+def test_rslora_and_dora_are_what_they_say(tiny_checkpoints):
+    def scaling(**changes) -> float:
+        config = AdapterConfig(kind="lora", r=4, alpha=8, **changes)
+        model = load_start(tiny_checkpoints["encoder"], "encoder", config, seed=0)
+        return next(m.scaling["default"] for m in model.modules() if isinstance(getattr(m, "scaling", None), dict))
+
+    assert scaling() == 2
+    assert scaling(rslora=True) == 4
+    dora = load_start(tiny_checkpoints["encoder"], "encoder", LORA.model_copy(update={"dora": True}), seed=0)
+    assert any("magnitude" in name for name, p in dora.named_parameters() if p.requires_grad)
 
 
 def test_adapters_stay_in_the_language_model(tiny_checkpoints):

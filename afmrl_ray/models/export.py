@@ -1,0 +1,31 @@
+"""A trained model or adapter as one ordinary checkpoint, for programs that know neither PEFT nor this project."""
+
+from __future__ import annotations
+
+import tempfile
+
+from afmrl_ray import storage
+from afmrl_ray.errors import CheckpointError
+from afmrl_ray.models.adapters import copy_processor, load_trained
+from afmrl_ray.models.backbones import fetch
+
+
+def export_merged(path: str, role: str, out: str, *, dtype: str = "float32") -> None:
+    """Merge an adapter into its base, or copy a whole model, to `out` with tokenizer and picture processor.
+
+    Args:
+        path: folder or URI of a model or adapter, or a hub name of a model.
+        role: `encoder` or `generator`.
+        out: folder or URI, empty or not there yet.
+        dtype: of the weights that are written.
+
+    Raises:
+        CheckpointError: see `models.adapters.load_trained`; or `out` holds something already.
+    """
+    if next(iter(storage.list_files(out)), None) is not None:
+        raise CheckpointError(f"{out} is not empty; name another folder")
+    model = load_trained(path, role, dtype=dtype)
+    with tempfile.TemporaryDirectory() as local:
+        model.save_pretrained(local, safe_serialization=True)
+        copy_processor(fetch(path), local)
+        storage.copy_dir(local, out)
