@@ -75,6 +75,10 @@ class AttributePolicy(TorchRLModule):
         self.processor = spec.load_processor()
         self.catalogue = spec.catalogue.open()
 
+    def train(self, mode: bool = True) -> AttributePolicy:
+        """Stay in evaluation mode: with dropout the learner's log-probabilities would not be the sampler's."""
+        return super().train(False)
+
     def prompts(self, rows: Sequence[int]) -> list[Row]:
         """The prompt of each row; completions of a group share one object, so its picture is prepared once."""
         built = {
