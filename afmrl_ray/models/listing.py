@@ -59,7 +59,7 @@ class Row:
 
     Attributes:
         input_ids: [L] token ids.
-        patches: [n, channels, area] uint8 pixels of the picture in the tower's order, or none: an eighth of what the
+        patches: [n, channels, area] uint8 pixels of the picture in the tower's order, or none: a fraction of what the
             tower takes, which a whole batch of pictures would otherwise hold in memory.
         grid: (1, height, width) of the patches, or none.
         token_types: [L] 1 at visual tokens, else 0.

@@ -61,10 +61,12 @@ def test_positions_of_several_pictures_never_overlap_and_end_where_text_goes_on(
 
 
 @pytest.mark.parametrize("size", [(60, 60), (33, 190), (300, 120)])
-def test_pixels_are_those_of_the_stock_processor(loaded, tiny_checkpoints, size):
+@pytest.mark.parametrize("frames", [1, 2])
+def test_pixels_are_those_of_the_stock_processor(loaded, size, frames):
     model, processor = loaded
     picture = noise(*size, seed=3)
-    stock = AutoImageProcessor.from_pretrained(model.name_or_path, backend="pil")
+    stock = AutoImageProcessor.from_pretrained(model.name_or_path, backend="pil", temporal_patch_size=frames)
+    processor = ListingProcessor(processor.tokenizer, stock, PICTURE)
     wanted = stock(
         images=[picture],
         size={"shortest_edge": PICTURE.min_pixels, "longest_edge": PICTURE.max_pixels},
@@ -73,7 +75,7 @@ def test_pixels_are_those_of_the_stock_processor(loaded, tiny_checkpoints, size)
     row = processor.row(picture, "mug")
     batch = collate([row, row], processor.pad_id)
     assert row.patches.dtype == np.uint8
-    assert row.patches.nbytes * 8 == wanted["pixel_values"].float().numpy().nbytes
+    assert row.patches.size * frames == wanted["pixel_values"].numel()
     torch.testing.assert_close(
         batch["pixel_values"], torch.cat([wanted["pixel_values"].float()] * 2), atol=2e-6, rtol=0
     )
