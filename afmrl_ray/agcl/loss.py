@@ -14,7 +14,7 @@ from torch import Tensor
 PositiveWeight = Literal["bm25", "one"]
 LexicalScale = Literal["raw", "self", "temperature"]
 
-_SAMPLED_WEIGHTS = 16_384
+_SAMPLED_WEIGHTS = 4_096
 
 
 def agcl_loss(
@@ -47,14 +47,17 @@ def agcl_loss(
         w_ij / w_ii over kept negatives, from an even sample of the matrix: `weight_p10`, `weight_p50`, `weight_p90`.
     """
     similarity = similarity.float()
-    logits = similarity / temperature
     bias = None
     if lexical is not None:
         bias = _log_weights(lexical.detach().float(), positives, positive_weight)
-        logits = logits + bias
+    added = bias
     if keep is not None:
         keep = keep.scatter(1, positives[:, None], True)
-        logits = logits.masked_fill(~keep, -torch.inf)
+        added = torch.where(keep, 0.0 if bias is None else bias, -torch.inf)
+    logits = similarity / temperature
+    if added is not None:
+        # Weights and mask in one pass over the matrix, in place.
+        logits += added
     loss = F.cross_entropy(logits, positives)
     with torch.no_grad():
         stats = _stats(loss, similarity, positives, bias, keep)
@@ -65,8 +68,8 @@ def _log_weights(lexical: Tensor, positives: Tensor, positive_weight: PositiveWe
     """[Q, D] log(w_ij / w_ii), or log w_ij with log w_ii = 0."""
     weights = lexical.tanh()
     if positive_weight == "bm25":
-        return weights - weights.gather(1, positives[:, None])
-    return (weights + 1).scatter(1, positives[:, None], 0.0)
+        return weights.sub_(weights.gather(1, positives[:, None]))
+    return weights.add_(1).scatter_(1, positives[:, None], 0.0)
 
 
 def _stats(
@@ -82,7 +85,7 @@ def _stats(
         "accuracy": (own[:, 0] > hardest).float().mean(),
         "positive_similarity": own.mean(),
         "hardest_negative_similarity": hardest[hardest.isfinite()].mean(),
-        "masked_share": 1 - negative.sum() / possible if keep is not None else loss.new_zeros(()),
+        "masked_share": 1 - negative.float().sum() / possible if keep is not None else loss.new_zeros(()),
     }
     quantiles = _weight_quantiles(bias, negative)
     # One transfer from the accelerator instead of one for each number.
@@ -250,7 +253,8 @@ def keep_negatives(
     keep = able & ~suspicious
     if exempt is not None:
         keep |= able & exempt
-    short = (keep.sum(1) < min_negatives).nonzero()[:, 0]
+    # As floats: a sum of booleans makes a copy of eight bytes each first.
+    short = (keep.float().sum(1) < min_negatives).nonzero()[:, 0]
     if len(short):
         least = (
             closeness[short]
