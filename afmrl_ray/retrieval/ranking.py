@@ -14,9 +14,9 @@ import torch
 
 # Every score comes from a torch product of exactly this shape, padded with zeros: the last bit of a result depends on
 # the shape (with numpy's OpenBLAS even on the place in it), and equal embeddings must get equal scores. A tile of
-# scores is 8 MiB.
+# scores is 4 MiB.
 _QUERY_TILE = 256
-_GALLERY_TILE = 8192
+_GALLERY_TILE = 4096
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,11 @@ def _tiles(gallery: np.ndarray, columns: np.ndarray) -> Iterator[tuple[int, torc
         yield start, _padded(torch.from_numpy(gallery[columns[start : start + _GALLERY_TILE]]), _GALLERY_TILE)
 
 
+def _product(queries: torch.Tensor, tile: torch.Tensor) -> np.ndarray:
+    """[queries, tile] scores; with the longer side first the product is a third faster than the other way round."""
+    return (tile @ queries.T).T.contiguous().numpy()
+
+
 def _padded(x: torch.Tensor, length: int) -> torch.Tensor:
     return torch.nn.functional.pad(x, (0, 0, 0, length - len(x)))
 
@@ -156,31 +161,39 @@ class _State:
             query = np.repeat(np.arange(stop - start), np.diff(self._offsets[start : stop + 1]))
             for begin, tile in _tiles(gallery, columns[needed]):
                 here = (place >= begin) & (place < begin + _GALLERY_TILE)
-                scores = (queries @ tile.T).numpy()
+                scores = _product(queries, tile)
                 self._scores[first:last][here] = scores[query[here], place[here] - begin]
 
     def count(self, begin: int, tile: torch.Tensor, width: int) -> None:
         """Add what the gallery columns `begin` to `begin + width` say about ranks and best columns."""
         for start, stop, queries in self._query_tiles():
-            scores = (queries @ tile.T).numpy()[: stop - start, :width]
+            scores = _product(queries, tile)[: stop - start, :width]
             own = self._own[start:stop] - begin
             here = np.flatnonzero((own >= 0) & (own < width))
             scores[here, own[here]] = -np.inf
             ascending = np.sort(scores, axis=1)
-            for query in range(start, stop):
-                self._count_row(query, begin, scores[query - start], ascending[query - start])
+            self._count_positives(start, stop, begin, scores, ascending)
             self._merge_top(start, stop, begin, scores, ascending)
 
-    def _count_row(self, query: int, begin: int, scores: np.ndarray, ascending: np.ndarray) -> None:
-        span = slice(self._offsets[query], self._offsets[query + 1])
-        mine, columns = self._scores[span], self._positives[span] - begin
-        at_least = len(ascending) - np.searchsorted(ascending, mine, "left")
-        above = len(ascending) - np.searchsorted(ascending, mine, "right")
+    def _count_positives(self, start: int, stop: int, begin: int, scores: np.ndarray, ascending: np.ndarray) -> None:
+        first, counts = self._offsets[start], np.diff(self._offsets[start : stop + 1])
+        query = np.repeat(np.arange(stop - start), counts)
+        place = np.arange(len(query)) - np.repeat(self._offsets[start:stop] - first, counts)
+        flat = slice(first, self._offsets[stop])
+        mine, columns = self._scores[flat], self._positives[flat] - begin
+        # One row for each query, filled up to the longest.
+        asked = np.full((stop - start, counts.max()), np.inf, dtype=np.float32)
+        asked[query, place] = mine
+        width = scores.shape[1]
+        left, right = (
+            torch.searchsorted(torch.from_numpy(ascending), torch.from_numpy(asked), side=side).numpy()[query, place]
+            for side in ("left", "right")
+        )
         # Columns stand in tie order: equal scores of earlier tiles win, those of later tiles lose.
-        ranks = np.where(columns >= len(ascending), at_least, above)
-        for index in np.flatnonzero((columns >= 0) & (columns < len(ascending)) & (at_least - above > 1)):
-            ranks[index] += np.count_nonzero(scores[: columns[index]] == mine[index])
-        self._ranks[span] += ranks
+        ranks = np.where(columns >= width, width - left, width - right)
+        for index in np.flatnonzero((columns >= 0) & (columns < width) & (right - left > 1)):
+            ranks[index] += np.count_nonzero(scores[query[index], : columns[index]] == mine[index])
+        self._ranks[flat] += ranks
 
     def _merge_top(self, start: int, stop: int, begin: int, scores: np.ndarray, ascending: np.ndarray) -> None:
         depth = self._depth
