@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from afmrl_ray import storage
@@ -80,13 +81,22 @@ def start_driver(config_file: Path, log: Path) -> subprocess.Popen:
 
 def kill_when(driver: subprocess.Popen, condition, log: Path, limit_s: float = 240) -> None:
     """Kill the driver and everything it started, all at once, as soon as `condition` holds."""
+    wait_for(driver, condition, log, limit_s)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+
+
+def wait_for(driver: subprocess.Popen, condition, log: Path, limit_s: float = 240) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():
         assert driver.poll() is None, f"the driver ended before it could be killed:\n{log.read_text()[-3000:]}"
         assert time.monotonic() < deadline, "the condition never came"
         time.sleep(0.05)
-    os.killpg(driver.pid, signal.SIGKILL)
-    driver.wait()
+
+
+def is_learner(process: psutil.Process) -> bool:
+    """RLlib wraps the learners in a class of this name."""
+    return "_WrappedExecutable" in " ".join(process.cmdline())
 
 
 def appears(folder: Path, pattern: str):
@@ -95,9 +105,10 @@ def appears(folder: Path, pattern: str):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_a_driver_killed_in_agcl_and_in_rar_finishes_with_the_numbers_of_an_undisturbed_run(tmp_path):
+def test_a_killed_driver_and_a_killed_learner_leave_the_numbers_of_an_undisturbed_run(tmp_path):
+    """The driver is killed in AGCL and in RAR and started again; a learner is killed and the driver goes on."""
     results = {}
-    for name in ("undisturbed", "killed"):
+    for name in ("undisturbed", "killed", "learner"):
         folder = tmp_path / name
         folder.mkdir()
         file = folder / "config.yaml"
@@ -115,13 +126,19 @@ def test_a_driver_killed_in_agcl_and_in_rar_finishes_with_the_numbers_of_an_undi
             kill_when(driver, appears(stages, "rar-r0/*/checkpoints/step_*/manifest.json"), log)
             assert not (stages / "rar-r0" / "stage.json").exists()
         driver = start_driver(file, log)
+        if name == "learner":
+            wait_for(driver, appears(stages, "rar-r0/*/checkpoints/step_*/manifest.json"), log)
+            (learner,) = (child for child in psutil.Process(driver.pid).children(recursive=True) if is_learner(child))
+            learner.kill()
         assert driver.wait(timeout=600) == 0, log.read_text()[-3000:]
+        assert ("rebuilding the learners" in log.read_text()) == (name == "learner")
         run = RunDirectory(str(folder), "t")
         results[name] = {
             stage: (run.committed(stage).metrics, weights(run.committed(stage))) for stage in ("agcl-r0", "rar-r0")
         }
     for stage in ("agcl-r0", "rar-r0"):
         metrics, model = results["undisturbed"][stage]
-        killed_metrics, killed_model = results["killed"][stage]
-        assert killed_model == model
-        assert json.dumps(killed_metrics, sort_keys=True) == json.dumps(metrics, sort_keys=True)
+        for name in ("killed", "learner"):
+            other_metrics, other_model = results[name][stage]
+            assert other_model == model, (name, stage)
+            assert json.dumps(other_metrics, sort_keys=True) == json.dumps(metrics, sort_keys=True), (name, stage)
