@@ -29,6 +29,7 @@ from afmrl_ray.config import Config
 from afmrl_ray.models.listing import ListingProcessor, Row, collate
 from afmrl_ray.models.microbatches import cut_by_tokens
 from afmrl_ray.models.prompts import encoder_row
+from afmrl_ray.models.vision_cache import VisionCache
 from afmrl_ray.training.engine import Engine
 from afmrl_ray.training.stopwatch import Stopwatch
 
@@ -54,7 +55,9 @@ class AGCLStep:
         *,
         rank: int = 0,
         world: int = 1,
+        cache: VisionCache | None = None,
     ) -> None:
+        self._cache = cache
         self._config, self._agcl = config, config.agcl
         self._catalogue, self._processor, self._store, self._engine = catalogue, processor, store, engine
         self._rank, self._world, self._share = rank, world, config.agcl.batch_size // world
@@ -80,6 +83,7 @@ class AGCLStep:
 
     def __call__(self, step: int) -> dict[str, float]:
         watch = Stopwatch(self._engine.device)
+        hits, misses = (self._cache.hits, self._cache.misses) if self._cache is not None else (0, 0)
         with watch("data"):
             batch = Batch(self._sampler.batch(step), self._rank, self._world, self._sampler.product_of)
             rows = [self._input(*listing) for listing in batch.local_listings()]
@@ -100,7 +104,11 @@ class AGCLStep:
                 self._engine.backward(value, last=last)
 
         stats = backward_in_parts(encode, parts, loss, backward, idle=self._most(len(parts)) - len(parts))
-        return {**stats, **self._sizes(rows, parts), **watch.seconds()}
+        values = {**stats, **self._sizes(rows, parts), **watch.seconds()}
+        if self._cache is not None:
+            looked = self._cache.hits - hits + self._cache.misses - misses
+            values["vision_cache_hit_share"] = (self._cache.hits - hits) / max(1, looked)
+        return values
 
     def _input(self, shown: Shown, source: int, as_query: bool) -> Row:
         pair = self._agcl.pairs[source]
@@ -114,6 +122,7 @@ class AGCLStep:
             inputs=config.inputs,
             title_columns=config.title_columns,
             attributes=self._text(shown.row) if shown.enrich < enriched else "",
+            cache=self._cache,
         )
 
     def _most(self, parts: int) -> int:

@@ -17,6 +17,7 @@ from afmrl_ray.config.train import AGCLConfig
 from afmrl_ray.models.adapters import load_start, save_trained
 from afmrl_ray.models.encoder import EmbeddingModel
 from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.vision_cache import VisionCache
 from afmrl_ray.training.engine import Engine
 from afmrl_ray.training.fit import fit, run_steps, worker_threads
 from afmrl_ray.training.metrics_log import results_of
@@ -73,7 +74,9 @@ def train_loop(payload: dict[str, Any]) -> None:
         bf16=config.encoder.dtype == "bfloat16",
     )
     store = read_attributes(job.attributes) if job.attributes else None
-    step_fn = AGCLStep(config, catalogue, processor, store, engine, rank=rank, world=world)
+    cached = config.encoder.vision_cache
+    cache = VisionCache(model, processor, cached) if cached.enabled else None
+    step_fn = AGCLStep(config, catalogue, processor, store, engine, rank=rank, world=world, cache=cache)
 
     def save_model(path: str) -> None:
         with engine.whole_parameters():

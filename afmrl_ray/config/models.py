@@ -26,6 +26,19 @@ class PictureConfig(Section):
         return self
 
 
+class VisionCacheConfig(Section):
+    """Outputs of the encoder's vision tower on each node's disk, where the tower is frozen."""
+
+    operational = frozenset({"enabled", "folder", "max_gb"})
+
+    enabled: bool = False
+    """Whether they are kept: each picture then goes through the tower once. Results differ by rounding only."""
+    folder: str | None = None
+    """Local folder, the same on every node; none = in the system's folder for temporary files."""
+    max_gb: float = Field(20, gt=0)
+    """Size above which what was not read for the longest time is removed, GB; processes look every 64 pictures."""
+
+
 class EncoderConfig(Section):
     """The embedding encoder (Qwen2-VL): picture, title and attributes to one vector."""
 
@@ -39,6 +52,8 @@ class EncoderConfig(Section):
     """Text before the listing; last-token pooling reads what the model makes of it."""
     max_tokens: int = Field(2048, gt=0)
     """Longest input; text is cut to fit, a picture never is."""
+    vision_cache: VisionCacheConfig = VisionCacheConfig()
+    """Pictures that went through the frozen vision tower."""
 
 
 class GeneratorConfig(Section):

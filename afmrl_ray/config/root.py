@@ -64,3 +64,19 @@ class Config(Section):
                 "rar.adapter.kind is full, but distill.adapter.kind lora leaves an adapter; set both to the same kind"
             )
         return self
+
+    @model_validator(mode="after")
+    def _only_a_frozen_tower_is_cached(self) -> Config:
+        if not self.encoder.vision_cache.enabled:
+            return self
+        if self.agcl.adapter.kind == "full" and self.agcl.adapter.train_vision:
+            raise ValueError(
+                "encoder.vision_cache.enabled keeps outputs of a frozen tower, but agcl.adapter.train_vision trains "
+                "it; set one of them to false"
+            )
+        if self.agcl.workers.zero_stage == 3:
+            raise ValueError(
+                "encoder.vision_cache.enabled: agcl.workers.zero_stage 3 shards the tower too, so that no worker can "
+                "run it alone; use zero_stage 2 or less"
+            )
+        return self

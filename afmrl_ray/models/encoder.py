@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from afmrl_ray.models.backbones import inner_model
 
@@ -27,13 +28,17 @@ class EmbeddingModel(nn.Module):
         self.log_temperature = nn.Parameter(torch.tensor([temperature]).log()) if temperature is not None else None
 
     def forward(self, **batch: Tensor) -> Tensor:
-        """Embed a left-padded batch of `models.listing.collate`.
+        """Embed a left-padded batch of `models.listing.collate`, with pictures before or after the vision tower.
 
         Returns:
             [B, D] float32, of unit length; with a learned temperature [B, D + 1], its logarithm in the last column, so
             that its gradient takes the way of the embeddings' through parts and workers.
         """
-        hidden = inner_model(self.backbone).model(**batch, use_cache=False).last_hidden_state
+        given: dict[str, Any] = batch
+        features = batch.pop("image_features", None)
+        if features is not None:
+            given["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=(features,))}
+        hidden = inner_model(self.backbone).model(**given, use_cache=False).last_hidden_state
         embeddings = functional.normalize(hidden[:, -1].float(), dim=-1)
         if self.log_temperature is None:
             return embeddings

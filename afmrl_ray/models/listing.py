@@ -54,25 +54,38 @@ class PixelFormat:
 
 
 @dataclass(frozen=True)
+class Visual:
+    """A picture on its way into the language model: before the vision tower, or after it.
+
+    Attributes:
+        grid: (1, height, width) of the patches.
+        patches: [n, channels, area] uint8 pixels in the tower's order: a fraction of what the tower takes, which a
+            whole batch of pictures would otherwise hold in memory. None after the tower.
+        pixels: how `patches` become the tower's input.
+        features: [n / merge^2, D] visual tokens, after the tower.
+    """
+
+    grid: tuple[int, int, int]
+    patches: np.ndarray | None = None
+    pixels: PixelFormat | None = None
+    features: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Row:
     """One sequence before padding.
 
     Attributes:
         input_ids: [L] token ids.
-        patches: [n, channels, area] uint8 pixels of the picture in the tower's order, or none: a fraction of what the
-            tower takes, which a whole batch of pictures would otherwise hold in memory.
-        grid: (1, height, width) of the patches, or none.
         token_types: [L] 1 at visual tokens, else 0.
         positions: [3, L] M-RoPE positions (time, height, width).
-        pixels: how `patches` become the tower's input, or none.
+        visual: the picture, or none.
     """
 
     input_ids: np.ndarray
-    patches: np.ndarray | None
-    grid: tuple[int, int, int] | None
     token_types: np.ndarray
     positions: np.ndarray
-    pixels: PixelFormat | None = None
+    visual: Visual | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -168,36 +181,40 @@ class ListingProcessor:
     def _encode(self, text: str) -> np.ndarray:
         return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
 
-    def patches(self, picture: Image.Image) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """Pixels of one picture in the tower's order, [n, channels, area] uint8, and their grid."""
+    def pixel_settings(self) -> dict[str, Any]:
+        """Everything that decides which patches a picture becomes, as JSON values."""
+        return {**self._image_processor.to_dict(), "size": self._size}
+
+    def visual(self, picture: Image.Image) -> Visual:
+        """Patches of one picture."""
         out = self._image_processor(
             images=[picture], size=self._size, do_rescale=False, do_normalize=False, return_tensors="np"
         )
         grid = tuple(int(n) for n in out["image_grid_thw"][0])
         frames = out["pixel_values"].reshape(grid[1] * grid[2], len(self._pixels.scale), self._pixels.frames, -1)
-        return frames[:, :, 0].astype(np.uint8), grid  # type: ignore[return-value]
+        return Visual(grid, frames[:, :, 0].astype(np.uint8), self._pixels)  # type: ignore[arg-type]
 
-    def row(self, picture: Image.Image | None, text: str, *, max_tokens: int | None = None) -> Row:
+    def row(self, picture: Image.Image | Visual | None, text: str, *, max_tokens: int | None = None) -> Row:
         """Build the sequence of one listing.
 
         Args:
-            picture: the picture, or none for a text-only input.
+            picture: the picture, or what `visual` made of it, or none for a text-only input.
             text: everything after the picture.
             max_tokens: cut the end of `text` so that the sequence has at most this many tokens; pictures are never cut.
         """
-        patches, grid = self.patches(picture) if picture is not None else (None, None)
-        visual = np.empty(0, dtype=np.int64)
-        if grid is not None:
-            count = grid[1] * grid[2] // self._merge_size**2
-            visual = np.array([self._vision_start, *[self._image_id] * count, self._vision_end], dtype=np.int64)
+        visual = self.visual(picture) if isinstance(picture, Image.Image) else picture
+        tokens = np.empty(0, dtype=np.int64)
+        if visual is not None:
+            count = visual.grid[1] * visual.grid[2] // self._merge_size**2
+            tokens = np.array([self._vision_start, *[self._image_id] * count, self._vision_end], dtype=np.int64)
         body = self._encode(text)
         if max_tokens is not None:
-            room = max_tokens - len(self._prefix) - len(visual) - len(self._suffix)
+            room = max_tokens - len(self._prefix) - len(tokens) - len(self._suffix)
             body = body[: max(room, 0)]
-        input_ids = np.concatenate([self._prefix, visual, body, self._suffix])
+        input_ids = np.concatenate([self._prefix, tokens, body, self._suffix])
         token_types = (input_ids == self._image_id).astype(np.int64)
-        positions = mrope_positions(token_types, [grid] if grid is not None else [], self._merge_size)
-        return Row(input_ids, patches, grid, token_types, positions, self._pixels if patches is not None else None)
+        positions = mrope_positions(token_types, [visual.grid] if visual is not None else [], self._merge_size)
+        return Row(input_ids, token_types, positions, visual)
 
     def length(self, picture_size: tuple[int, int] | None, text: str) -> int:
         """Tokens of the sequence that `row` would build, from the picture's (width, height) alone."""
@@ -226,11 +243,9 @@ def append_completion(row: Row, completion: np.ndarray) -> Row:
     tail = np.broadcast_to(start + np.arange(len(completion)), (3, len(completion)))
     return Row(
         np.concatenate([row.input_ids, completion]),
-        row.patches,
-        row.grid,
         np.concatenate([row.token_types, np.zeros(len(completion), dtype=np.int64)]),
         np.concatenate([row.positions, tail], axis=1),
-        row.pixels,
+        row.visual,
     )
 
 
@@ -241,7 +256,8 @@ def collate(rows: Sequence[Row], pad_id: int, device: torch.device | str = "cpu"
 
     Returns:
         input_ids, attention_mask, mm_token_type_ids [B, L], position_ids [3, B, L], and, where any row has a picture,
-        pixel_values [sum n, patch_dim], image_grid_thw [pictures, 3].
+        image_grid_thw [pictures, 3] and either pixel_values [sum n, patch_dim] or, after the tower, image_features
+        [visual tokens, D], which `EmbeddingModel` takes.
     """
     batch, longest = len(rows), max(len(row) for row in rows)
     input_ids = np.full((batch, longest), pad_id, dtype=np.int64)
@@ -256,13 +272,22 @@ def collate(rows: Sequence[Row], pad_id: int, device: torch.device | str = "cpu"
         positions[:, index, start:] = row.positions
     out = {"input_ids": input_ids, "attention_mask": mask, "mm_token_type_ids": types, "position_ids": positions}
     tensors = {name: torch.from_numpy(array).to(device) for name, array in out.items()}
-    pictures = [(row.patches, row.grid, row.pixels) for row in rows if row.patches is not None]
-    if pictures:
-        patches, grids, formats = zip(*pictures, strict=True)
-        assert len(set(formats)) == 1, "rows of different checkpoints in one batch"
-        tensors["pixel_values"] = formats[0].values(torch.from_numpy(np.concatenate(patches)).to(device))
-        tensors["image_grid_thw"] = torch.tensor(grids, device=device)
+    visuals = [row.visual for row in rows if row.visual is not None]
+    if visuals:
+        tensors["image_grid_thw"] = torch.tensor([visual.grid for visual in visuals], device=device)
+        tensors.update(_tower_side(visuals, device))
     return tensors
+
+
+def _tower_side(visuals: Sequence[Visual], device: torch.device | str) -> dict[str, torch.Tensor]:
+    features = [visual.features for visual in visuals if visual.features is not None]
+    if features:
+        assert len(features) == len(visuals), "pictures before and after the tower in one batch"
+        return {"image_features": torch.cat(features).to(device)}
+    (pixels,) = {visual.pixels for visual in visuals}  # one checkpoint made them all
+    assert pixels is not None
+    patches = np.concatenate([visual.patches for visual in visuals if visual.patches is not None])
+    return {"pixel_values": pixels.values(torch.from_numpy(patches).to(device))}
 
 
 def _one_line(error: Exception) -> str:

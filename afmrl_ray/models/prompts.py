@@ -10,6 +10,7 @@ from PIL import Image
 from afmrl_ray.config.catalogue import Inputs
 from afmrl_ray.config.models import EncoderConfig, GeneratorConfig
 from afmrl_ray.models.listing import ListingProcessor, Row
+from afmrl_ray.models.vision_cache import VisionCache
 
 
 class Listings(Protocol):
@@ -31,15 +32,24 @@ def encoder_row(
     inputs: Inputs,
     title_columns: tuple[str, ...] = ("title",),
     attributes: str = "",
+    cache: VisionCache | None = None,
 ) -> Row:
-    """The encoder's input for one listing; attributes come last, so that listings with the same prefix can share it."""
+    """The encoder's input for one listing; attributes come last, so that listings with the same prefix can share it.
+
+    Args:
+        cache: where the picture's visual tokens are looked up; none = the picture goes in by its pixels.
+    """
     parts = [config.instruction]
     if inputs != "picture":
         parts.append(listings.title(row, title_columns))
     parts.append(attributes)
-    picture = listings.picture(row) if inputs != "text" else None
     text = "\n".join(part for part in parts if part)
-    return processor.row(picture, text, max_tokens=config.max_tokens)
+    if inputs == "text":
+        return processor.row(None, text, max_tokens=config.max_tokens)
+    if cache is None:
+        return processor.row(listings.picture(row), text, max_tokens=config.max_tokens)
+    visual = cache.visual(listings.picture_bytes(row), lambda: listings.picture(row))
+    return processor.row(visual, text, max_tokens=config.max_tokens)
 
 
 def generator_row(processor: ListingProcessor, listings: Listings, row: int, *, config: GeneratorConfig) -> Row:

@@ -20,6 +20,7 @@ from afmrl_ray.models.encoder import EmbeddingModel
 from afmrl_ray.models.listing import ListingProcessor, collate
 from afmrl_ray.models.pool import map_rows
 from afmrl_ray.models.prompts import encoder_row
+from afmrl_ray.models.vision_cache import VisionCache
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Encoder:
         self._processor = ListingProcessor.from_pretrained(encoder.path, encoder.config.picture)
         self._model = EmbeddingModel(model).eval()
         self._config = encoder.config
+        cached = encoder.config.vision_cache
+        self._cache = VisionCache(model.requires_grad_(False), self._processor, cached) if cached.enabled else None
         self._catalogue = catalogue.open()
         self._items = self._catalogue.column("item_id")
 
@@ -70,6 +73,7 @@ class Encoder:
                 inputs=inputs,
                 title_columns=title_columns,
                 attributes=text,
+                cache=self._cache,
             )
             for row, text in zip(rows, texts, strict=True)
         ]

@@ -43,6 +43,11 @@ def test_the_printed_config_reads_back_as_itself(tmp_path):
         (["rar.prompts_per_step=3", "rar.num_learners=2"], "prompts_per_step 3 does not divide"),
         (["evaluation.headline=nothing"], "evaluation.headline 'nothing' is not a retrieval protocol"),
         (["teacher.kind=oracle"], "teacher.*'column', 'openai', 'model'"),
+        (
+            ["encoder.vision_cache.enabled=true", "agcl.adapter.kind=full", "agcl.adapter.train_vision=true"],
+            "train_vision trains it; set one of them to false",
+        ),
+        (["encoder.vision_cache.enabled=true", "agcl.workers.zero_stage=3"], "use zero_stage 2 or less"),
         (["justtext"], "write section.field=value"),
     ],
 )

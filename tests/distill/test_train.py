@@ -83,8 +83,8 @@ def test_the_loss_is_the_stock_models_mean_over_completion_tokens(tiny_checkpoin
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             mm_token_type_ids=(ids == model.config.image_token_id).int(),
-            pixel_values=prompt.pixels.values(torch.from_numpy(prompt.patches)),
-            image_grid_thw=torch.tensor([prompt.grid]),
+            pixel_values=prompt.visual.pixels.values(torch.from_numpy(prompt.visual.patches)),
+            image_grid_thw=torch.tensor([prompt.visual.grid]),
         ).logits[0, len(prompt) - 1 : -1]
         logits[:, processor.forbidden_ids] = -torch.inf
         logp = torch.log_softmax(logits.float(), -1).gather(-1, torch.from_numpy(completion)[:, None])

@@ -1,0 +1,210 @@
+"""A picture goes through the frozen tower once, and what was kept gives the same embeddings, gradients and bits."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from afmrl_ray.agcl.step import AGCLStep
+from afmrl_ray.config import validate
+from afmrl_ray.config.models import AdapterConfig, EncoderConfig, PictureConfig, VisionCacheConfig
+from afmrl_ray.errors import ConfigError
+from afmrl_ray.models.adapters import load_start
+from afmrl_ray.models.backbones import load_backbone
+from afmrl_ray.models.encoder import EmbeddingModel
+from afmrl_ray.models.listing import ListingProcessor, collate
+from afmrl_ray.models.vision_cache import VisionCache, fingerprint
+from afmrl_ray.retrieval.embed import Encoder, EncoderRef
+from tests.models.test_listing import noise
+
+PICTURE = PictureConfig(min_pixels=784, max_pixels=6000)
+SIZES = [(60, 60), (120, 60), (60, 60), (200, 130)]
+
+
+def encoded(seed: int) -> bytes:
+    data = io.BytesIO()
+    noise(*SIZES[seed % len(SIZES)], seed).save(data, "PNG")
+    return data.getvalue()
+
+
+def decoded(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+@pytest.fixture
+def processor(tiny_checkpoints) -> ListingProcessor:
+    return ListingProcessor.from_pretrained(tiny_checkpoints["encoder"], PICTURE)
+
+
+@pytest.fixture
+def frozen(tiny_checkpoints):
+    return load_backbone(tiny_checkpoints["encoder"], "encoder").requires_grad_(False)
+
+
+def config(folder: Path, max_gb: float = 1.0) -> VisionCacheConfig:
+    return VisionCacheConfig(enabled=True, folder=str(folder), max_gb=max_gb)
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.safetensors"))
+
+
+def test_embeddings_from_the_cache_equal_those_from_pixels(frozen, processor, tmp_path):
+    cache = VisionCache(frozen, processor, config(tmp_path))
+    pictures = [encoded(seed) for seed in range(4)]
+    texts = [f"mug {seed}" for seed in range(4)]
+    model = EmbeddingModel(frozen).eval()
+    pixels = [processor.row(decoded(data), text) for data, text in zip(pictures, texts, strict=True)]
+    kept = [
+        processor.row(cache.visual(data, lambda data=data: decoded(data)), text)
+        for data, text in zip(pictures, texts, strict=True)
+    ]
+    wanted = model(**collate([*pixels, processor.row(None, "bag")], processor.pad_id))
+    found = model(**collate([*kept, processor.row(None, "bag")], processor.pad_id))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    swapped = model(**collate([kept[1], kept[0]], processor.pad_id))
+    torch.testing.assert_close(swapped, wanted[[1, 0]], rtol=1e-5, atol=1e-6)
+
+
+def test_a_picture_is_decoded_and_sent_through_the_tower_once(frozen, processor, tmp_path):
+    runs = []
+    frozen.model.visual.register_forward_hook(lambda *_: runs.append(1))
+    pictures = [encoded(seed) for seed in range(3)]
+    first = VisionCache(frozen, processor, config(tmp_path))
+    made = [first.visual(data, lambda data=data: decoded(data)).features for data in pictures]
+    second = VisionCache(frozen, processor, config(tmp_path))
+    found = [second.visual(data, lambda: pytest.fail("decoded again")).features for data in pictures]
+    assert len(runs) == 3
+    assert (first.hits, first.misses, second.hits, second.misses) == (0, 3, 3, 0)
+    for mine, theirs in zip(made, found, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_another_tower_or_pixel_budget_looks_elsewhere(frozen, processor, tiny_checkpoints, tmp_path):
+    data = encoded(0)
+    VisionCache(frozen, processor, config(tmp_path)).visual(data, lambda: decoded(data))
+    smaller = ListingProcessor.from_pretrained(
+        tiny_checkpoints["encoder"], PictureConfig(min_pixels=784, max_pixels=800)
+    )
+    other = VisionCache(frozen, smaller, config(tmp_path))
+    assert other.visual(data, lambda: decoded(data)).grid == (1, 2, 2)
+    before = fingerprint(frozen.model.visual, processor)
+    next(frozen.model.visual.parameters()).data[0] += 1e-3
+    assert fingerprint(frozen.model.visual, processor) != before
+    moved = VisionCache(frozen, processor, config(tmp_path))
+    moved.visual(data, lambda: decoded(data))
+    assert (other.misses, moved.misses, len(files(tmp_path))) == (1, 1, 3)
+
+
+def test_above_the_limit_those_go_first_that_were_not_read_for_the_longest_time(frozen, processor, tmp_path):
+    cache = VisionCache(frozen, processor, config(tmp_path))
+    pictures = [encoded(4 * seed) for seed in range(12)]
+    known: set[Path] = set()
+    for place, data in enumerate(pictures):
+        cache.visual(data, lambda data=data: decoded(data))
+        (path,) = set(files(tmp_path)) - known
+        known.add(path)
+        os.utime(path, (place + 1, place + 1))
+    size = files(tmp_path)[0].stat().st_size
+    cache.visual(pictures[0], lambda: pytest.fail("it is there"))  # the oldest is read, and so the youngest
+    small = VisionCache(frozen, processor, config(tmp_path, max_gb=6 * size / 1e9))
+    extra = encoded(400)
+    small.visual(extra, lambda: decoded(extra))
+    assert len(files(tmp_path)) == 5 + 1  # 0.9 of six, then the new one
+    again = VisionCache(frozen, processor, config(tmp_path))
+    for data in [pictures[0], *pictures[-4:]]:
+        again.visual(data, lambda: pytest.fail("a young one is gone"))
+
+
+def test_a_broken_file_is_made_anew(frozen, processor, tmp_path):
+    data = encoded(1)
+    cache = VisionCache(frozen, processor, config(tmp_path))
+    made = cache.visual(data, lambda: decoded(data)).features
+    (path,) = files(tmp_path)
+    path.write_bytes(path.read_bytes()[:-40])
+    assert torch.equal(cache.visual(data, lambda: decoded(data)).features, made)
+    assert torch.equal(cache.visual(data, lambda: pytest.fail("not mended")).features, made)
+
+
+def test_a_full_disk_is_told_once_and_ends_nothing(frozen, processor, tmp_path, monkeypatch, caplog):
+    def full(self, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    cache = VisionCache(frozen, processor, config(tmp_path))
+    for seed in range(3):
+        data = encoded(seed)
+        assert cache.visual(data, lambda data=data: decoded(data)).features is not None
+    assert [record.message.count("No space left") for record in caplog.records] == [1]
+
+
+def test_a_trained_tower_is_refused(tiny_checkpoints, processor, tmp_path):
+    trained = load_start(
+        tiny_checkpoints["encoder"], "encoder", AdapterConfig(targets=r".*visual.*\.(qkv|proj)"), seed=0
+    )
+    with pytest.raises(ConfigError, match="vision_cache"):
+        VisionCache(trained, processor, config(tmp_path))
+
+
+class Engine:
+    """What the step asks of an engine, by torch alone."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, model) -> None:
+        self._model = model
+
+    def __call__(self, **batch):
+        return self._model(**batch)
+
+    def backward(self, loss, *, last=True):
+        loss.backward()
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("budget", [None, 300])
+def test_a_step_of_agcl_has_the_same_loss_and_gradient(tiny_checkpoints, tiny_catalogue_ref, tmp_path, kind, budget):
+    whole = validate(
+        {
+            "encoder": {
+                "picture": PICTURE.model_dump(),
+                "vision_cache": {"enabled": True, "folder": str(tmp_path)},
+            },
+            "agcl": {"batch_size": 6, "adapter": {"kind": kind}, "tokens_per_microbatch": budget},
+        }
+    )
+    base = tiny_checkpoints["encoder"]
+    found = []
+    for cached in (False, True, True):
+        model = load_start(base, "encoder", whole.agcl.adapter, seed=0)
+        processor = ListingProcessor.from_pretrained(base, whole.encoder.picture)
+        cache = VisionCache(model, processor, whole.encoder.vision_cache) if cached else None
+        engine = Engine(EmbeddingModel(model).train())
+        step = AGCLStep(whole, tiny_catalogue_ref.open(), processor, None, engine, cache=cache)
+        stats = step(0)
+        found.append((stats, [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]))
+    for stats, gradients in found[1:]:
+        assert stats["loss"] == pytest.approx(found[0][0]["loss"], rel=1e-5)
+        assert len(gradients) == len(found[0][1]) > 0
+        for mine, theirs in zip(gradients, found[0][1], strict=True):
+            assert (mine - theirs).norm() <= 1e-5 * theirs.norm() + 1e-8
+    assert [stats.get("vision_cache_hit_share") for stats, _ in found] == [None, 0.0, 1.0]
+
+
+def test_evaluation_finds_the_pictures_of_the_training(tiny_checkpoints, tiny_catalogue_ref, tmp_path):
+    plain = EncoderConfig(picture=PICTURE)
+    cached = EncoderConfig(picture=PICTURE, vision_cache=config(tmp_path))
+    rows, texts = [3, 1, 7], ["color: red", "", "size: small"]
+    wanted = Encoder(EncoderRef(tiny_checkpoints["encoder"], plain), tiny_catalogue_ref).embed(
+        rows, texts, inputs="both"
+    )
+    for _ in range(2):
+        encoder = Encoder(EncoderRef(tiny_checkpoints["encoder"], cached), tiny_catalogue_ref)
+        np.testing.assert_allclose(encoder.embed(rows, texts, inputs="both"), wanted, atol=1e-6)
+    assert (encoder._cache.hits, encoder._cache.misses) == (3, 0)
