@@ -48,21 +48,29 @@ def backward_in_parts(
         return stats
     passes = [*parts, *[[0]] * idle]
     states, pieces = [], []
-    with torch.no_grad():
-        for rows in passes:
-            states.append(RandomState())
+    for index, rows in enumerate(passes):
+        states.append(RandomState())
+        with torch.set_grad_enabled(index + 1 == len(passes)):
             pieces.append(encode(rows))
-    device = pieces[0].device
-    embeddings = _in_order(torch.cat(pieces[: len(parts)]), parts).requires_grad_()
+    kept = pieces[-1]
+    embeddings = _in_order(torch.cat([piece.detach() for piece in pieces[: len(parts)]]), parts).requires_grad_()
     value, stats = loss(embeddings)
     (gradient,) = torch.autograd.grad(value, embeddings)
-    for index, (rows, state) in enumerate(zip(passes, states, strict=True)):
+
+    def send_back(index: int, piece: Tensor, last: bool) -> None:
+        if index >= len(parts):
+            return backward(piece.sum() * 0, last)
+        wanted = gradient[torch.tensor(parts[index], device=gradient.device)]
+        # The inner product with a constant has exactly this constant as its gradient at the embeddings.
+        return backward((piece * wanted).sum(), last)
+
+    del pieces
+    send_back(len(passes) - 1, kept, False)
+    del kept
+    for index, (rows, state) in enumerate(zip(passes[:-1], states[:-1], strict=True)):
         with state.replayed():
             piece = encode(rows)
-        wanted = gradient[torch.tensor(rows, device=device)]
-        # The inner product with a constant has exactly this constant as its gradient at the embeddings.
-        surrogate = (piece * wanted).sum() if index < len(parts) else piece.sum() * 0
-        backward(surrogate, index + 1 == len(passes))
+        send_back(index, piece, index + 2 == len(passes))
     return stats
 
 

@@ -10,12 +10,13 @@ from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from afmrl_ray.models.backbones import inner_model
+from afmrl_ray.models.last_token import last_token_only
 
 
 class EmbeddingModel(nn.Module):
     """Wraps a (PEFT-wrapped) `Qwen2VLForConditionalGeneration` so that its forward pass gives embeddings.
 
-    The head is never run: only the inner model's last hidden state is computed.
+    Of head and last layer only what an embedding needs is run: the last token's hidden state.
 
     Args:
         backbone: the model.
@@ -38,7 +39,9 @@ class EmbeddingModel(nn.Module):
         features = batch.pop("image_features", None)
         if features is not None:
             given["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=(features,))}
-        hidden = inner_model(self.backbone).model(**given, use_cache=False).last_hidden_state
+        inner = inner_model(self.backbone).model
+        with last_token_only(inner.language_model):
+            hidden = inner(**given, use_cache=False).last_hidden_state
         embeddings = functional.normalize(hidden[:, -1].float(), dim=-1)
         if self.log_temperature is None:
             return embeddings
