@@ -7,7 +7,9 @@ tie order; counts over tiles of the gallery add up, and nothing is sorted across
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -85,8 +87,12 @@ def rank_gallery(
     )
     gallery = np.asarray(gallery, dtype=np.float32)
     state.take_positive_scores(gallery, columns)
-    for start, tile in _tiles(gallery, columns):
-        state.count(start, tile, min(_GALLERY_TILE, len(columns) - start))
+    # Products use all of torch's threads; what numpy does with the scores is shared out to as many.
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        for start, tile in _tiles(gallery, columns):
+            state.count(start, tile, min(_GALLERY_TILE, len(columns) - start), pool, threads)
+    state.finish()
     labels = np.asarray(gallery_labels)[columns]
     found = state.top_rows >= 0
     return Ranking(
@@ -124,7 +130,11 @@ def _positive_columns(
 
 def _tiles(gallery: np.ndarray, columns: np.ndarray) -> Iterator[tuple[int, torch.Tensor]]:
     for start in range(0, len(columns), _GALLERY_TILE):
-        yield start, _padded(torch.from_numpy(gallery[columns[start : start + _GALLERY_TILE]]), _GALLERY_TILE)
+        wanted = columns[start : start + _GALLERY_TILE]
+        # Neighbours in the gallery need no copy.
+        side_by_side = wanted[-1] - wanted[0] == len(wanted) - 1 and bool((np.diff(wanted) == 1).all())
+        found = gallery[wanted[0] : wanted[-1] + 1] if side_by_side else gallery[wanted]
+        yield start, _padded(torch.from_numpy(found), _GALLERY_TILE)
 
 
 def _product(queries: torch.Tensor, tile: torch.Tensor) -> np.ndarray:
@@ -133,7 +143,7 @@ def _product(queries: torch.Tensor, tile: torch.Tensor) -> np.ndarray:
 
 
 def _padded(x: torch.Tensor, length: int) -> torch.Tensor:
-    return torch.nn.functional.pad(x, (0, 0, 0, length - len(x)))
+    return torch.nn.functional.pad(x, (0, 0, 0, length - len(x))) if len(x) < length else x
 
 
 class _State:
@@ -142,20 +152,20 @@ class _State:
     def __init__(
         self, queries: torch.Tensor, own: np.ndarray, offsets: np.ndarray, positives: np.ndarray, depth: int
     ) -> None:
-        self._queries, self._own, self._offsets, self._positives = queries, own, offsets, positives
+        self._own, self._offsets, self._positives = own, offsets, positives
+        self._tiles = [
+            (start, min(start + _QUERY_TILE, len(queries)), _padded(queries[start : start + _QUERY_TILE], _QUERY_TILE))
+            for start in range(0, len(queries), _QUERY_TILE)
+        ]
         self._depth = depth
         self._scores = np.empty(len(positives), dtype=np.float32)
         self._ranks = np.zeros(len(positives), dtype=np.int64)
+        self._waiting: dict[int, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
         self.top_rows = np.full((len(queries), depth), -1, dtype=np.int64)
         self.top_scores = np.full((len(queries), depth), -np.inf, dtype=np.float32)
 
-    def _query_tiles(self) -> Iterator[tuple[int, int, torch.Tensor]]:
-        for start in range(0, len(self._queries), _QUERY_TILE):
-            tile = self._queries[start : start + _QUERY_TILE]
-            yield start, start + len(tile), _padded(tile, _QUERY_TILE)
-
     def take_positive_scores(self, gallery: np.ndarray, columns: np.ndarray) -> None:
-        for start, stop, queries in self._query_tiles():
+        for start, stop, queries in self._tiles:
             first, last = self._offsets[start], self._offsets[stop]
             needed, place = np.unique(self._positives[first:last], return_inverse=True)
             query = np.repeat(np.arange(stop - start), np.diff(self._offsets[start : stop + 1]))
@@ -164,57 +174,71 @@ class _State:
                 scores = _product(queries, tile)
                 self._scores[first:last][here] = scores[query[here], place[here] - begin]
 
-    def count(self, begin: int, tile: torch.Tensor, width: int) -> None:
+    def count(self, begin: int, tile: torch.Tensor, width: int, pool: ThreadPoolExecutor, threads: int) -> None:
         """Add what the gallery columns `begin` to `begin + width` say about ranks and best columns."""
-        for start, stop, queries in self._query_tiles():
-            scores = _product(queries, tile)[: stop - start, :width]
-            own = self._own[start:stop] - begin
-            here = np.flatnonzero((own >= 0) & (own < width))
-            scores[here, own[here]] = -np.inf
-            ascending = np.sort(scores, axis=1)
-            self._count_positives(start, stop, begin, scores, ascending)
-            self._merge_top(start, stop, begin, scores, ascending)
+        for first in range(0, len(self._tiles), threads):
+            group = self._tiles[first : first + threads]
+            products = [_product(queries, tile) for _, _, queries in group]
+            work = [
+                pool.submit(self._count_one, start, stop, begin, scores[: stop - start, :width])
+                for (start, stop, _), scores in zip(group, products, strict=True)
+            ]
+            for done in work:
+                done.result()
+
+    def _count_one(self, start: int, stop: int, begin: int, scores: np.ndarray) -> None:
+        own = self._own[start:stop] - begin
+        here = np.flatnonzero((own >= 0) & (own < scores.shape[1]))
+        scores[here, own[here]] = -np.inf
+        ascending = np.sort(scores, axis=1)
+        self._count_positives(start, stop, begin, scores, ascending)
+        self._note_best(start, stop, begin, scores, ascending)
 
     def _count_positives(self, start: int, stop: int, begin: int, scores: np.ndarray, ascending: np.ndarray) -> None:
-        first, counts = self._offsets[start], np.diff(self._offsets[start : stop + 1])
-        query = np.repeat(np.arange(stop - start), counts)
-        place = np.arange(len(query)) - np.repeat(self._offsets[start:stop] - first, counts)
-        flat = slice(first, self._offsets[stop])
-        mine, columns = self._scores[flat], self._positives[flat] - begin
-        # One row for each query, filled up to the longest.
-        asked = np.full((stop - start, counts.max()), np.inf, dtype=np.float32)
-        asked[query, place] = mine
-        width = scores.shape[1]
-        left, right = (
-            torch.searchsorted(torch.from_numpy(ascending), torch.from_numpy(asked), side=side).numpy()[query, place]
-            for side in ("left", "right")
-        )
-        # Columns stand in tie order: equal scores of earlier tiles win, those of later tiles lose.
-        ranks = np.where(columns >= width, width - left, width - right)
-        for index in np.flatnonzero((columns >= 0) & (columns < width) & (right - left > 1)):
+        """Add to each positive's rank the columns that stand before it: in tie order, equal scores of earlier ones."""
+        first, last, width = self._offsets[start], self._offsets[stop], scores.shape[1]
+        mine, columns = self._scores[first:last], self._positives[first:last] - begin
+        # At least as great in earlier tiles than the positive's, greater in its own and in later ones.
+        least = np.where(columns >= width, mine, np.nextafter(mine, np.float32(np.inf)))
+        ends = (self._offsets[start : stop + 1] - first).tolist()
+        below = np.empty(len(mine), dtype=np.int64)
+        for row, (low, high) in enumerate(pairwise(ends)):
+            below[low:high] = ascending[row].searchsorted(least[low:high])
+        ranks = width - below
+        query = np.repeat(np.arange(stop - start), np.diff(ends))
+        for index in np.flatnonzero((columns >= 0) & (columns < width)):
             ranks[index] += np.count_nonzero(scores[query[index], : columns[index]] == mine[index])
-        self._ranks[flat] += ranks
+        self._ranks[first:last] += ranks
 
-    def _merge_top(self, start: int, stop: int, begin: int, scores: np.ndarray, ascending: np.ndarray) -> None:
-        depth = self._depth
-        least = np.maximum(ascending[:, -min(depth, scores.shape[1])], self.top_scores[start:stop, -1])
+    def _note_best(self, start: int, stop: int, begin: int, scores: np.ndarray, ascending: np.ndarray) -> None:
+        """Keep what may be among the best of its query; sorted in once there is as much of it as there are places."""
+        least = np.maximum(ascending[:, -min(self._depth, scores.shape[1])], self.top_scores[start:stop, -1])
         least = np.maximum(least, np.finfo(np.float32).min)  # an excluded item has score -inf
         query, column = np.divmod(np.flatnonzero(scores >= least[:, None]), scores.shape[1])
+        waiting = self._waiting.setdefault(start, [])
+        waiting.append((query, column + begin, scores[query, column]))
+        if sum(len(found) for found, _, _ in waiting) >= self._depth * (stop - start):
+            self._sort_in(start, stop)
+
+    def _sort_in(self, start: int, stop: int) -> None:
         old_query, old_place = np.nonzero(self.top_rows[start:stop] >= 0)
-        query, column, score = (
-            np.concatenate(pair)
-            for pair in (
-                (old_query, query),
-                (self.top_rows[start:stop][old_query, old_place], column + begin),
-                (self.top_scores[start:stop][old_query, old_place], scores[query, column]),
-            )
+        old = (
+            old_query,
+            self.top_rows[start:stop][old_query, old_place],
+            self.top_scores[start:stop][old_query, old_place],
         )
+        query, column, score = (np.concatenate(parts) for parts in zip(old, *self._waiting.pop(start, []), strict=True))
         order = np.lexsort((column, -score, query))
         query, column, score = query[order], column[order], score[order]
         place = np.arange(len(query)) - np.searchsorted(query, query)
-        best = place < depth
+        best = place < self._depth
         self.top_rows[start + query[best], place[best]] = column[best]
         self.top_scores[start + query[best], place[best]] = score[best]
+
+    def finish(self) -> None:
+        """Sort in what is still waiting; call it after the last tile."""
+        for start, stop, _ in self._tiles:
+            self._sort_in(start, stop)
 
     def sorted_ranks(self) -> np.ndarray:
         query = np.repeat(np.arange(len(self._offsets) - 1), np.diff(self._offsets))
