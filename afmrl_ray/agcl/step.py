@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from afmrl_ray.agcl.batches import PairSampler, Shown
 from afmrl_ray.agcl.gather import gather_plain, gather_with_gradient
 from afmrl_ray.agcl.gradcache import backward_in_parts
-from afmrl_ray.agcl.layout import Batch, Direction
+from afmrl_ray.agcl.layout import Direction
 from afmrl_ray.agcl.loss import (
     agcl_loss,
     attribute_keep,
@@ -22,14 +20,9 @@ from afmrl_ray.agcl.loss import (
     margin_keep,
     scale_lexical,
 )
-from afmrl_ray.attributes.lexical import BM25
-from afmrl_ray.attributes.store import AttributeStore
-from afmrl_ray.catalogue import StagedCatalogue
-from afmrl_ray.config import Config
-from afmrl_ray.models.listing import ListingProcessor, Row, collate
-from afmrl_ray.models.microbatches import cut_by_tokens
-from afmrl_ray.models.prompts import encoder_row
-from afmrl_ray.models.vision_cache import VisionCache
+from afmrl_ray.agcl.prepare import Ahead, Prepared, Preparer, Task
+from afmrl_ray.config.train import AGCLConfig
+from afmrl_ray.models.listing import collate
 from afmrl_ray.training.engine import Engine
 from afmrl_ray.training.stopwatch import Stopwatch
 
@@ -43,87 +36,45 @@ class AGCLStep:
 
     The global batch is known to every worker, so only embeddings travel: the BM25 weights and the masks of the local
     rows against all columns are computed where they are used. Columns are all positives, then all curated negatives.
+
+    Args:
+        config: `agcl`.
+        preparer: makes the steps' inputs.
+        engine: the encoder.
+        pad_id: of its tokenizer.
+        rank: of this worker.
+        world: number of workers.
     """
 
     def __init__(
-        self,
-        config: Config,
-        catalogue: StagedCatalogue,
-        processor: ListingProcessor,
-        store: AttributeStore | None,
-        engine: Engine,
-        *,
-        rank: int = 0,
-        world: int = 1,
-        cache: VisionCache | None = None,
+        self, config: AGCLConfig, preparer: Preparer, engine: Engine, *, pad_id: int, rank: int = 0, world: int = 1
     ) -> None:
-        self._cache = cache
-        self._config, self._agcl = config, config.agcl
-        self._catalogue, self._processor, self._store, self._engine = catalogue, processor, store, engine
-        self._rank, self._world, self._share = rank, world, config.agcl.batch_size // world
-        self._items = catalogue.column("item_id")
-        self._sampler = PairSampler(catalogue, config.agcl, seed=config.run.seed)
-        by_attributes = self._agcl.mask.enabled and self._agcl.mask.kind == "attributes"
-        wanted = store is not None and (self._agcl.lexical.enabled or by_attributes)
-        self._bm25 = self._fit_bm25() if wanted and self._agcl.lexical.idf == "corpus" else None
-        self._lexical_wanted = wanted
+        self._agcl, self._engine, self._pad_id = config, engine, pad_id
+        self._rank, self._world = rank, world
+        self._ahead = Ahead(preparer, config.steps)
         self._warned = False
-
-    def _fit_bm25(self) -> BM25:
-        rows = {
-            row
-            for pair in self._agcl.pairs
-            for side in (pair.query, pair.positive)
-            for row in self._catalogue.rows(side).tolist()
-        }
-        return BM25().fit([self._text(row) for row in sorted(rows)])
-
-    def _text(self, row: int) -> str:
-        return self._store.text(self._items[row]) if self._store is not None else ""
 
     def __call__(self, step: int) -> dict[str, float]:
         watch = Stopwatch(self._engine.device)
-        hits, misses = (self._cache.hits, self._cache.misses) if self._cache is not None else (0, 0)
         with watch("data"):
-            batch = Batch(self._sampler.batch(step), self._rank, self._world, self._sampler.product_of)
-            rows = [self._input(*listing) for listing in batch.local_listings()]
-            budget = self._agcl.tokens_per_microbatch
-            parts = cut_by_tokens([len(row) for row in rows], budget) if budget else [list(range(len(rows)))]
+            prepared = self._ahead.take(step)
 
         def encode(wanted: list[int]) -> Tensor:
             with watch("forward"):
-                inputs = collate([rows[row] for row in wanted], self._processor.pad_id, self._engine.device)
+                inputs = collate([prepared.rows[row] for row in wanted], self._pad_id, self._engine.device)
                 return self._engine(**inputs)
 
         def loss(embeddings: Tensor) -> tuple[Tensor, dict[str, float]]:
             with watch("loss"):
-                return self._loss(step, batch, embeddings)
+                return self.loss(step, prepared, embeddings, watch)
 
         def backward(value: Tensor, last: bool) -> None:
             with watch("backward"):
                 self._engine.backward(value, last=last)
 
+        parts = prepared.parts
         stats = backward_in_parts(encode, parts, loss, backward, idle=self._most(len(parts)) - len(parts))
-        values = {**stats, **self._sizes(rows, parts), **watch.seconds()}
-        if self._cache is not None:
-            looked = self._cache.hits - hits + self._cache.misses - misses
-            values["vision_cache_hit_share"] = (self._cache.hits - hits) / max(1, looked)
-        return values
-
-    def _input(self, shown: Shown, source: int, as_query: bool) -> Row:
-        pair = self._agcl.pairs[source]
-        config = pair.query if as_query else pair.positive
-        enriched = self._agcl.enrich_query if as_query else self._agcl.enrich_positive
-        return encoder_row(
-            self._processor,
-            self._catalogue,
-            shown.row,
-            config=self._config.encoder,
-            inputs=config.inputs,
-            title_columns=config.title_columns,
-            attributes=self._text(shown.row) if shown.enrich < enriched else "",
-            cache=self._cache,
-        )
+        return {**stats, **self._sizes(prepared), **prepared.numbers, **watch.seconds()}
 
     def _most(self, parts: int) -> int:
         """The largest number of parts of any worker; known without asking where nothing is cut."""
@@ -133,8 +84,9 @@ class AGCLStep:
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         return int(most)
 
-    def _sizes(self, rows: Sequence[Row], parts: Sequence[Sequence[int]]) -> dict[str, float]:
+    def _sizes(self, prepared: Prepared) -> dict[str, float]:
         """Samples of the step, and tokens of this worker."""
+        rows, parts = prepared.rows, prepared.parts
         tokens = sum(len(row) for row in rows)
         padded = sum(max(len(rows[row]) for row in part) * len(part) for part in parts)
         return {
@@ -145,74 +97,61 @@ class AGCLStep:
             "microbatches": float(len(parts)),
         }
 
-    def _loss(self, step: int, batch: Batch, embeddings: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def loss(
+        self, step: int, prepared: Prepared, embeddings: Tensor, watch: Stopwatch
+    ) -> tuple[Tensor, dict[str, float]]:
+        """This worker's share of the loss, and the step's numbers averaged over the workers.
+
+        Args:
+            embeddings: [rows, D] of `prepared.rows`, with the logarithm of a learned temperature in the last column.
+        """
         temperature = embeddings.new_tensor(self._agcl.temperature)
         if self._agcl.learn_temperature:
             temperature = embeddings[:, -1].mean().exp().clamp(min=_LEAST_TEMPERATURE)
             embeddings = embeddings[:, :-1]
-        queries, positives, negatives = embeddings.split(batch.counts)
-        everyone = gather_with_gradient(positives)
-        if batch.negatives:
-            everyone = torch.cat([everyone, gather_with_gradient(negatives)])
-        losses, stats = self._direction(
-            step, batch.forward(self._text), queries, everyone, temperature=temperature, device=embeddings.device
-        )
-        if self._agcl.bidirectional:
-            backward, _ = self._direction(
-                step,
-                batch.backward(self._text),
-                positives,
-                gather_with_gradient(queries),
-                temperature=temperature,
-                device=embeddings.device,
-            )
-            losses = torch.stack([losses, backward])
-        loss = losses.mean()
+        queries, positives, negatives = embeddings.split(prepared.counts)
+        with watch("gather"):
+            everyone = gather_with_gradient(positives)
+            if prepared.counts[2]:
+                everyone = torch.cat([everyone, gather_with_gradient(negatives)])
+        loss, stats = self._direction(step, prepared.forward, queries, everyone, temperature=temperature)
+        if prepared.backward is not None:
+            with watch("gather"):
+                everyone = gather_with_gradient(queries)
+            backward, _ = self._direction(step, prepared.backward, positives, everyone, temperature=temperature)
+            loss = (loss + backward) / 2
         stats["temperature"] = float(temperature.detach())
         values = torch.tensor([*stats.values(), float(loss.detach())], dtype=torch.float64, device=loss.device)
-        mean = dict(zip([*stats, "loss"], gather_plain(values[None]).mean(0).tolist(), strict=True))
+        with watch("gather"):
+            mean = dict(zip([*stats, "loss"], gather_plain(values[None]).mean(0).tolist(), strict=True))
         self._warn(step, mean["masked_share"])
         return loss, mean
 
     def _direction(
-        self,
-        step: int,
-        task: Direction,
-        own: Tensor,
-        candidates: Tensor,
-        *,
-        temperature: Tensor,
-        device: torch.device,
+        self, step: int, task: Task, own: Tensor, candidates: Tensor, *, temperature: Tensor
     ) -> tuple[Tensor, dict[str, float]]:
         """Mean loss of the local rows against all columns, over each of a row's positives."""
-        agcl = self._agcl
+        lexical_config = self._agcl.lexical
         similarity = own @ candidates.T
-        raw = self._scores(task).to(device) if self._lexical_wanted else None
+        raw = task.lexical.to(own.device) if task.lexical is not None else None
         found = []
-        for column in task.positives:
-            index = torch.tensor(column, device=device)
+        for column in task.direction.positives:
+            index = torch.tensor(column, device=own.device)
             lexical = None
-            if raw is not None and agcl.lexical.enabled:
-                lexical = scale_lexical(raw, index, scale=agcl.lexical.scale, temperature=agcl.lexical.temperature)
+            if raw is not None and lexical_config.enabled:
+                lexical = scale_lexical(raw, index, scale=lexical_config.scale, temperature=lexical_config.temperature)
             found.append(
                 agcl_loss(
                     similarity,
                     index,
                     temperature=temperature,
                     lexical=lexical,
-                    keep=self._keep(step, task, similarity.detach(), candidates.detach(), raw, index),
-                    positive_weight=agcl.lexical.positive_weight,
+                    keep=self._keep(step, task.direction, similarity.detach(), candidates.detach(), raw, index),
+                    positive_weight=lexical_config.positive_weight,
                 )
             )
         loss = torch.stack([value for value, _ in found]).mean()
         return loss, {name: sum(stats[name] for _, stats in found) / len(found) for name in found[0][1]}
-
-    def _scores(self, task: Direction) -> Tensor:
-        bm25 = self._bm25
-        if bm25 is None:
-            # Every worker sees all candidates, so the statistics do not depend on who asks.
-            bm25 = BM25().fit(task.candidate_texts)
-        return torch.from_numpy(bm25.scores(task.own_texts, task.candidate_texts))
 
     def _keep(
         self, step: int, task: Direction, similarity: Tensor, candidates: Tensor, raw: Tensor | None, index: Tensor

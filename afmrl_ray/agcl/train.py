@@ -9,6 +9,7 @@ from typing import Any
 from torch import distributed as dist
 
 from afmrl_ray import storage
+from afmrl_ray.agcl.prepare import Preparer
 from afmrl_ray.agcl.step import AGCLStep
 from afmrl_ray.attributes.store import read_attributes
 from afmrl_ray.catalogue import CatalogueRef
@@ -76,7 +77,8 @@ def train_loop(payload: dict[str, Any]) -> None:
     store = read_attributes(job.attributes) if job.attributes else None
     cached = config.encoder.vision_cache
     cache = VisionCache(model, processor, cached) if cached.enabled else None
-    step_fn = AGCLStep(config, catalogue, processor, store, engine, rank=rank, world=world, cache=cache)
+    preparer = Preparer(config, catalogue, processor, store, rank=rank, world=world, cache=cache)
+    step_fn = AGCLStep(agcl, preparer, engine, pad_id=processor.pad_id, rank=rank, world=world)
 
     def save_model(path: str) -> None:
         with engine.whole_parameters():

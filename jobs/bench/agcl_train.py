@@ -18,6 +18,7 @@ def loop(payload: dict[str, Any]) -> None:
     """Runs both kinds of step in turn and writes their seconds down."""
     import torch
 
+    from afmrl_ray.agcl.prepare import Preparer
     from afmrl_ray.agcl.step import AGCLStep
     from afmrl_ray.models.encoder import EmbeddingModel
     from afmrl_ray.training.engine import Engine
@@ -50,8 +51,9 @@ def loop(payload: dict[str, Any]) -> None:
     agcl = bench.config.agcl
     ours = Engine(EmbeddingModel(bench.model()).train(), agcl.optimizer, steps=10_000, zero_stage=0)
     bare = Bare(EmbeddingModel(bench.model()))
+    preparer = Preparer(bench.config, bench.catalogue, bench.processor(), None)
     steps = {
-        name: AGCLStep(bench.config, bench.catalogue, bench.processor(), None, engine)  # type: ignore[arg-type]
+        name: AGCLStep(agcl, preparer, engine, pad_id=bench.processor().pad_id)  # type: ignore[arg-type]
         for name, engine in (("ours", ours), ("bare", bare))
     }
     times: dict[str, list[float]] = {"ours": [], "bare": []}

@@ -10,7 +10,7 @@ import torch
 from torch import distributed as dist
 from torch import multiprocessing
 
-from afmrl_ray.agcl.layout import Batch
+from afmrl_ray.agcl.prepare import Preparer
 from afmrl_ray.agcl.step import AGCLStep
 from afmrl_ray.attributes.store import AttributeRow, read_attributes, write_attributes
 from afmrl_ray.attributes.text import format_attributes, normalise_attributes
@@ -18,9 +18,9 @@ from afmrl_ray.config import validate
 from afmrl_ray.models.adapters import load_start
 from afmrl_ray.models.encoder import EmbeddingModel
 from afmrl_ray.models.listing import ListingProcessor, collate
-from afmrl_ray.models.microbatches import cut_by_tokens
 from afmrl_ray.training.engine import Engine
 from afmrl_ray.training.fit import seed_step
+from afmrl_ray.training.stopwatch import Stopwatch
 from tests.training.test_engine import free_port
 
 BUDGET = 220
@@ -50,26 +50,24 @@ def plain(case: tuple, ref, base: str, attributes: str, world: int) -> tuple[flo
     config = validate(values)
     model = embedding_model(config, base)
     processor = ListingProcessor.from_pretrained(base, config.encoder.picture)
-    engine = type("Engine", (), {"device": torch.device("cpu")})()
-    step = AGCLStep(config, ref.open(), processor, read_attributes(attributes), engine)
+    given = (config, ref.open(), processor, read_attributes(attributes))
     sides: list[list[torch.Tensor]] = [[], [], []]
     for rank in range(world):
-        batch = Batch(step._sampler.batch(0), rank, world, step._sampler.product_of)
-        rows = [step._input(*listing) for listing in batch.local_listings()]
-        budget = config.agcl.tokens_per_microbatch
-        parts = cut_by_tokens([len(row) for row in rows], budget) if budget else [list(range(len(rows)))]
+        prepared = Preparer(*given, rank=rank, world=world).prepare(0)
         seed_step(0, 0, rank)
         embeddings: dict[int, torch.Tensor] = {}
-        for part in parts:
-            found = model(**collate([rows[row] for row in part], processor.pad_id))
+        for part in prepared.parts:
+            found = model(**collate([prepared.rows[row] for row in part], processor.pad_id))
             embeddings.update(zip(part, found, strict=True))
-        own = torch.stack([embeddings[row] for row in range(len(rows))]).split(batch.counts)
+        own = torch.stack([embeddings[row] for row in range(len(prepared.rows))]).split(prepared.counts)
         for side, share in zip(sides, own, strict=True):
             side.append(share)
     everything = torch.cat([torch.cat(side) for side in sides])
-    whole = Batch(step._sampler.batch(0), 0, 1, step._sampler.product_of)
+    preparer = Preparer(*given)
+    whole = preparer.prepare(0)
+    step = AGCLStep(config.agcl, preparer, None, pad_id=processor.pad_id)
     # With several workers, listings that fill up the last share stand at the end.
-    loss, stats = step._loss(0, whole, everything[: sum(whole.counts)])
+    loss, stats = step.loss(0, whole, everything[: sum(whole.counts)], Stopwatch(torch.device("cpu")))
     loss.backward()
     return stats["loss"], [p.grad for p in model.parameters() if p.requires_grad]
 
@@ -88,7 +86,8 @@ def train(rank: int, world: int, port: int, cases: list, ref, base: str, attribu
         processor = processor or ListingProcessor.from_pretrained(base, config.encoder.picture)
         model = embedding_model(config, base)
         engine = Engine(model, config.agcl.optimizer, steps=2, zero_stage=config.agcl.workers.zero_stage)
-        step = AGCLStep(config, ref.open(), processor, read_attributes(attributes), engine, rank=rank, world=world)
+        preparer = Preparer(config, ref.open(), processor, read_attributes(attributes), rank=rank, world=world)
+        step = AGCLStep(config.agcl, preparer, engine, pad_id=processor.pad_id, rank=rank, world=world)
         seed_step(0, 0, rank)
         stats = step(0)
         gradients = [safe_get_full_grad(p).clone() for p in engine.parameters]

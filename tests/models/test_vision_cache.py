@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from afmrl_ray.agcl.prepare import Preparer
 from afmrl_ray.agcl.step import AGCLStep
 from afmrl_ray.config import validate
 from afmrl_ray.config.models import AdapterConfig, EncoderConfig, PictureConfig, VisionCacheConfig
@@ -186,7 +187,8 @@ def test_a_step_of_agcl_has_the_same_loss_and_gradient(tiny_checkpoints, tiny_ca
         processor = ListingProcessor.from_pretrained(base, whole.encoder.picture)
         cache = VisionCache(model, processor, whole.encoder.vision_cache) if cached else None
         engine = Engine(EmbeddingModel(model).train())
-        step = AGCLStep(whole, tiny_catalogue_ref.open(), processor, None, engine, cache=cache)
+        preparer = Preparer(whole, tiny_catalogue_ref.open(), processor, None, cache=cache)
+        step = AGCLStep(whole.agcl, preparer, engine, pad_id=processor.pad_id)
         stats = step(0)
         found.append((stats, [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]))
     for stats, gradients in found[1:]:
