@@ -12,7 +12,8 @@ import torch
 
 from afmrl_ray.config.models import AdapterConfig
 from afmrl_ray.errors import CheckpointError
-from afmrl_ray.models.backbones import fetch, inner_model, load_backbone
+from afmrl_ray.models.backbones import fetch, load_backbone
+from afmrl_ray.models.inner import inner_model
 
 ADAPTER_FILE = "adapter_model.safetensors"
 PROCESSOR_FILES = (

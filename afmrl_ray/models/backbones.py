@@ -80,8 +80,3 @@ def load_backbone(path: str, role: str, *, dtype: str = "float32", device: torch
     # What an adapter will name as its base: where the checkpoint lies for everybody, not this node's copy of it.
     model.name_or_path = path
     return model.to(device)
-
-
-def inner_model(model: Any) -> Any:
-    """The `ForConditionalGeneration` model itself, whether it is wrapped by PEFT or not."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

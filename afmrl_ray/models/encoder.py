@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from afmrl_ray.models.backbones import inner_model
+from afmrl_ray.models.inner import inner_model
 from afmrl_ray.models.last_token import last_token_only
 
 

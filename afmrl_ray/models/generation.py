@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afmrl_ray.models.backbones import inner_model
+from afmrl_ray.models.inner import inner_model
 from afmrl_ray.models.listing import ListingProcessor, Row, collate
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from afmrl_ray.models.backbones import inner_model
 from afmrl_ray.models.generation import token_logprobs
+from afmrl_ray.models.inner import inner_model
 from afmrl_ray.models.listing import ListingProcessor, Row, append_completion, collate
 
 

@@ -25,7 +25,7 @@ from safetensors.torch import save
 
 from afmrl_ray.config.models import VisionCacheConfig
 from afmrl_ray.errors import ConfigError
-from afmrl_ray.models.backbones import inner_model
+from afmrl_ray.models.inner import inner_model
 from afmrl_ray.models.listing import ListingProcessor, Visual
 
 log = logging.getLogger(__name__)
