@@ -36,11 +36,11 @@ def values_of(**agcl) -> dict:
 
 def embedding_model(config, base: str) -> EmbeddingModel:
     agcl = config.agcl
-    model = load_start(base, "encoder", agcl.adapter, seed=0)
+    model = load_start(base, "encoder", agcl.adapter, seed=0, dtype=config.encoder.dtype)
     draw = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at first, which would hide the gradient of the other factor
-            parameter.data.normal_(std=0.1, generator=draw)
+            parameter.data.copy_(torch.empty(parameter.shape).normal_(std=0.1, generator=draw))
     return EmbeddingModel(model, agcl.temperature if agcl.learn_temperature else None).train()
 
 
@@ -85,7 +85,13 @@ def train(rank: int, world: int, port: int, cases: list, ref, base: str, attribu
         config = validate(values)
         processor = processor or ListingProcessor.from_pretrained(base, config.encoder.picture)
         model = embedding_model(config, base)
-        engine = Engine(model, config.agcl.optimizer, steps=2, zero_stage=config.agcl.workers.zero_stage)
+        engine = Engine(
+            model,
+            config.agcl.optimizer,
+            steps=2,
+            zero_stage=config.agcl.workers.zero_stage,
+            bf16=config.encoder.dtype == "bfloat16",
+        )
         preparer = Preparer(config, ref.open(), processor, read_attributes(attributes), rank=rank, world=world)
         step = AGCLStep(config.agcl, preparer, engine, pad_id=processor.pad_id, rank=rank, world=world)
         seed_step(0, 0, rank)
@@ -141,6 +147,30 @@ def test_gradcache_under_every_zero_stage_equals_the_plain_pass(
     for case in cases:
         stats = check(case, tmp_path, world, expected[case[0][6:]])
         assert stats["microbatches"] > 1
+
+
+@pytest.mark.timeout(300)
+def test_in_bfloat16_the_cut_adds_nothing_to_the_errors_of_rounding(
+    tiny_checkpoints, tiny_catalogue_ref, attributes, tmp_path
+):
+    cases = [("lora-exact", values_of(adapter={"r": 4})), ("full-exact", values_of(adapter={"kind": "full"}))]
+    for stage, kind, budget in itertools.product(range(4), ("lora", "full"), (None, BUDGET)):
+        values = values_of(adapter={"kind": kind, "r": 4}, workers={"zero_stage": stage}, tokens_per_microbatch=budget)
+        values["encoder"]["dtype"] = "bfloat16"
+        cases.append((f"{kind}-zero{stage}-{'cut' if budget else 'whole'}", values))
+    given = (tiny_catalogue_ref, tiny_checkpoints["encoder"], attributes)
+    multiprocessing.spawn(train, args=(1, free_port(), cases, *given, str(tmp_path)), nprocs=1)
+
+    def gradient(name: str) -> torch.Tensor:
+        return torch.cat([part.float().flatten() for part in torch.load(tmp_path / f"{name}-1.pt")[1]])
+
+    for kind, stage in itertools.product(("lora", "full"), range(4)):
+        exact = gradient(f"{kind}-exact")
+        whole, cut = (
+            float((gradient(f"{kind}-zero{stage}-{which}") - exact).norm() / exact.norm()) for which in ("whole", "cut")
+        )
+        assert 1e-3 < whole < 0.2, "not rounded, or not the same gradient"
+        assert cut < 1.25 * whole, (kind, stage)
 
 
 @pytest.mark.timeout(300)
