@@ -6,7 +6,7 @@ CATALOGUE ?= ../shared/data/grocery/products.parquet
 export RAY_ENABLE_AUTO_CONNECT := 0
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch-extensions
 
-.PHONY: help demo demo-grocery test lint format bench bench-agcl ladder chaos clean
+.PHONY: help demo demo-grocery test lint format bench bench-agcl ablation ladder chaos clean
 
 help: ## show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -49,6 +49,9 @@ bench: $(VENV)/.installed ## side-by-side timings, after an equality check
 
 bench-agcl: .venv-bench/.installed ## stage 1 side by side with sentence-transformers, faiss, bm25s (about 15 minutes)
 	.venv-bench/bin/python jobs/bench/agcl.py
+
+ablation: $(VENV)/.installed ## readings of stage 1's loss on two catalogues, 3 seeds, resumable (about 2 hours on 2 cores)
+	$(BIN)/python jobs/bench/agcl_ablation.py --catalogue $(CATALOGUE)
 
 ladder: $(VENV)/.installed ## baseline and three rounds on the demo's catalogue (about 25 minutes on 2 cores)
 	$(BIN)/python jobs/run_cit.py --config jobs/configs/demo.yaml run.name=ladder cit.baseline=true cit.rounds=3
