@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
+from afmrl_ray import storage
 from afmrl_ray.config.models import OptimizerConfig
+from afmrl_ray.errors import CheckpointError
+from afmrl_ray.training.reshard import universal_checkpoint
 
 _TAG = "engine"
+_LAYOUT = "layout.json"
 
 
 def schedule_factor(config: OptimizerConfig, steps: int) -> Callable[[int], float]:
@@ -84,16 +90,43 @@ class Engine:
         norm = norm if norm is not None else self._engine.get_global_grad_norm()
         return {"learning_rate": rate, "gradient_norm": float(norm) if norm is not None else float("nan")}
 
+    @property
+    def layout(self) -> dict[str, int]:
+        """How the checkpoints that `save` writes are cut."""
+        return {"world_size": dist.get_world_size(), "zero_stage": self._zero_stage}
+
     def save(self, directory: str) -> None:
         """Write this rank's share of weights and optimizer; call it on every rank."""
         self._engine.save_checkpoint(directory, tag=_TAG, exclude_frozen_parameters=True)
+        if dist.get_rank() == 0:
+            storage.write_json(os.path.join(directory, _LAYOUT), self.layout)
 
     def load(self, directory: str) -> None:
-        """Read what `save` wrote, with as many ranks as wrote it.
+        """Read what `save` wrote, with any number of ranks; call it on every rank.
+
+        Without partitions (ZeRO 0) every rank reads the same; partitions of another number of ranks are converted
+        first.
 
         Raises:
             FileNotFoundError: the directory holds no such checkpoint.
+            CheckpointError: it was written with another ZeRO stage, or cannot be converted.
         """
+        wrote = storage.read_json(os.path.join(directory, _LAYOUT))
+        if wrote["zero_stage"] != self._zero_stage:
+            raise CheckpointError(
+                f"{directory}: written with ZeRO {wrote['zero_stage']}, this training has zero_stage "
+                f"{self._zero_stage}; set zero_stage={wrote['zero_stage']}, or start afresh under another run.name"
+            )
+        if self._zero_stage == 0 or wrote["world_size"] == dist.get_world_size():
+            self._read(directory)
+            return
+        with universal_checkpoint(directory, _TAG, wrote=wrote["world_size"]) as converted:
+            # Whether to convert is known only now that the engine exists; DeepSpeed looks at this when it loads.
+            self._engine._config.load_universal_checkpoint = True
+            self._read(converted)
+            self._engine._config.load_universal_checkpoint = False
+
+    def _read(self, directory: str) -> None:
         path, _ = self._engine.load_checkpoint(directory, tag=_TAG, load_module_strict=False)
         if path is None:
             raise FileNotFoundError(f"{directory}: no DeepSpeed checkpoint {_TAG!r}")

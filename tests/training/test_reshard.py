@@ -1,0 +1,139 @@
+"""Resuming with another number of workers: weights and moments are those of a run that was never interrupted."""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import multiprocessing, nn
+
+from afmrl_ray import storage
+from afmrl_ray.config.models import OptimizerConfig
+from afmrl_ray.errors import CheckpointError
+from afmrl_ray.training.engine import Engine, schedule_factor
+from tests.training.test_engine import free_port
+
+OPTIMIZER = OptimizerConfig(learning_rate=0.05, schedule="linear", warmup_share=0.25, gradient_clip=0.5)
+WORLDS = (3, 1, 2)
+STEPS = 2 * len(WORLDS)
+CASES = list(itertools.product(range(4), ("frozen", "full")))
+
+
+def model(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    # 75 trained numbers, or 124, divide neither by two nor by three times DeepSpeed's alignment.
+    net = nn.Sequential(nn.Linear(6, 7), nn.Linear(7, 8), nn.Tanh(), nn.Linear(8, 1), nn.Linear(1, 1))
+    net[0].requires_grad_(kind == "full")
+    return net
+
+
+def data() -> torch.Tensor:
+    return torch.randn(12, 6, generator=torch.Generator().manual_seed(1))
+
+
+def undisturbed(kind: str, *, forget: bool = False) -> list[torch.Tensor]:
+    """Plain torch with the whole batch; with `forget` the optimizer starts afresh wherever workers change."""
+    net, factor = model(kind), schedule_factor(OPTIMIZER, STEPS)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    for step in range(STEPS):
+        if step == 0 or (forget and step % 2 == 0):
+            optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
+        optimizer.param_groups[0]["lr"] = 0.05 * factor(step)
+        optimizer.zero_grad()
+        net(data()).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(trained, 0.5)
+        optimizer.step()
+    return [p.detach() for p in net.parameters()]
+
+
+def join(rank: int, world: int, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+
+
+def two_steps(rank: int, world: int, port: int, first: int, folder: str) -> None:
+    join(rank, world, port)
+    for stage, kind in CASES:
+        net = model(kind)
+        engine = Engine(net, OPTIMIZER, steps=STEPS, zero_stage=stage)
+        if first:
+            engine.load(f"{folder}/{stage}-{kind}-{first}")
+        own = data().chunk(world)[rank]
+        for _ in range(2):
+            engine.backward(engine(own).square().mean())
+            engine.step()
+        engine.save(f"{folder}/{stage}-{kind}-{first + 2}")
+        with engine.whole_parameters():
+            if rank == 0:
+                torch.save([p.detach().clone() for p in net.parameters()], f"{folder}/{stage}-{kind}.pt")
+        dist.barrier()
+        engine.close()
+    dist.destroy_process_group()
+
+
+def refusals(rank: int, port: int, asked: list[tuple[str, int]], told: str) -> None:
+    """Ask one worker to load every folder under a ZeRO stage, and write down what it says."""
+    join(rank, 1, port)
+    messages = []
+    for folder, stage in asked:
+        engine = Engine(model("full"), OPTIMIZER, steps=STEPS, zero_stage=stage)
+        with pytest.raises(CheckpointError) as caught:
+            engine.load(folder)
+        messages.append(str(caught.value))
+        engine.close()
+    storage.write_json(told, messages)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> str:
+    """Checkpoints and final weights of every case after six steps: two by three workers, two by one, two by two."""
+    folder = str(tmp_path_factory.mktemp("reshard"))
+    for index, world in enumerate(WORLDS):
+        multiprocessing.spawn(two_steps, args=(world, free_port(), 2 * index, folder), nprocs=world)
+    return folder
+
+
+def relative_to_update(ours: list[torch.Tensor], theirs: list[torch.Tensor], kind: str) -> float:
+    start = torch.nn.utils.parameters_to_vector(model(kind).parameters()).detach()
+    ours_flat, theirs_flat = (torch.cat([tensor.flatten() for tensor in found]) for found in (ours, theirs))
+    return float((ours_flat - theirs_flat).norm() / (theirs_flat - start).norm())
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("stage", "kind"), CASES)
+def test_workers_that_come_and_go_change_no_weight(trained, stage, kind):
+    weights = torch.load(f"{trained}/{stage}-{kind}.pt")
+    assert relative_to_update(weights, undisturbed(kind), kind) < 1e-5
+    assert relative_to_update(undisturbed(kind, forget=True), undisturbed(kind), kind) > 1e-2, "moments do not matter"
+
+
+@pytest.mark.timeout(300)
+def test_a_checkpoint_tells_who_wrote_it(trained):
+    assert storage.read_json(f"{trained}/2-full-2/layout.json") == {"world_size": 3, "zero_stage": 2}
+
+
+@pytest.mark.timeout(300)
+def test_what_cannot_be_loaded_is_told_in_one_line_and_costs_nothing(trained, tmp_path):
+    damaged = {stage: tmp_path / f"damaged-{stage}" for stage in (2, 3)}
+    for stage, folder in damaged.items():
+        storage.copy_dir(f"{trained}/{stage}-full-2", str(folder))
+        (folder / "engine" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    files = [list(storage.list_files(str(folder))) for folder in damaged.values()]
+    asked = [(f"{trained}/1-full-2", 2), *((str(folder), stage) for stage, folder in damaged.items())]
+    told = str(tmp_path / "told.json")
+    multiprocessing.spawn(refusals, args=(free_port(), asked, told), nprocs=1)
+    stage, *shards = storage.read_json(told)
+    assert "written with ZeRO 1" in stage
+    assert "set zero_stage=1" in stage
+    for message in shards:
+        assert "written by 3 workers, cannot be converted for 1" in message
+        assert "go back to 3 workers" in message
+        assert "\n" not in message
+    assert [list(storage.list_files(str(folder))) for folder in damaged.values()] == files
