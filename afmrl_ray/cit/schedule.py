@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from afmrl_ray.config import Config
+from afmrl_ray.config.cluster import WorkersConfig
 from afmrl_ray.training.cluster import Demand, pool_demand, resources_there, total, workers_demand
 
 
@@ -29,13 +30,12 @@ def dry_run(config: Config) -> str:
 def describe(config: Config, there: Mapping[str, float]) -> str:
     """The derived schedule, and the resources asked for against those there."""
     distill, agcl, rar = config.distill, config.agcl, config.rar
-    share = agcl.batch_size // agcl.workers.num_workers
     completions = rar.prompts_per_step * rar.group_size
     lines = [
         "schedule",
-        f"  distill   {distill.steps} steps x {distill.batch_size} listings on {distill.workers.num_workers} workers",
+        f"  distill   {distill.steps} steps x {distill.batch_size} listings on {_size(distill.workers)} workers",
         f"  rounds    {config.cit.rounds}" + (", after a baseline" if config.cit.baseline else ""),
-        f"  agcl      {agcl.steps} steps x {agcl.batch_size} pairs ({share} a worker), "
+        f"  agcl      {agcl.steps} steps x {agcl.batch_size} pairs on {_size(agcl.workers)} workers, "
         f"{agcl.batch_size - 1} negatives a query, ZeRO {agcl.workers.zero_stage}, {agcl.adapter.kind}",
         f"  rar       {rar.steps} steps x {rar.prompts_per_step} prompts x {rar.group_size} completions = "
         f"{completions} rollouts of up to {config.generator.max_new_tokens} tokens "
@@ -56,3 +56,9 @@ def describe(config: Config, there: Mapping[str, float]) -> str:
     lines.append("resources there")
     lines.append("  " + ", ".join(f"{there.get(name, 0):g} {name}" for name in ("CPU", "GPU")))
     return "\n".join(lines)
+
+
+def _size(workers: WorkersConfig) -> str:
+    return (
+        str(workers.num_workers) if workers.min_workers is None else f"{workers.min_workers} to {workers.num_workers}"
+    )

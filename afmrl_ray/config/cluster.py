@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from afmrl_ray.config.base import Section
 
@@ -34,14 +34,24 @@ class RayConfig(Section):
 
 
 class WorkersConfig(Section):
-    """A Ray Train worker group with DeepSpeed inside."""
+    """A Ray Train worker group with DeepSpeed inside.
+
+    The number of workers may change between restarts and within a run. Batches and their order stay the same; results
+    differ by the order in which floats are summed and, where the adapter has dropout, by its draws, which each worker
+    makes for its own share.
+    """
 
     operational = frozenset(
-        {"cpus_per_worker", "use_gpu", "checkpoint_every", "checkpoints_kept", "max_failures", "collective_timeout_s"}
-    )
+        {
+            "num_workers", "min_workers", "cpus_per_worker", "use_gpu",
+            "checkpoint_every", "checkpoints_kept", "max_failures", "collective_timeout_s",
+        }
+    )  # fmt: skip
 
     num_workers: int = Field(1, ge=1)
-    """Data-parallel workers; a step's batch is cut evenly among them."""
+    """Data-parallel workers; a step's batch is cut evenly among them. May be changed before a training is resumed."""
+    min_workers: int | None = Field(None, ge=1)
+    """Smallest group that begins, or goes on when nodes are lost; it grows again when they come back. None = fixed."""
     cpus_per_worker: float = Field(1, gt=0)
     """CPUs of a worker; also its torch threads, rounded down to at least 1."""
     use_gpu: bool = False
@@ -56,6 +66,24 @@ class WorkersConfig(Section):
     """Worker failures survived by a restart from the last checkpoint."""
     collective_timeout_s: float = Field(600, gt=0)
     """Seconds after which a hung collective call ends the worker."""
+
+    @model_validator(mode="after")
+    def _elastic_within_bounds(self) -> WorkersConfig:
+        if self.min_workers is None:
+            return self
+        if self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers {self.min_workers} is above num_workers {self.num_workers}; lower it")
+        if self.zero_stage:
+            raise ValueError(
+                f"min_workers needs whole optimizers on every worker, zero_stage {self.zero_stage} cuts them; "
+                "set zero_stage=0 or leave min_workers out"
+            )
+        return self
+
+    @property
+    def least(self) -> int:
+        """Workers without which nothing begins."""
+        return self.min_workers or self.num_workers
 
 
 class PoolConfig(Section):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from pydantic import model_validator
 
 from afmrl_ray.config.base import Section
@@ -50,10 +52,18 @@ class Config(Section):
     def _batches_divide(self) -> Config:
         for name in ("distill", "agcl"):
             section = getattr(self, name)
-            if section.batch_size % section.workers.num_workers:
+            workers = section.workers
+            if section.batch_size % workers.num_workers:
                 raise ValueError(
                     f"{name}.batch_size {section.batch_size} does not divide among "
-                    f"{name}.workers.num_workers {section.workers.num_workers}; use a multiple"
+                    f"{name}.workers.num_workers {workers.num_workers}; use a multiple"
+                )
+            uneven = [count for count in range(workers.least, workers.num_workers) if section.batch_size % count]
+            if uneven:
+                raise ValueError(
+                    f"{name}.batch_size {section.batch_size} does not divide among {uneven[-1]} workers, which "
+                    f"{name}.workers.min_workers {workers.least} allows; use a multiple of "
+                    f"{math.lcm(*range(workers.least, workers.num_workers + 1))}, or leave min_workers out"
                 )
         return self
 

@@ -78,7 +78,8 @@ def pool_demand(pool: PoolConfig) -> Demand:
 
 
 def workers_demand(workers: WorkersConfig) -> Demand:
-    return Demand(workers.num_workers, {"CPU": workers.cpus_per_worker, "GPU": float(workers.use_gpu)})
+    """What a worker group cannot do without: that of its smallest size where it is elastic."""
+    return Demand(workers.least, {"CPU": workers.cpus_per_worker, "GPU": float(workers.use_gpu)})
 
 
 def total(demands: Sequence[Demand]) -> dict[str, float]:

@@ -32,7 +32,8 @@ def fit(
 ) -> Any:
     """Run `loop` on a Ray Train worker group and return its `ray.train.Result` with the last checkpoint.
 
-    The same `directory` and `name` resume an interrupted training from its last committed checkpoint.
+    The same `directory` and `name` resume an interrupted training from its last committed checkpoint, with the same
+    number of workers or another.
 
     Raises:
         UserError: raised in a worker; it reaches the caller as it was.
@@ -48,7 +49,7 @@ def fit(
         train_loop_config=loop_config,
         torch_config=TorchConfig(timeout_s=int(workers.collective_timeout_s)),
         scaling_config=ScalingConfig(
-            num_workers=workers.num_workers,
+            num_workers=_group_size(workers),
             use_gpu=workers.use_gpu,
             resources_per_worker={key: value for key, value in demand.each.items() if value},
         ),
@@ -66,6 +67,11 @@ def fit(
         raise user_error_inside(error) or error from None
 
 
+def _group_size(workers: WorkersConfig) -> int | tuple[int, int]:
+    """Ray Train's way to say it: a pair makes the group elastic."""
+    return workers.num_workers if workers.min_workers is None else (workers.min_workers, workers.num_workers)
+
+
 def user_error_inside(error: BaseException) -> errors.UserError | None:
     """The `UserError` that a failed worker raised, if that is what ended the training."""
     failures = getattr(error, "worker_failures", None) or {}
@@ -79,7 +85,10 @@ def user_error_inside(error: BaseException) -> errors.UserError | None:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Make every random draw of a step (dropout) a function of seed, step and rank, so that a resume repeats it."""
+    """Make every random draw of a step (dropout) a function of seed, step and rank, so that a resume repeats it.
+
+    With another number of workers a rank has another share of the batch, so dropout draws differently then.
+    """
     torch.manual_seed((seed * 1_000_003 + step) * 1009 + rank)
 
 
@@ -167,13 +176,16 @@ def _restore(engine: Engine) -> int:
 
 def _report(engine: Engine, step: int, values: dict[str, float], save_model: Callable[[str], None]) -> None:
     import ray.train
-    from ray.train import Checkpoint
+    from ray.train import Checkpoint, CheckpointConsistencyMode
 
     with tempfile.TemporaryDirectory() as directory:
         engine.save(os.path.join(directory, "engine"))
         save_model(os.path.join(directory, "model"))
         if ray.train.get_context().get_world_rank() == 0:
-            storage.write_json(os.path.join(directory, "progress.json"), {"step": step})
+            storage.write_json(os.path.join(directory, "progress.json"), {"step": step, **engine.layout})
+            # A report is durable some time after it returns: with the one before committed, a crash costs no more than
+            # the steps since then.
+            ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
         ray.train.report(
             {"step": step, **values},
             checkpoint=Checkpoint.from_directory(directory),

@@ -15,6 +15,8 @@ def decisive(*overrides: str) -> dict:
 @pytest.mark.parametrize(
     "override",
     [
+        "agcl.workers.num_workers=2",
+        "agcl.workers.min_workers=1",
         "agcl.workers.max_failures=9",
         "agcl.workers.collective_timeout_s=5",
         "distill.workers.checkpoint_every=7",
@@ -33,7 +35,7 @@ def test_what_changes_no_result_asks_for_nothing_again(override):
     "override",
     [
         "agcl.temperature=0.1",
-        "agcl.workers.num_workers=2",
+        "agcl.workers.zero_stage=2",
         "agcl.pairs=[{weight: 2}]",
         "agcl.mask.threshold=0.5",
         "rar.reward.k=3",

@@ -40,6 +40,18 @@ def test_the_printed_config_reads_back_as_itself(tmp_path):
         (["rar.group_size=1"], "rar.group_size: .*greater than or equal to 2"),
         (["agcl.temperature=nan"], "agcl.temperature"),
         (["agcl.batch_size=7", "agcl.workers.num_workers=2"], "agcl.batch_size 7 does not divide.*use a multiple"),
+        (
+            ["agcl.workers={num_workers: 2, min_workers: 3}"],
+            "agcl.workers: min_workers 3 is above num_workers 2; lower",
+        ),
+        (
+            ["agcl.workers={num_workers: 2, min_workers: 1, zero_stage: 2}"],
+            "agcl.workers: min_workers .*zero_stage 2.*set zero_stage=0 or leave min_workers out",
+        ),
+        (
+            ["distill.batch_size=32", "distill.workers={num_workers: 4, min_workers: 2}"],
+            "distill.batch_size 32 does not divide among 3 workers.*min_workers 2 allows; use a multiple of 12",
+        ),
         (["rar.prompts_per_step=3", "rar.num_learners=2"], "prompts_per_step 3 does not divide"),
         (["evaluation.headline=nothing"], "evaluation.headline 'nothing' is not a retrieval protocol"),
         (["teacher.kind=oracle"], "teacher.*'column', 'openai', 'model'"),
