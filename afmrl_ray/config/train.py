@@ -173,8 +173,11 @@ class RARConfig(Section):
     """Stage 2: GRPO of the generator, rewarded with the retrieval of the frozen encoder."""
 
     operational = frozenset(
-        {"tokens_per_microbatch", "logprob_gap_limit", "cpus_per_learner", "gpus_per_learner", "checkpoint_every"}
-    )
+        {
+            "tokens_per_microbatch", "logprob_gap_limit", "num_learners", "cpus_per_learner", "gpus_per_learner",
+            "checkpoint_every",
+        }
+    )  # fmt: skip
 
     task: TaskConfig = TaskConfig()
     """What is retrieved."""
@@ -203,7 +206,7 @@ class RARConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-6, schedule="constant")
     """Optimizer."""
     num_learners: int = Field(1, ge=0)
-    """RLlib learners; 0 = one inside the driver's process."""
+    """RLlib learners; 0 = one inside the driver's process. May be changed before a RAR is resumed."""
     cpus_per_learner: float = Field(1, gt=0)
     """CPUs of a learner; also its torch threads."""
     gpus_per_learner: float = Field(0, ge=0)

@@ -31,15 +31,21 @@ def columns(ray_local, policy_spec) -> dict[str, np.ndarray]:
     return batch_columns(groups, advantages, np.ones_like(advantages, dtype=bool))
 
 
-def update(policy_spec, columns, steps: int = 1, **changes) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Trained tensors and numbers after the updates."""
+def update(
+    policy_spec, columns, steps: int = 1, *, load: str = "", save: str = "", **changes
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Trained tensors and numbers after the updates, `save` taken before the last one or `load` before the first."""
     rar = RARConfig(
         **{"group_size": GROUP, "prompts_per_step": 4, "optimizer": OPTIMIZER, "kl_coef": 0.1, "steps": 4,
            "cpus_per_learner": 0.5, **changes}
     )  # fmt: skip
     learners = build_learners(rar, policy_spec)
     try:
-        for _ in range(steps):
+        if load:
+            [result.get() for result in learners.foreach_learner(lambda learner: learner.load_engine(load, steps - 1))]
+        for step in range(steps - 1 if load else 0, steps):
+            if save and step == steps - 1:
+                [result.get() for result in learners.foreach_learner(lambda learner: learner.save_engine(save))]
             learners.update(batch=learner_batch(columns))
         exported = [result.get() for result in learners.foreach_learner(lambda learner: learner.export_weights())]
         stats = [result.get() for result in learners.foreach_learner(lambda learner: learner.stats)]
@@ -96,3 +102,14 @@ def test_the_update_moves_the_policy_and_the_kl_to_the_start_with_it(policy_spec
     assert any(not torch.equal(tensors[name], start[name]) for name in start)
     assert stats["kl"] > 1e-6
     assert stats["logprob_gap"] > 1e-4
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_one_learner_goes_on_where_two_stopped(policy_spec, columns, tmp_path, zero_stage):
+    shared: dict = {"steps": 3, "zero_stage": zero_stage}
+    path = str(tmp_path / "engine")
+    two, two_stats = update(policy_spec, columns, save=path, num_learners=2, **shared)
+    one, one_stats = update(policy_spec, columns, load=path, num_learners=0, **shared)
+    for name in ("loss", "kl", "gradient_norm", "learning_rate"):
+        assert one_stats[name] == pytest.approx(two_stats[name], rel=1e-4, abs=1e-6)
+    assert_same_direction(policy_spec, one, two)
