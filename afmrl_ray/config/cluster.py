@@ -59,7 +59,7 @@ class WorkersConfig(Section):
     zero_stage: int = Field(0, ge=0, le=3)
     """DeepSpeed ZeRO stage."""
     checkpoint_every: int = Field(100, gt=0)
-    """Steps between checkpoints; what a crash may cost is at most this many steps."""
+    """Steps between checkpoints; what a crash may cost is this many steps, and those of the seconds of a commit."""
     checkpoints_kept: int = Field(2, ge=1)
     """Latest checkpoints kept while training."""
     max_failures: int = Field(3, ge=0)

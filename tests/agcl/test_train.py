@@ -37,7 +37,7 @@ def kill_a_worker_after(first_checkpoint: Path) -> None:
         time.sleep(0.05)
     # The checkpoint counts once the controller has noted it, a moment after it appeared.
     time.sleep(2)
-    workers = [p for p in psutil.process_iter(["name"]) if "RayTrainWorker" in (p.info["name"] or "")]
+    workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in p.name()]
     os.kill(workers[-1].pid, signal.SIGKILL)
 
 
