@@ -22,6 +22,7 @@ from afmrl_ray.agcl.loss import (
 )
 from afmrl_ray.agcl.prepare import Ahead, Prepared, Preparer, Task
 from afmrl_ray.config.train import AGCLConfig
+from afmrl_ray.models.flops import EncoderFlops
 from afmrl_ray.models.listing import collate
 from afmrl_ray.training.engine import Engine
 from afmrl_ray.training.stopwatch import Stopwatch
@@ -42,14 +43,23 @@ class AGCLStep:
         preparer: makes the steps' inputs.
         engine: the encoder.
         pad_id: of its tokenizer.
+        flops: counts what a step needs; none = it is not told.
         rank: of this worker.
         world: number of workers.
     """
 
     def __init__(
-        self, config: AGCLConfig, preparer: Preparer, engine: Engine, *, pad_id: int, rank: int = 0, world: int = 1
+        self,
+        config: AGCLConfig,
+        preparer: Preparer,
+        engine: Engine,
+        *,
+        pad_id: int,
+        flops: EncoderFlops | None = None,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
-        self._agcl, self._engine, self._pad_id = config, engine, pad_id
+        self._agcl, self._engine, self._pad_id, self._flops = config, engine, pad_id, flops
         self._rank, self._world = rank, world
         self._ahead = Ahead(preparer, config.steps)
         self._warned = False
@@ -89,7 +99,9 @@ class AGCLStep:
         rows, parts = prepared.rows, prepared.parts
         tokens = sum(len(row) for row in rows)
         padded = sum(max(len(rows[row]) for row in part) * len(part) for part in parts)
+        needed = {"tflop": self._flops.step(rows) / 1e12} if self._flops is not None else {}
         return {
+            **needed,
             "samples": float(self._agcl.batch_size),
             "tokens": float(tokens),
             "visual_tokens": float(sum(int(row.token_types.sum()) for row in rows)),

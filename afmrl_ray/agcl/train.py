@@ -17,6 +17,7 @@ from afmrl_ray.config import Config, validate
 from afmrl_ray.config.train import AGCLConfig
 from afmrl_ray.models.adapters import load_start, save_trained
 from afmrl_ray.models.encoder import EmbeddingModel
+from afmrl_ray.models.flops import EncoderFlops
 from afmrl_ray.models.listing import ListingProcessor
 from afmrl_ray.models.vision_cache import VisionCache
 from afmrl_ray.training.engine import Engine
@@ -67,6 +68,7 @@ def train_loop(payload: dict[str, Any]) -> None:
     model = load_start(job.start, "encoder", agcl.adapter, seed=config.run.seed, dtype=config.encoder.dtype)
     processor = ListingProcessor.from_pretrained(job.start, config.encoder.picture)
     catalogue = job.catalogue.open()
+    flops = EncoderFlops(model)
     engine = Engine(
         EmbeddingModel(model, agcl.temperature if agcl.learn_temperature else None).train(),
         agcl.optimizer,
@@ -78,7 +80,7 @@ def train_loop(payload: dict[str, Any]) -> None:
     cached = config.encoder.vision_cache
     cache = VisionCache(model, processor, cached) if cached.enabled else None
     preparer = Preparer(config, catalogue, processor, store, rank=rank, world=world, cache=cache)
-    step_fn = AGCLStep(agcl, preparer, engine, pad_id=processor.pad_id, rank=rank, world=world)
+    step_fn = AGCLStep(agcl, preparer, engine, pad_id=processor.pad_id, flops=flops, rank=rank, world=world)
 
     def save_model(path: str) -> None:
         with engine.whole_parameters():

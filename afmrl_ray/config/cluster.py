@@ -44,7 +44,7 @@ class WorkersConfig(Section):
     operational = frozenset(
         {
             "num_workers", "min_workers", "cpus_per_worker", "use_gpu",
-            "checkpoint_every", "checkpoints_kept", "max_failures", "collective_timeout_s",
+            "checkpoint_every", "checkpoints_kept", "max_failures", "collective_timeout_s", "peak_tflops",
         }
     )  # fmt: skip
 
@@ -66,6 +66,8 @@ class WorkersConfig(Section):
     """Worker failures survived by a restart from the last checkpoint."""
     collective_timeout_s: float = Field(600, gt=0)
     """Seconds after which a hung collective call ends the worker."""
+    peak_tflops: float | None = Field(None, gt=0)
+    """Peak of a worker's device, TFLOP/s, for the utilisation in the metrics; none = that of known GPUs in bfloat16."""
 
     @model_validator(mode="after")
     def _elastic_within_bounds(self) -> WorkersConfig:

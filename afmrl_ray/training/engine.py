@@ -53,7 +53,7 @@ class Engine:
         self, model: nn.Module, optimizer: OptimizerConfig, *, steps: int, zero_stage: int, bf16: bool = False
     ) -> None:
         deepspeed = _import_deepspeed()
-        self._zero_stage = zero_stage
+        self._zero_stage, self.bf16 = zero_stage, bf16
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self._all_parameters = list(model.parameters())
         factor = schedule_factor(optimizer, steps)

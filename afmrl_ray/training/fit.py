@@ -14,6 +14,7 @@ from torch import distributed as dist
 
 from afmrl_ray import errors, storage
 from afmrl_ray.config.cluster import WorkersConfig
+from afmrl_ray.models.flops import peak_tflops
 from afmrl_ray.training.cluster import require_resources, torch_threads, workers_demand
 from afmrl_ray.training.engine import Engine
 from afmrl_ray.training.metrics_log import MetricsLog
@@ -124,6 +125,7 @@ def run_steps(
     bar = tqdm_ray.tqdm(total=steps, desc=label) if rank == 0 else None
     if bar is not None:
         bar.update(start)
+    peak = _peak_tflops(engine, workers)
     values: dict[str, float] = {}
     for step in range(start, steps):
         began = time.perf_counter()
@@ -131,7 +133,7 @@ def run_steps(
         values = train_step(step)
         stepped = time.perf_counter()
         values.update(engine.step())
-        values.update(_measured(values, stepped - began, time.perf_counter() - stepped, engine.device))
+        values.update(_measured(values, stepped - began, time.perf_counter() - stepped, engine.device, peak))
         if log is not None and bar is not None:
             log.log(step, values)
             bar.update(1)
@@ -146,18 +148,27 @@ def run_steps(
     return values
 
 
-def _measured(values: dict[str, float], step: float, optimizer: float, device: torch.device) -> dict[str, float]:
-    """Seconds of the step and of the optimizer in it, samples per second and peak memory."""
+def _measured(
+    values: dict[str, float], step: float, optimizer: float, device: torch.device, peak: float | None
+) -> dict[str, float]:
+    """Seconds of the step and its optimizer, rates, peak memory, and `mfu` where the device's peak is known."""
     cuda = device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    found = {
-        "seconds_step": step + optimizer,
-        "seconds_optimizer": optimizer,
-        "peak_memory_mb": peak / 2**20,
-    }
+    memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    seconds = step + optimizer
+    found = {"seconds_step": seconds, "seconds_optimizer": optimizer, "peak_memory_mb": memory / 2**20}
     if "samples" in values:
-        found["samples_per_second"] = values["samples"] / (step + optimizer)
+        found["samples_per_second"] = values["samples"] / seconds
+    if "tflop" in values:
+        found["tflops_per_second"] = values["tflop"] / seconds
+        if peak is not None:
+            found["mfu"] = found["tflops_per_second"] / peak
     return found
+
+
+def _peak_tflops(engine: Engine, workers: WorkersConfig) -> float | None:
+    if workers.peak_tflops is not None or engine.device.type != "cuda" or not engine.bf16:
+        return workers.peak_tflops
+    return peak_tflops(torch.cuda.get_device_name(engine.device))
 
 
 def _restore(engine: Engine) -> int:

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 def config_of(folder: Path, steps: int) -> Config:
     values = run_values(folder)
     values["agcl"].update(steps=steps, lexical={"enabled": False})
-    values["agcl"]["workers"].update(checkpoint_every=2)
+    values["agcl"]["workers"].update(checkpoint_every=2, peak_tflops=0.5)
     return validate(values)
 
 
@@ -46,6 +46,8 @@ def test_a_finished_training_asked_again_gives_the_same_at_once(
 ):
     first = train(tmp_path, tiny_checkpoints, tiny_catalogue_ref, 4)
     assert first[0]["gradient_norm"] > 0
+    assert first[0]["mfu"] == pytest.approx(first[0]["tflops_per_second"] / 0.5)
+    assert 0 < first[0]["tflop"] < 1e-3
     steps = storage.read_bytes(str(tmp_path / "attempt/log/metrics.jsonl"))
     assert train(tmp_path, tiny_checkpoints, tiny_catalogue_ref, 4) == first
     assert storage.read_bytes(str(tmp_path / "attempt/log/metrics.jsonl")) == steps
