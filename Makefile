@@ -6,7 +6,7 @@ CATALOGUE ?= ../shared/data/grocery/products.parquet
 export RAY_ENABLE_AUTO_CONNECT := 0
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch-extensions
 
-.PHONY: help demo demo-grocery test lint format bench bench-agcl ablation ladder chaos clean
+.PHONY: help demo demo-grocery test test-bench lint format bench bench-agcl ablation ladder chaos clean
 
 help: ## show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,8 +44,12 @@ bench: $(VENV)/.installed ## side-by-side timings, after an equality check
 .venv-bench/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt torch
-	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
 	touch $@
+
+test-bench: .venv-bench/.installed ## the tests against stock sentence-transformers
+	.venv-bench/bin/python -c 'import sentence_transformers'
+	.venv-bench/bin/python -m pytest tests/models/test_sentence_transformers_export.py
 
 bench-agcl: .venv-bench/.installed ## stage 1 side by side with sentence-transformers, faiss, bm25s (about 15 minutes)
 	.venv-bench/bin/python jobs/bench/agcl.py

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from afmrl_ray import storage
 from afmrl_ray.errors import CheckpointError
@@ -22,10 +24,23 @@ def export_merged(path: str, role: str, out: str, *, dtype: str = "float32") -> 
     Raises:
         CheckpointError: see `models.adapters.load_trained`; or `out` holds something already.
     """
+    with new_folder(out) as local:
+        load_trained(path, role, dtype=dtype).save_pretrained(local, safe_serialization=True)
+        copy_processor(fetch(path), local)
+
+
+@contextmanager
+def new_folder(out: str) -> Iterator[str]:
+    """A local folder to write into, copied to `out` at the end, and not at all if writing fails.
+
+    Args:
+        out: folder or URI.
+
+    Raises:
+        CheckpointError: `out` holds something already.
+    """
     if next(iter(storage.list_files(out)), None) is not None:
         raise CheckpointError(f"{out} is not empty; name another folder")
-    model = load_trained(path, role, dtype=dtype)
     with tempfile.TemporaryDirectory() as local:
-        model.save_pretrained(local, safe_serialization=True)
-        copy_processor(fetch(path), local)
+        yield local
         storage.copy_dir(local, out)

@@ -126,6 +126,42 @@ def mrope_positions(token_types: np.ndarray, grids: Sequence[tuple[int, int, int
     return positions
 
 
+def load_processors(path: str, **settings: Any) -> tuple[Any, Any]:
+    """Tokenizer and picture processor of a checkpoint folder or hub name.
+
+    Args:
+        settings: of the tokenizer, over its own.
+
+    Raises:
+        CheckpointError: the folder has no tokenizer, or no picture processor, that fits.
+    """
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(fetch(path), **settings)
+        # Its other backend needs torchvision and gives other pixels.
+        return tokenizer, AutoImageProcessor.from_pretrained(fetch(path), backend="pil")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: no tokenizer or picture processor ({_one_line(error)})") from error
+
+
+def chat_frame(tokenizer: Any) -> tuple[str, str]:
+    """What the checkpoint's chat template writes before and after a user's message, the answer's beginning included.
+
+    Raises:
+        CheckpointError: the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise CheckpointError("the tokenizer has no chat template; use an instruct checkpoint")
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": [{"type": "text", "text": _SENTINEL}]}],
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    before, _, after = text.partition(_SENTINEL)
+    return before, after
+
+
 class ListingProcessor:
     """Tokenizer and picture processor of one checkpoint."""
 
@@ -143,22 +179,17 @@ class ListingProcessor:
         self.forbidden_ids = sorted(
             i for token, i in tokenizer.get_added_vocab().items() if token != "<|im_end|>" and token.startswith("<|")
         )
-        self._prefix, self._suffix = self._template()
+        before, after = chat_frame(tokenizer)
+        self._prefix, self._suffix = self._encode(before), self._encode(after)
 
     @classmethod
     def from_pretrained(cls, path: str, picture: PictureConfig) -> ListingProcessor:
         """Load from a checkpoint folder or hub name.
 
         Raises:
-            CheckpointError: the folder has no tokenizer, or no picture processor, that fits.
+            CheckpointError: see `load_processors`; or the tokenizer lacks tokens or a chat template.
         """
-        from transformers import AutoImageProcessor, AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(fetch(path))
-            image_processor = AutoImageProcessor.from_pretrained(fetch(path), backend="pil")
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: no tokenizer or picture processor ({_one_line(error)})") from error
+        tokenizer, image_processor = load_processors(path)
         return cls(tokenizer, image_processor, picture)
 
     def _special(self, token: str) -> int:
@@ -166,17 +197,6 @@ class ListingProcessor:
         if index is None or (index == self.tokenizer.unk_token_id and token != self.tokenizer.unk_token):
             raise CheckpointError(f"the tokenizer lacks {token}; use a Qwen2-VL or Qwen2.5-VL checkpoint")
         return int(index)
-
-    def _template(self) -> tuple[np.ndarray, np.ndarray]:
-        if not self.tokenizer.chat_template:
-            raise CheckpointError("the tokenizer has no chat template; use an instruct checkpoint")
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": [{"type": "text", "text": _SENTINEL}]}],
-            add_generation_prompt=True,
-            tokenize=False,
-        )
-        before, _, after = text.partition(_SENTINEL)
-        return self._encode(before), self._encode(after)
 
     def _encode(self, text: str) -> np.ndarray:
         return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)

@@ -1,8 +1,7 @@
 """One training step of the encoder against sentence-transformers, and GradCache against the plain step.
 
 Both sides get the same weights, token ids and pixels, so what is timed is forward pass, loss, backward pass and
-optimizer. sentence-transformers' own losses and pooling run on `AutoModel`; its processor is left out, since it cannot
-be loaded without torchvision.
+optimizer. sentence-transformers' own losses and pooling run on `AutoModel`; its processor is left out, as ours is.
 """
 
 from __future__ import annotations

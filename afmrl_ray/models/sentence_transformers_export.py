@@ -1,0 +1,151 @@
+"""A trained encoder as a folder that stock sentence-transformers loads, with the embeddings that it has here.
+
+Only files are written; sentence-transformers need not be installed. What this project's own code does around the model
+is spelled in them:
+
+- the chat template puts the picture first, then instruction, title and attributes, a line each, as
+  `models.prompts.encoder_row` does; the instruction is the prompt that sentence-transformers adds by itself;
+- the tokenizer's post-processor adds the end of the turn, whose last token is pooled, after a text has been cut;
+- the picture processor has the pixel budget of the run.
+
+With weights in bfloat16 the embeddings are equal within its precision, in which sentence-transformers normalises them.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from afmrl_ray.config.models import EncoderConfig
+from afmrl_ray.errors import ConfigError
+from afmrl_ray.models.adapters import load_trained
+from afmrl_ray.models.backbones import fetch
+from afmrl_ray.models.export import new_folder
+from afmrl_ray.models.inner import inner_model
+from afmrl_ray.models.listing import chat_frame, load_processors
+
+# The processor of Qwen2-VL itself cannot be loaded without torchvision, which its videos need, and with torchvision it
+# resizes pictures to other pixels. This one reads the same tokens, has no videos and asks for neither.
+PROCESSOR = "PaddleOCRVLProcessor"
+MODULES = (
+    ("", "sentence_transformers.base.modules.transformer.Transformer"),
+    ("1_Pooling", "sentence_transformers.sentence_transformer.modules.pooling.Pooling"),
+    ("2_Normalize", "sentence_transformers.base.modules.normalize.Normalize"),
+)
+CHAT_TEMPLATE = (
+    "{%- set listing = namespace(pictures=0, lines=[]) -%}"
+    "{%- for message in messages -%}"
+    "{%- if message['content'] is string -%}"
+    "{%- set listing.lines = listing.lines + [message['content']] -%}"
+    "{%- else -%}"
+    "{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'image' -%}{%- set listing.pictures = listing.pictures + 1 -%}"
+    "{%- elif part['type'] == 'text' -%}{%- set listing.lines = listing.lines + [part['text']] -%}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{{- PREFIX -}}"
+    "{{- '<|vision_start|><|image_pad|><|vision_end|>' * listing.pictures -}}"
+    "{{- listing.lines | select | join('\\n') -}}"
+    "{%- if add_generation_prompt -%}{{- SUFFIX -}}{%- endif -%}"
+)
+CARD = Path(__file__).with_name("sentence_transformers_card.md")
+
+
+def export_sentence_transformers(path: str, out: str, config: EncoderConfig) -> None:
+    """Write an encoder, its adapter merged, as a folder for `SentenceTransformer(out)`.
+
+    Args:
+        path: folder or URI of a model or adapter, or a hub name of a model.
+        out: folder or URI, empty or not there yet.
+        config: as in training; pixel budget, instruction, longest input and type of the weights go into the folder.
+
+    Raises:
+        CheckpointError: see `models.adapters.load_trained`; no tokenizer or picture processor; `out` is not empty.
+        ConfigError: the instruction begins with a line break, which would melt into the chat template's own.
+    """
+    with new_folder(out) as local:
+        _save_processors(fetch(path), Path(local), config)
+        model = load_trained(path, "encoder", dtype=config.dtype)
+        model.save_pretrained(local, safe_serialization=True)
+        _save_modules(Path(local), int(inner_model(model).config.text_config.hidden_size), config)
+        (Path(local) / "README.md").write_text(_card(config))
+
+
+def _save_processors(path: str, folder: Path, config: EncoderConfig) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer, image_processor = load_processors(path, model_max_length=config.max_tokens, image_token="<|image_pad|>")
+    before, after = chat_frame(tokenizer)
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    if encode(before + config.instruction) != encode(before) + encode(config.instruction):
+        raise ConfigError(
+            "encoder.instruction: begins with a line break, which melts into the chat template's own; train without it"
+        )
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("PREFIX", _literal(before)).replace("SUFFIX", _literal(after))
+    ids = encode(after)
+    # sentence-transformers asks the chat template for no end of the turn, so that a text is cut before it gets one.
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A turn_end",
+        special_tokens=[{"id": "turn_end", "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)}],
+    )
+    tokenizer.save_pretrained(folder)
+    image_processor.size = {"shortest_edge": config.picture.min_pixels, "longest_edge": config.picture.max_pixels}
+    image_processor.save_pretrained(folder)
+    _write(folder / "processor_config.json", {"processor_class": PROCESSOR})
+
+
+def _save_modules(folder: Path, dimension: int, config: EncoderConfig) -> None:
+    forward = {"method": "forward", "method_output_name": "last_hidden_state"}
+    modules = [{"idx": n, "name": str(n), "path": where, "type": what} for n, (where, what) in enumerate(MODULES)]
+    _write(folder / "modules.json", modules)
+    _write(
+        folder / "sentence_bert_config.json",
+        {
+            "transformer_task": "feature-extraction",
+            "modality_config": {"text": forward, "image": forward, "message": {**forward, "format": "structured"}},
+            "module_output_name": "token_embeddings",
+            "processor_kwargs": {"backend": "pil"},
+            "unpad_inputs": False,
+        },
+    )
+    _write(folder / "1_Pooling/config.json", {"embedding_dimension": dimension, "pooling_mode": "lasttoken"})
+    _write(folder / "2_Normalize/config.json", {})
+    _write(
+        folder / "config_sentence_transformers.json",
+        {
+            "model_type": "SentenceTransformer",
+            "prompts": dict.fromkeys(("query", "document"), config.instruction),
+            "default_prompt_name": "document",
+            "similarity_fn_name": "cosine",
+        },
+    )
+
+
+def _card(config: EncoderConfig) -> str:
+    values = {
+        "INSTRUCTION": f"The instruction {_literal(config.instruction)}" if config.instruction else "No instruction",
+        "MIN_PIXELS": str(config.picture.min_pixels),
+        "MAX_PIXELS": str(config.picture.max_pixels),
+        "MAX_TOKENS": str(config.max_tokens),
+        "TRANSFORMERS": metadata.version("transformers"),
+    }
+    text = CARD.read_text()
+    for name, value in values.items():
+        text = text.replace(f"@{name}@", value)
+    return text
+
+
+def _literal(text: str) -> str:
+    """A string as Jinja and JSON both spell it."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _write(path: Path, value: Any) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
