@@ -63,8 +63,8 @@ class MetricsLog:
 
 
 def results_of(values: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers that the same training gives on any machine: without seconds, rates and memory."""
-    measured = ("seconds_", "peak_memory_", "samples_per_")
+    """The numbers that the same training gives on any machine: without seconds, rates, memory and hits of caches."""
+    measured = ("seconds_", "peak_memory_", "samples_per_", "tflops_per_", "mfu", "vision_cache_")
     return {name: value for name, value in values.items() if isinstance(value, float) and not name.startswith(measured)}
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +43,24 @@ READINGS: dict[str, dict[str, Any]] = {
 }
 """Settings of `agcl` by what the table calls them."""
 
+HARDEST = ("plain InfoNCE", "weights one, raw", "mask by candidate", "mask by attributes", "weights one, raw + mask")
+"""Readings that are tried with batches of sibling families too, where a quarter of the products is there twice."""
+
 BATCHES: dict[str, dict[str, Any]] = {
     "uniform": {"hard_share": 0.0},
     "half of one category": {"hard_share": 0.5, "hard_column": "category"},
 }
+FAMILIES = {"hard_share": 0.5, "hard_column": "family_id"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A training that is measured: kind of batches, reading, seed, and the settings of `agcl` that they mean."""
+
+    batches: str
+    reading: str
+    seed: int
+    agcl: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -58,6 +74,7 @@ class World:
         attributes: path of the attribute table.
         start_steps: of the common start: all weights, the tower too, by plain InfoNCE.
         steps: of each cell: the language model by a reading, the tower frozen.
+        families: whether there are families of near-identical products, for the hardest batches.
     """
 
     name: str
@@ -66,6 +83,25 @@ class World:
     attributes: str
     start_steps: int
     steps: int
+    families: bool = False
+
+    def cells(self, seeds: int, temperatures: Sequence[float]) -> list[Cell]:
+        """All cells, those of a seed together; other temperatures for plain InfoNCE on uniform batches."""
+        found = []
+        for seed in range(seeds):
+            found += [
+                Cell(kind, reading, seed, {**READINGS[reading], **BATCHES[kind]})
+                for kind, reading in product(BATCHES, READINGS)
+            ]
+            if self.families:
+                found += [
+                    Cell("half of sibling families", name, seed, {**READINGS[name], **FAMILIES}) for name in HARDEST
+                ]
+            found += [
+                Cell("uniform", f"plain, temperature {value:g}", seed, {**OFF, "temperature": value})
+                for value in temperatures
+            ]
+        return found
 
     def config(self, seed: int, **agcl: Any) -> Config:
         values = {**self.values, "run": {"seed": seed}, "agcl": {**self.values["agcl"], **agcl}}
@@ -90,7 +126,7 @@ def synthetic(folder: Path) -> World:
     path = folder / "synthetic.parquet"
     if not path.exists():
         write_catalogue(make_catalogue(validate(values).synthetic), str(path))
-    return _world("synthetic", values, path, folder, names=None, start_steps=800, steps=100)
+    return _world("synthetic", values, path, folder, names=None, start_steps=800, steps=100, families=True)
 
 
 def grocery(folder: Path, catalogue: Path) -> World:
@@ -132,6 +168,7 @@ def _world(
     names: tuple[str, ...] | None,
     start_steps: int,
     steps: int,
+    families: bool = False,
 ) -> World:
     settings = {"path": str(path), "staging_dir": str(folder / "staging")}
     values = {**values, "catalogue": settings}
@@ -148,4 +185,4 @@ def _world(
     write_attributes(
         attributes, attribute_rows(staged.column("item_id"), np.arange(len(staged)), found), fingerprint=name
     )
-    return World(name, values, reference, attributes, start_steps, steps)
+    return World(name, values, reference, attributes, start_steps, steps, families)

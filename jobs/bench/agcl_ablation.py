@@ -20,7 +20,7 @@ import numpy as np
 import ray
 import torch
 from ablation_report import summary, write
-from ablation_worlds import BATCHES, OFF, READINGS, World, grocery, synthetic
+from ablation_worlds import OFF, Cell, World, grocery, synthetic
 from torch import distributed as dist
 from tqdm import tqdm
 
@@ -135,19 +135,6 @@ class Bench:
         return evaluate(config.evaluation, catalogue, embed, seed=config.run.seed)[0]
 
 
-def cells(seeds: int, temperatures: Sequence[float]) -> list[tuple[str, str, int, dict[str, Any]]]:
-    """(batches, reading, seed, settings) of every cell; other temperatures for plain InfoNCE on uniform batches."""
-    found = [
-        (batches, reading, seed, {**READINGS[reading], **BATCHES[batches]})
-        for seed, batches, reading in product(range(seeds), BATCHES, READINGS)
-    ]
-    found += [
-        ("uniform", f"plain, temperature {value:g}", seed, {**OFF, "temperature": value})
-        for value, seed in product(temperatures, range(seeds))
-    ]
-    return found
-
-
 def run(worlds: Sequence[World], seeds: int, temperatures: Sequence[float], processes: int) -> None:
     """Run what is not done yet, `processes` cells at a time."""
     with ray_session(RayConfig(num_cpus=processes, object_store_mb=128)):
@@ -163,10 +150,10 @@ def run(worlds: Sequence[World], seeds: int, temperatures: Sequence[float], proc
             pass
         tasks = []
         for world in worlds:
-            for batches, reading, seed, agcl in cells(seeds, temperatures):
-                out = path_of(world, batches, reading, seed)
+            for cell in world.cells(seeds, temperatures):
+                out = path_of(world, cell)
                 if not out.exists():
-                    tasks.append((world, seed, str(folder(world) / f"start-{seed}"), agcl, str(out)))
+                    tasks.append((world, cell.seed, str(folder(world) / f"start-{cell.seed}"), cell.agcl, str(out)))
         wait = pool.map_unordered(lambda bench, task: bench.cell.remote(*task), tasks)
         for _ in tqdm(wait, total=len(tasks), desc="cells"):
             pass
@@ -176,18 +163,18 @@ def folder(world: World) -> Path:
     return (FOLDER / world.name).absolute()
 
 
-def path_of(world: World, batches: str, reading: str, seed: int) -> Path:
-    name = f"{batches}--{reading}--{seed}".replace(" ", "_").replace(",", "")
+def path_of(world: World, cell: Cell) -> Path:
+    name = f"{cell.batches}--{cell.reading}--{cell.seed}".replace(" ", "_").replace(",", "")
     return folder(world) / f"{name}.json"
 
 
 def finished(world: World, seeds: int, temperatures: Sequence[float]) -> dict[tuple[str, str], dict[int, Any]]:
     """What the cells that are done wrote, by (batches, reading) and seed."""
     found: dict[tuple[str, str], dict[int, Any]] = {}
-    for batches, reading, seed, _ in cells(seeds, temperatures):
-        path = path_of(world, batches, reading, seed)
+    for cell in world.cells(seeds, temperatures):
+        path = path_of(world, cell)
         if path.exists():
-            found.setdefault((batches, reading), {})[seed] = storage.read_json(str(path))
+            found.setdefault((cell.batches, cell.reading), {})[cell.seed] = storage.read_json(str(path))
     return found
 
 

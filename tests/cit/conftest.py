@@ -28,7 +28,7 @@ def run_values(storage_path: Path, **changes: Any) -> dict[str, Any]:
             "pretrain_products": 30,
             "pretrain_batch_size": 16,
         },
-        "encoder": {"picture": PICTURE},
+        "encoder": {"picture": PICTURE, "vision_cache": {"enabled": True, "folder": str(storage_path / "vision")}},
         "generator": {"picture": PICTURE, "max_new_tokens": 64, "max_attributes": 12},
         "distill": {
             "steps": 160,

@@ -17,6 +17,7 @@ from afmrl_ray import storage
 from afmrl_ray.cit.driver import open_run, run_cit
 from afmrl_ray.cit.stages import RunDirectory, Stage
 from afmrl_ray.config import dump_yaml, validate
+from afmrl_ray.training.metrics_log import read_metrics
 from tests.cit.conftest import run_values
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +53,9 @@ def test_a_run_commits_every_stage_skips_them_next_time_and_reruns_what_a_change
     assert set(first) == {"catalogue", "models", "labels", "distill", "floor", *ROUND}
     measured = run.committed("evaluate-r0").metrics
     assert 0 <= measured["protocols"]["fine"]["metrics"]["hit@1"]["mean"] <= 1
+    # Rounds, galleries and rewards look at the same pictures with the same frozen tower.
+    steps = read_metrics(storage.join(run.committed("agcl-r0").directory, "log"))
+    assert steps[-1]["vision_cache_hit_share"] > 0.5
     rar = run.committed("rar-r0").metrics
     assert rar["heldout_before"]["low"] <= rar["heldout_before"]["mean"] <= rar["heldout_before"]["high"]
     assert weights(run.committed("rar-r0")) != weights(run.committed("distill"))
