@@ -10,6 +10,7 @@ import torch
 from torch import distributed as dist
 from torch import multiprocessing
 
+from afmrl_ray.agcl.prepare import Preparer
 from afmrl_ray.agcl.step import AGCLStep
 from afmrl_ray.config import validate
 from afmrl_ray.models.listing import ListingProcessor
@@ -34,7 +35,8 @@ def train(rank: int, world: int, port: int, resume: bool, ref, base: str, folder
         processor = ListingProcessor.from_pretrained(base, config.encoder.picture)
         model = embedding_model(config, base)
         engine = Engine(model, config.agcl.optimizer, steps=STEPS, zero_stage=stage)
-        step_fn = AGCLStep(config, ref.open(), processor, None, engine, rank=rank, world=world)
+        preparer = Preparer(config, ref.open(), processor, None, rank=rank, world=world)
+        step_fn = AGCLStep(config.agcl, preparer, engine, pad_id=processor.pad_id, rank=rank, world=world)
         found = {"start": weights(engine)}
         for step in range(STEPS):
             if step == HALF:
