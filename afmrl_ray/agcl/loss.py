@@ -76,31 +76,38 @@ def _stats(
     loss: Tensor, similarity: Tensor, positives: Tensor, bias: Tensor | None, keep: Tensor | None
 ) -> dict[str, float]:
     own = similarity.gather(1, positives[:, None])
-    negative = torch.ones_like(similarity, dtype=torch.bool) if keep is None else keep
-    negative = negative.scatter(1, positives[:, None], False)
-    hardest = similarity.masked_fill(~negative, -torch.inf).amax(1)
+    others = similarity if keep is None else torch.where(keep, similarity, -torch.inf)
+    hardest = others.scatter(1, positives[:, None], -torch.inf).amax(1)
     possible = max(1, similarity.numel() - len(similarity))
     values = {
         "loss": loss,
         "accuracy": (own[:, 0] > hardest).float().mean(),
         "positive_similarity": own.mean(),
         "hardest_negative_similarity": hardest[hardest.isfinite()].mean(),
-        "masked_share": 1 - negative.float().sum() / possible if keep is not None else loss.new_zeros(()),
+        "masked_share": loss.new_zeros(()) if keep is None else (keep.numel() - _count(keep).sum()) / possible,
     }
-    quantiles = _weight_quantiles(bias, negative)
+    quantiles = _weight_quantiles(bias, positives, keep)
     # One transfer from the accelerator instead of one for each number.
     numbers = torch.cat([torch.stack([value.float() for value in values.values()]), quantiles]).tolist()
     return dict(zip([*values, "weight_p10", "weight_p50", "weight_p90"], numbers, strict=True))
 
 
-def _weight_quantiles(bias: Tensor | None, negative: Tensor) -> Tensor:
+def _count(chosen: Tensor) -> Tensor:
+    """[Q] how many of each row; a plain sum of booleans makes a copy of eight bytes each first."""
+    return chosen.sum(1, dtype=torch.int32)
+
+
+def _weight_quantiles(bias: Tensor | None, positives: Tensor, keep: Tensor | None) -> Tensor:
     if bias is None:
-        return torch.ones(3, device=negative.device)
+        return torch.ones(3, device=positives.device)
     # An odd stride visits all columns of a matrix whose width is a power of two.
-    stride = (bias.numel() // _SAMPLED_WEIGHTS) | 1
-    sample = bias.flatten()[::stride][negative.flatten()[::stride]].exp()
+    place = torch.arange(0, bias.numel(), (bias.numel() // _SAMPLED_WEIGHTS) | 1, device=bias.device)
+    counted = place % bias.shape[1] != positives[place // bias.shape[1]]
+    if keep is not None:
+        counted &= keep.flatten()[place]
+    sample = bias.flatten()[place[counted]].exp()
     if not len(sample):
-        return torch.full((3,), torch.nan, device=negative.device)
+        return torch.full((3,), torch.nan, device=bias.device)
     return sample.quantile(torch.tensor([0.1, 0.5, 0.9], device=bias.device))
 
 
@@ -126,10 +133,10 @@ def scale_lexical(
     own = lexical.gather(1, positives[:, None])
     scaled = lexical.clamp(min=0)
     if scale == "self":
-        scaled = scaled / own
+        scaled /= own
     elif scale == "temperature":
-        scaled = scaled / temperature
-    return torch.where(own > 0, scaled, 0.0)
+        scaled /= temperature
+    return scaled.masked_fill_(own <= 0, 0.0)
 
 
 @torch.no_grad()
@@ -156,7 +163,7 @@ def false_negative_keep(
         [Q, D] bool, False = not a negative; True for the positive itself.
     """
     unit = F.normalize(candidates.float(), dim=1)
-    cosine = unit[positives] @ unit.T
+    cosine = unit.index_select(0, positives) @ unit.T
     return keep_negatives(
         cosine > threshold, cosine, positives, product_ids=product_ids, min_negatives=min_negatives, exempt=exempt
     )
@@ -253,8 +260,7 @@ def keep_negatives(
     keep = able & ~suspicious
     if exempt is not None:
         keep |= able & exempt
-    # As floats: a sum of booleans makes a copy of eight bytes each first.
-    short = (keep.float().sum(1) < min_negatives).nonzero()[:, 0]
+    short = (_count(keep) < min_negatives).nonzero()[:, 0]
     if len(short):
         least = (
             closeness[short]

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from threading import Lock, local
 
 import numpy as np
 import torch
 
 # Every score comes from a torch product of exactly this shape, padded with zeros: the last bit of a result depends on
 # the shape (with numpy's OpenBLAS even on the place in it), and equal embeddings must get equal scores. A tile of
-# scores is 4 MiB.
+# scores is 2 MiB.
 _QUERY_TILE = 256
-_GALLERY_TILE = 4096
+_GALLERY_TILE = 2048
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,12 @@ def rank_gallery(
         torch.from_numpy(np.ascontiguousarray(queries[asked], dtype=np.float32)), own, offsets, positives, depth
     )
     gallery = np.asarray(gallery, dtype=np.float32)
-    state.take_positive_scores(gallery, columns)
-    # Products use all of torch's threads; what numpy does with the scores is shared out to as many.
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(threads) as pool:
-        for start, tile in _tiles(gallery, columns):
-            state.count(start, tile, min(_GALLERY_TILE, len(columns) - start), pool, threads)
+    with _single_threaded_workers() as pool:
+        list(pool.map(lambda tile: state.take_positive_scores(tile, gallery, columns), state.tiles))
+        starts_of_tiles = range(0, len(columns), _GALLERY_TILE)
+        list(
+            pool.map(lambda start: state.count(start, columns[start : start + _GALLERY_TILE], gallery), starts_of_tiles)
+        )
     state.finish()
     labels = np.asarray(gallery_labels)[columns]
     found = state.top_rows >= 0
@@ -106,6 +108,19 @@ def rank_gallery(
         top_scores=state.top_scores,
         top_right=found & (labels[state.top_rows] == np.asarray(query_labels)[asked][:, None]),
     )
+
+
+@contextmanager
+def _single_threaded_workers() -> Iterator[ThreadPoolExecutor]:
+    """As many workers as torch has threads, each multiplying with one: nothing waits for the slowest part of a product,
+    and its bits do not depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _own_columns(query_rows: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -128,18 +143,30 @@ def _positive_columns(
     return offsets, np.concatenate([*found, np.empty(0, dtype=np.int64)]).astype(np.int64)
 
 
-def _tiles(gallery: np.ndarray, columns: np.ndarray) -> Iterator[tuple[int, torch.Tensor]]:
-    for start in range(0, len(columns), _GALLERY_TILE):
-        wanted = columns[start : start + _GALLERY_TILE]
-        # Neighbours in the gallery need no copy.
-        side_by_side = wanted[-1] - wanted[0] == len(wanted) - 1 and bool((np.diff(wanted) == 1).all())
-        found = gallery[wanted[0] : wanted[-1] + 1] if side_by_side else gallery[wanted]
-        yield start, _padded(torch.from_numpy(found), _GALLERY_TILE)
+def _tile(gallery: np.ndarray, columns: np.ndarray) -> torch.Tensor:
+    """[_GALLERY_TILE, D] gallery items at up to as many places."""
+    # Neighbours in the gallery need no copy.
+    side_by_side = columns[-1] - columns[0] == len(columns) - 1 and bool((np.diff(columns) == 1).all())
+    found = gallery[columns[0] : columns[-1] + 1] if side_by_side else gallery[columns]
+    return _padded(torch.from_numpy(found), _GALLERY_TILE)
 
 
-def _product(queries: torch.Tensor, tile: torch.Tensor) -> np.ndarray:
-    """[queries, tile] scores; with the longer side first the product is a third faster than the other way round."""
-    return (tile @ queries.T).T.contiguous().numpy()
+class _Scratch(local):
+    """A worker's own tiles of scores, written over and over instead of asking for fresh memory each time."""
+
+    def __init__(self) -> None:
+        self.scores, self.sorted = (torch.empty(_QUERY_TILE, _GALLERY_TILE) for _ in range(2))
+
+    def product(self, queries: torch.Tensor, tile: torch.Tensor) -> np.ndarray:
+        """[queries, tile] scores, until the worker's next product."""
+        return torch.mm(queries, tile.T, out=self.scores).numpy()
+
+    def ascending(self, scores: np.ndarray) -> np.ndarray:
+        """Each row sorted, until the worker's next call."""
+        out = self.sorted.numpy()[: scores.shape[0], : scores.shape[1]]
+        np.copyto(out, scores)
+        out.sort(axis=1)
+        return out
 
 
 def _padded(x: torch.Tensor, length: int) -> torch.Tensor:
@@ -153,46 +180,50 @@ class _State:
         self, queries: torch.Tensor, own: np.ndarray, offsets: np.ndarray, positives: np.ndarray, depth: int
     ) -> None:
         self._own, self._offsets, self._positives = own, offsets, positives
-        self._tiles = [
+        self.tiles = [
             (start, min(start + _QUERY_TILE, len(queries)), _padded(queries[start : start + _QUERY_TILE], _QUERY_TILE))
             for start in range(0, len(queries), _QUERY_TILE)
         ]
         self._depth = depth
         self._scores = np.empty(len(positives), dtype=np.float32)
         self._ranks = np.zeros(len(positives), dtype=np.int64)
+        # Guards what tiles add up in; everything else is a tile's own.
+        self._lock = Lock()
+        self._scratch = _Scratch()
         self._waiting: dict[int, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
         self.top_rows = np.full((len(queries), depth), -1, dtype=np.int64)
         self.top_scores = np.full((len(queries), depth), -np.inf, dtype=np.float32)
 
-    def take_positive_scores(self, gallery: np.ndarray, columns: np.ndarray) -> None:
-        for start, stop, queries in self._tiles:
-            first, last = self._offsets[start], self._offsets[stop]
-            needed, place = np.unique(self._positives[first:last], return_inverse=True)
-            query = np.repeat(np.arange(stop - start), np.diff(self._offsets[start : stop + 1]))
-            for begin, tile in _tiles(gallery, columns[needed]):
-                here = (place >= begin) & (place < begin + _GALLERY_TILE)
-                scores = _product(queries, tile)
-                self._scores[first:last][here] = scores[query[here], place[here] - begin]
+    def take_positive_scores(
+        self, tile: tuple[int, int, torch.Tensor], gallery: np.ndarray, columns: np.ndarray
+    ) -> None:
+        """Scores of the positives of a tile of queries; needed before anything is counted."""
+        start, stop, queries = tile
+        first, last = self._offsets[start], self._offsets[stop]
+        needed, place = np.unique(self._positives[first:last], return_inverse=True)
+        query = np.repeat(np.arange(stop - start), np.diff(self._offsets[start : stop + 1]))
+        for begin in range(0, len(needed), _GALLERY_TILE):
+            here = (place >= begin) & (place < begin + _GALLERY_TILE)
+            scores = self._scratch.product(queries, _tile(gallery, columns[needed[begin : begin + _GALLERY_TILE]]))
+            self._scores[first:last][here] = scores[query[here], place[here] - begin]
 
-    def count(self, begin: int, tile: torch.Tensor, width: int, pool: ThreadPoolExecutor, threads: int) -> None:
-        """Add what the gallery columns `begin` to `begin + width` say about ranks and best columns."""
-        for first in range(0, len(self._tiles), threads):
-            group = self._tiles[first : first + threads]
-            products = [_product(queries, tile) for _, _, queries in group]
-            work = [
-                pool.submit(self._count_one, start, stop, begin, scores[: stop - start, :width])
-                for (start, stop, _), scores in zip(group, products, strict=True)
-            ]
-            for done in work:
-                done.result()
+    def count(self, begin: int, columns: np.ndarray, gallery: np.ndarray) -> None:
+        """Add what a tile says about ranks and best columns; tiles may come in any order, and side by side.
 
-    def _count_one(self, start: int, stop: int, begin: int, scores: np.ndarray) -> None:
-        own = self._own[start:stop] - begin
-        here = np.flatnonzero((own >= 0) & (own < scores.shape[1]))
-        scores[here, own[here]] = -np.inf
-        ascending = np.sort(scores, axis=1)
-        self._count_positives(start, stop, begin, scores, ascending)
-        self._note_best(start, stop, begin, scores, ascending)
+        Args:
+            begin: the tile's first column.
+            columns: places in the gallery of its columns.
+            gallery: [N, D].
+        """
+        tile = _tile(gallery, columns)
+        for start, stop, queries in self.tiles:
+            scores = self._scratch.product(queries, tile)[: stop - start, : len(columns)]
+            own = self._own[start:stop] - begin
+            here = np.flatnonzero((own >= 0) & (own < scores.shape[1]))
+            scores[here, own[here]] = -np.inf
+            ascending = self._scratch.ascending(scores)
+            self._count_positives(start, stop, begin, scores, ascending)
+            self._note_best(start, stop, begin, scores, ascending)
 
     def _count_positives(self, start: int, stop: int, begin: int, scores: np.ndarray, ascending: np.ndarray) -> None:
         """Add to each positive's rank the columns that stand before it: in tie order, equal scores of earlier ones."""
@@ -208,17 +239,19 @@ class _State:
         query = np.repeat(np.arange(stop - start), np.diff(ends))
         for index in np.flatnonzero((columns >= 0) & (columns < width)):
             ranks[index] += np.count_nonzero(scores[query[index], : columns[index]] == mine[index])
-        self._ranks[first:last] += ranks
+        with self._lock:
+            self._ranks[first:last] += ranks
 
     def _note_best(self, start: int, stop: int, begin: int, scores: np.ndarray, ascending: np.ndarray) -> None:
         """Keep what may be among the best of its query; sorted in once there is as much of it as there are places."""
         least = np.maximum(ascending[:, -min(self._depth, scores.shape[1])], self.top_scores[start:stop, -1])
         least = np.maximum(least, np.finfo(np.float32).min)  # an excluded item has score -inf
         query, column = np.divmod(np.flatnonzero(scores >= least[:, None]), scores.shape[1])
-        waiting = self._waiting.setdefault(start, [])
-        waiting.append((query, column + begin, scores[query, column]))
-        if sum(len(found) for found, _, _ in waiting) >= self._depth * (stop - start):
-            self._sort_in(start, stop)
+        with self._lock:
+            waiting = self._waiting.setdefault(start, [])
+            waiting.append((query, column + begin, scores[query, column]))
+            if sum(len(found) for found, _, _ in waiting) >= self._depth * (stop - start):
+                self._sort_in(start, stop)
 
     def _sort_in(self, start: int, stop: int) -> None:
         old_query, old_place = np.nonzero(self.top_rows[start:stop] >= 0)
@@ -237,7 +270,7 @@ class _State:
 
     def finish(self) -> None:
         """Sort in what is still waiting; call it after the last tile."""
-        for start, stop, _ in self._tiles:
+        for start, stop, _ in self.tiles:
             self._sort_in(start, stop)
 
     def sorted_ranks(self) -> np.ndarray:

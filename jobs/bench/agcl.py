@@ -8,7 +8,7 @@ import importlib.util
 import sys
 
 import torch
-from harness import write
+from harness import show, write
 
 PARTS = ("agcl_loss", "bm25", "agcl_step", "agcl_train", "agcl_memory", "retrieval")
 PEERS = ("sentence_transformers", "bm25s", "faiss")
@@ -28,7 +28,10 @@ def main() -> int:
     for part in options.only or PARTS:
         print(f"{part} ...", file=sys.stderr)
         found += importlib.import_module(part).comparisons()
-    write("agcl", found, ["torch", "transformers", "deepspeed", "ray"])
+        # After every part, so that one that fails does not lose what the others measured.
+        path = write("agcl", found, ["torch", "transformers", "deepspeed", "ray"])
+    show(found)
+    print(f"-> {path}")
     return 0
 
 

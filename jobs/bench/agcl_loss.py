@@ -54,7 +54,7 @@ def comparisons() -> list[Comparison]:
             seconds(lambda: gradients(plain)),
             target=target,
             equality=equality,
-            repeats=15,
+            repeats=31,
             warmups=3,
         )
         for what, loss, target in (("weights", weighted, 1.10), ("weights, mask", masked, 1.45))

@@ -94,12 +94,17 @@ def seconds(work: Callable[[], Any]) -> Callable[[], float]:
     return measure
 
 
-def write(name: str, comparisons: Sequence[Comparison], packages: Sequence[str]) -> None:
-    """Print the table and write the JSON."""
+def write(name: str, comparisons: Sequence[Comparison], packages: Sequence[str]) -> Path:
+    """Write the JSON."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / f"{name}.json"
     versions = {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}}
     path.write_text(json.dumps([{**asdict(c), "versions": versions} for c in comparisons], indent=2) + "\n")
+    return path
+
+
+def show(comparisons: Sequence[Comparison]) -> None:
+    """Print the table."""
     print(f"\n{'what':<58} {'against':<30} {'ours':>10} {'peer':>10} {'ratio':>7} {'target':>8}")
     for c in comparisons:
         sign = "<=" if c.at_most else ">="
@@ -113,7 +118,6 @@ def write(name: str, comparisons: Sequence[Comparison], packages: Sequence[str])
                 f"    {label} {_amount(min(column), c.unit)} to {_amount(max(column), c.unit)} of {len(column)}", end=""
             )
         print(f"; {c.equality}")
-    print(f"-> {path}")
 
 
 def _amount(value: float, unit: str) -> str:
