@@ -174,8 +174,8 @@ class RARConfig(Section):
 
     operational = frozenset(
         {
-            "tokens_per_microbatch", "logprob_gap_limit", "num_learners", "cpus_per_learner", "gpus_per_learner",
-            "checkpoint_every",
+            "tokens_per_microbatch", "shared_prompt", "logprob_gap_limit", "num_learners", "cpus_per_learner",
+            "gpus_per_learner", "checkpoint_every",
         }
     )  # fmt: skip
 
@@ -189,6 +189,9 @@ class RARConfig(Section):
     """Completions per prompt."""
     tokens_per_microbatch: int = Field(16384, gt=0)
     """Prompt and completion tokens per forward pass of a learner; decides memory, never the result."""
+    shared_prompt: Literal["auto", "on", "off"] = "auto"
+    """Whether learners compute a group's prompt once: `auto` = unless a check of the first batch finds a difference,
+    `on` = such a difference is an error, `off` = a row for each completion."""
     clip_low: float = Field(0.2, gt=0, lt=1)
     """Lower clip of the ratio: 1 - clip_low."""
     clip_high: float = Field(0.2, gt=0)

@@ -42,7 +42,7 @@ class Tokens(Protocol):
     def __len__(self) -> int: ...
 
     @property
-    def visual(self) -> Picture | None: ...
+    def visuals(self) -> Sequence[Picture]: ...
 
 
 def peak_tflops(device_name: str) -> float | None:
@@ -82,9 +82,10 @@ class EncoderFlops:
         return 2 * weights * (1 + self._text_backward) + 2 * attention * (3 if self._text_backward else 1)
 
     def _tower(self, row: Tokens) -> float:
-        if row.visual is None or row.visual.features is not None:
-            return 0.0
-        patches = row.visual.grid[1] * row.visual.grid[2]
+        return sum(self._picture(visual) for visual in row.visuals if visual.features is None)
+
+    def _picture(self, visual: Picture) -> float:
+        patches = visual.grid[1] * visual.grid[2]
         weights = patches * self._blocks * self._block + patches // self._merge * self._merger
         # Nothing asks for gradients of pixels.
         first = patches * self._patch * (2 if self._tower_backward else 1)

@@ -71,6 +71,10 @@ class Visual:
     features: torch.Tensor | None = None
 
 
+Picture = Image.Image | Visual
+"""A picture before or after `ListingProcessor.visual`."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One sequence before padding.
@@ -79,16 +83,26 @@ class Row:
         input_ids: [L] token ids.
         token_types: [L] 1 at visual tokens, else 0.
         positions: [3, L] M-RoPE positions (time, height, width).
-        visual: the picture, or none.
+        visuals: the pictures, in the order of their tokens.
     """
 
     input_ids: np.ndarray
     token_types: np.ndarray
     positions: np.ndarray
-    visual: Visual | None = None
+    visuals: tuple[Visual, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @classmethod
+    def joined(cls, rows: Sequence[Row]) -> Row:
+        """One sequence after another, each with its own positions."""
+        return cls(
+            np.concatenate([row.input_ids for row in rows]),
+            np.concatenate([row.token_types for row in rows]),
+            np.concatenate([row.positions for row in rows], axis=1),
+            tuple(visual for row in rows for visual in row.visuals),
+        )
 
 
 def mrope_positions(token_types: np.ndarray, grids: Sequence[tuple[int, int, int]], merge_size: int) -> np.ndarray:
@@ -214,27 +228,29 @@ class ListingProcessor:
         frames = out["pixel_values"].reshape(grid[1] * grid[2], len(self._pixels.scale), self._pixels.frames, -1)
         return Visual(grid, frames[:, :, 0].astype(np.uint8), self._pixels)  # type: ignore[arg-type]
 
-    def row(self, picture: Image.Image | Visual | None, text: str, *, max_tokens: int | None = None) -> Row:
+    def row(self, picture: Picture | Sequence[Picture] | None, text: str, *, max_tokens: int | None = None) -> Row:
         """Build the sequence of one listing.
 
         Args:
-            picture: the picture, or what `visual` made of it, or none for a text-only input.
+            picture: the picture, or what `visual` made of it, or several, or none for a text-only input.
             text: everything after the picture.
             max_tokens: cut the end of `text` so that the sequence has at most this many tokens; pictures are never cut.
         """
-        visual = self.visual(picture) if isinstance(picture, Image.Image) else picture
-        tokens = np.empty(0, dtype=np.int64)
-        if visual is not None:
-            count = visual.grid[1] * visual.grid[2] // self._merge_size**2
-            tokens = np.array([self._vision_start, *[self._image_id] * count, self._vision_end], dtype=np.int64)
+        pictures = [] if picture is None else [picture] if isinstance(picture, Picture) else list(picture)
+        visuals = tuple(self.visual(one) if isinstance(one, Image.Image) else one for one in pictures)
+        tokens = np.array([token for visual in visuals for token in self._visual_tokens(visual)], dtype=np.int64)
         body = self._encode(text)
         if max_tokens is not None:
             room = max_tokens - len(self._prefix) - len(tokens) - len(self._suffix)
             body = body[: max(room, 0)]
         input_ids = np.concatenate([self._prefix, tokens, body, self._suffix])
         token_types = (input_ids == self._image_id).astype(np.int64)
-        positions = mrope_positions(token_types, [visual.grid] if visual is not None else [], self._merge_size)
-        return Row(input_ids, token_types, positions, visual)
+        positions = mrope_positions(token_types, [visual.grid for visual in visuals], self._merge_size)
+        return Row(input_ids, token_types, positions, visuals)
+
+    def _visual_tokens(self, visual: Visual) -> list[int]:
+        count = visual.grid[1] * visual.grid[2] // self._merge_size**2
+        return [self._vision_start, *[self._image_id] * count, self._vision_end]
 
     def length(self, picture_size: tuple[int, int] | None, text: str) -> int:
         """Tokens of the sequence that `row` would build, from the picture's (width, height) alone."""
@@ -257,16 +273,16 @@ class ListingProcessor:
         return self.tokenizer.decode(body, skip_special_tokens=False), complete
 
 
-def append_completion(row: Row, completion: np.ndarray) -> Row:
-    """The sequence of a prompt followed by completion tokens, which go on counting from the prompt's last position."""
+def continuation(row: Row, tokens: np.ndarray) -> Row:
+    """Tokens that go on after a sequence, without it: they count on from its last position."""
     start = int(row.positions.max()) + 1
-    tail = np.broadcast_to(start + np.arange(len(completion)), (3, len(completion)))
-    return Row(
-        np.concatenate([row.input_ids, completion]),
-        np.concatenate([row.token_types, np.zeros(len(completion), dtype=np.int64)]),
-        np.concatenate([row.positions, tail], axis=1),
-        row.visual,
-    )
+    positions = np.broadcast_to(start + np.arange(len(tokens)), (3, len(tokens)))
+    return Row(tokens, np.zeros(len(tokens), dtype=np.int64), positions)
+
+
+def append_completion(row: Row, completion: np.ndarray) -> Row:
+    """The sequence of a prompt followed by completion tokens."""
+    return Row.joined([row, continuation(row, completion)])
 
 
 def collate(rows: Sequence[Row], pad_id: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
@@ -292,7 +308,7 @@ def collate(rows: Sequence[Row], pad_id: int, device: torch.device | str = "cpu"
         positions[:, index, start:] = row.positions
     out = {"input_ids": input_ids, "attention_mask": mask, "mm_token_type_ids": types, "position_ids": positions}
     tensors = {name: torch.from_numpy(array).to(device) for name, array in out.items()}
-    visuals = [row.visual for row in rows if row.visual is not None]
+    visuals = [visual for row in rows for visual in row.visuals]
     if visuals:
         tensors["image_grid_thw"] = torch.tensor([visual.grid for visual in visuals], device=device)
         tensors.update(_tower_side(visuals, device))

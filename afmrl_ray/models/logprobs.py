@@ -8,10 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from afmrl_ray.models.generation import token_logprobs
 from afmrl_ray.models.inner import inner_model
 from afmrl_ray.models.listing import ListingProcessor, Row, append_completion, collate
+from afmrl_ray.models.shared_prefix import Packed
+
+_CHUNK = 1024
+"""Tokens that go through the language-model head at once."""
 
 
 def completion_batch(
@@ -57,7 +62,55 @@ def completion_logprobs(
     column = (torch.arange(longest, device=mask.device) + shift).clamp(max=longest - 1)
     states = hidden[:, -longest - 1 : -1].gather(1, column[..., None].expand(-1, -1, hidden.shape[-1]))
     targets = batch["input_ids"][:, -longest:].gather(1, column)
-    logp = token_logprobs(backbone.lm_head(states[mask]), temperature=temperature, forbidden_ids=forbidden_ids)
+    return _spread(backbone.lm_head, states[mask], targets[mask], mask, forbidden_ids, temperature)
+
+
+def packed_logprobs(model: Any, packed: Packed, *, forbidden_ids: Sequence[int], temperature: float = 1.0) -> Tensor:
+    """The same for a packed sequence.
+
+    Args:
+        packed: from `models.shared_prefix.pack`; the model must have been given to `use_shared_prefix`.
+
+    Returns:
+        [K, C] float32, 0 where `packed.mask` is False.
+    """
+    backbone = inner_model(model)
+    hidden = backbone.model(**packed.inputs, use_cache=False).last_hidden_state[0]
+    states = hidden[packed.before[packed.mask]]
+    return _spread(backbone.lm_head, states, packed.tokens[packed.mask], packed.mask, forbidden_ids, temperature)
+
+
+def _spread(
+    head: Any, states: Tensor, targets: Tensor, mask: Tensor, forbidden_ids: Sequence[int], temperature: float
+) -> Tensor:
+    """Log-probabilities of `targets` [T] after `states` [T, D], at the True places of `mask`."""
     out = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-    out[mask] = logp.gather(-1, targets[mask][:, None])[:, 0]
+    out[mask] = selected_logprobs(head, states, targets, forbidden_ids=forbidden_ids, temperature=temperature)
     return out
+
+
+def selected_logprobs(
+    head: Any, states: Tensor, targets: Tensor, *, forbidden_ids: Sequence[int], temperature: float
+) -> Tensor:
+    """Log-probabilities of given tokens. Logits [T, V] never exist at once, forward or backward: at the size of a real
+    vocabulary they would be most of the memory of a step.
+
+    Args:
+        head: the language-model head.
+        states: [T, D].
+        targets: [T] token ids.
+        forbidden_ids: tokens with probability 0.
+        temperature: divides the logits.
+
+    Returns:
+        [T] float32.
+    """
+
+    def some(states: Tensor, targets: Tensor) -> Tensor:
+        logp = token_logprobs(head(states), temperature=temperature, forbidden_ids=forbidden_ids)
+        return logp.gather(-1, targets[:, None])[:, 0]
+
+    if len(states) <= _CHUNK:
+        return some(states, targets)
+    chunks = zip(states.split(_CHUNK), targets.split(_CHUNK), strict=True)
+    return torch.cat([checkpoint(some, *chunk, use_reentrant=False) for chunk in chunks])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 
@@ -28,3 +29,39 @@ def cut_by_tokens(lengths: Sequence[int], budget: int, *, in_order: bool = False
             longest = lengths[row]
         parts[-1].append(row)
     return parts
+
+
+def cut_shared_prefix(
+    owners: Sequence[int], prefixes: Sequence[int], lengths: Sequence[int], budget: int
+) -> list[slice]:
+    """Cut continuations of shared prefixes, in order, so that every part stays within a budget.
+
+    A prefix counts once for all neighbours in a part that share it. Those that share one stay together where they fit a
+    part; one that does not fit a part alone stands alone.
+
+    Args:
+        owners: [K] which prefix each continues; neighbours with equal values share it.
+        prefixes: [K] tokens of each one's prefix, visual ones counted.
+        lengths: [K] tokens of each continuation.
+        budget: tokens of a part.
+
+    Returns:
+        Parts as slices of range(K).
+    """
+    parts: list[slice] = []
+    start = stop = used = 0
+    for _, group in groupby(range(len(owners)), key=lambda k: owners[k]):
+        rows = list(group)
+        prefix = prefixes[rows[0]]
+        whole = prefix + sum(lengths[row] for row in rows)
+        if used and (used + whole > budget):
+            parts.append(slice(start, stop))
+            start, used = stop, 0
+        used += prefix
+        for row in rows:
+            if used + lengths[row] > budget and stop > start and row > rows[0]:
+                parts.append(slice(start, stop))
+                start, used = stop, prefix
+            used += lengths[row]
+            stop = row + 1
+    return [*parts, slice(start, stop)]

@@ -6,6 +6,7 @@ optimizer, because RLlib knows neither gradient accumulation nor ZeRO.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import tempfile
@@ -27,7 +28,7 @@ from torch import distributed as dist
 from afmrl_ray import storage
 from afmrl_ray.config.train import RARConfig
 from afmrl_ray.models.adapters import save_trained
-from afmrl_ray.models.microbatches import cut_by_tokens
+from afmrl_ray.models.microbatches import cut_by_tokens, cut_shared_prefix
 from afmrl_ray.rar.loss import grpo_loss
 from afmrl_ray.rar.module import (
     ADVANTAGE,
@@ -48,6 +49,11 @@ from afmrl_ray.training.engine import Engine
 # RLlib insists on spaces; a language model has none.
 _OBSERVATIONS = gym.spaces.Box(-1, 1, (1,), np.float32)
 _ACTIONS: gym.Space = gym.spaces.Discrete(2)
+
+_SAME_LOGPROB = 1e-4
+"""Mean gap per token up to which two ways of computing a log-probability in float32 count as equal."""
+
+log = logging.getLogger(__name__)
 
 
 class LearnerConfig(AlgorithmConfig):
@@ -106,10 +112,14 @@ class GRPOLearner(TorchLearner):
             bf16=self.config.policy.generator.dtype == "bfloat16",
         )
         self._version = 0
+        self._checked = rar.shared_prompt == "off"
         self.stats: dict[str, float] = {}
 
     def _update(self, batch: dict[str, Any], **_: Any) -> tuple[Any, Any, Any]:
         columns = {name: torch.as_tensor(value) for name, value in batch[DEFAULT_MODULE_ID].items()}
+        if not self._checked:
+            self._own.shared_prompt = self._prompt_can_be_shared(columns)
+            self._checked = True
         parts = self._microbatches(columns)
         loss = torch.zeros((), device=self._engine.device)
         sums: dict[str, Tensor] = {}
@@ -120,8 +130,14 @@ class GRPOLearner(TorchLearner):
             for name, value in stats.items():
                 joined = torch.maximum if name.endswith("_max") else torch.add
                 sums[name] = joined(sums[name], value) if name in sums else value
-        self.stats = {**self._across_learners(sums), **self._engine.step(), "microbatches": float(len(parts))}
+        self.stats = {
+            **self._across_learners(sums),
+            **self._engine.step(),
+            "microbatches": float(len(parts)),
+            "shared_prompt": float(self._own.shared_prompt),
+        }
         self._version += 1
+        self._own.forget_prompts()
         return {}, {DEFAULT_MODULE_ID: loss}, {}
 
     def _part_loss(self, part: dict[str, Tensor], index: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -158,16 +174,49 @@ class GRPOLearner(TorchLearner):
         return loss
 
     def _microbatches(self, columns: dict[str, Tensor]) -> list[slice]:
-        """Consecutive rows whose padded size stays within the token budget; the same count on every learner."""
-        prompts = self._own.prompts(columns[ROW].tolist())
-        lengths = [len(p) + int(m.sum()) for p, m in zip(prompts, columns[MASK], strict=True)]
-        # In order, so that the completions of a prompt stay together.
-        cut = cut_by_tokens(lengths, self.config.rar.tokens_per_microbatch, in_order=True)
-        parts = [slice(part[0], part[-1] + 1) for part in cut]
+        """Consecutive rows whose size stays within the token budget; the same count on every learner."""
+        rows, budget = columns[ROW].tolist(), self.config.rar.tokens_per_microbatch
+        prefixes = [len(prompt) for prompt in self._own.prompts(rows)]
+        lengths = columns[MASK].sum(1).tolist()
+        if self._own.shared_prompt:
+            parts = cut_shared_prefix(rows, prefixes, lengths, budget)
+        else:
+            # In order, so that the completions of a prompt stay together.
+            cut = cut_by_tokens([p + n for p, n in zip(prefixes, lengths, strict=True)], budget, in_order=True)
+            parts = [slice(part[0], part[-1] + 1) for part in cut]
         self._real_parts = len(parts)
         most = torch.tensor(len(parts), device=self._engine.device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         return parts + [slice(0, 1)] * (int(most) - len(parts))
+
+    def _prompt_can_be_shared(self, columns: dict[str, Tensor]) -> bool:
+        """Whether the first group's log-probabilities are the same packed and in rows of their own, on every learner.
+
+        Raises:
+            RuntimeError: they are not, and `shared_prompt` is `on`.
+        """
+        rar: RARConfig = self.config.rar
+        rows = columns[ROW]
+        group = {name: value[rows == rows[0]].to(self._engine.device) for name, value in columns.items()}
+        counted = group[MASK].bool()
+        found = []
+        for shared in (False, True):
+            self._own.shared_prompt = shared
+            with torch.no_grad():
+                found.append(self._engine(group)["logp"][counted])
+        gap = (found[0] - found[1]).abs().mean()
+        dist.all_reduce(gap, op=dist.ReduceOp.MAX)
+        # In bfloat16 two exact ways differ by rounding, as sampler and learner do.
+        limit = rar.logprob_gap_limit if self.config.policy.generator.dtype == "bfloat16" else _SAME_LOGPROB
+        if gap <= limit:
+            return True
+        told = (
+            f"log-probabilities of a shared prompt differ by {float(gap):.2g} nats per token from those of plain rows"
+        )
+        if rar.shared_prompt == "on":
+            raise RuntimeError(f"{told}; set rar.shared_prompt to off, and report the model's configuration")
+        log.warning("%s; going on with plain rows (rar.shared_prompt auto)", told)
+        return False
 
     def _across_learners(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Sums over denominators add up over learners; maxima are maxima."""

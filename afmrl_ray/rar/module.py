@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from afmrl_ray.models.listing import ListingProcessor, Row
 from afmrl_ray.models.logprobs import completion_batch
 from afmrl_ray.models.policy import Policy
 from afmrl_ray.models.prompts import generator_row
+from afmrl_ray.models.shared_prefix import pack, use_shared_prefix
 
 ROW, COMPLETION, MASK, OLD_LOGP, ADVANTAGE, WEIGHT, DENOMINATOR = (
     "row", "completion", "mask", "old_logp", "advantage", "weight", "denominator"
@@ -74,20 +76,27 @@ class AttributePolicy(TorchRLModule):
         self.reference = spec.load_reference() if spec.with_reference else None
         self.processor = spec.load_processor()
         self.catalogue = spec.catalogue.open()
+        for policy in filter(None, (self.policy, self.reference)):
+            use_shared_prefix(policy.backbone)
+        self.shared_prompt = False
+        self._prompts: dict[int, Row] = {}
 
     def train(self, mode: bool = True) -> AttributePolicy:
         """Stay in evaluation mode: with dropout the learner's log-probabilities would not be the sampler's."""
         return super().train(False)
 
     def prompts(self, rows: Sequence[int]) -> list[Row]:
-        """The prompt of each row; completions of a group share one object, so its picture is prepared once."""
-        built = {
-            row: generator_row(self.processor, self.catalogue, row, config=self.spec.generator) for row in set(rows)
-        }
-        return [built[row] for row in rows]
+        """The prompt of each row, prepared once until `forget_prompts`; completions of a group share one object."""
+        for row in set(rows) - self._prompts.keys():
+            self._prompts[row] = generator_row(self.processor, self.catalogue, row, config=self.spec.generator)
+        return [self._prompts[row] for row in rows]
+
+    def forget_prompts(self) -> None:
+        """Free what `prompts` prepared."""
+        self._prompts.clear()
 
     def _forward_train(self, batch: dict[str, Tensor], **_: Any) -> dict[str, Tensor]:
-        """Log-probabilities of completions.
+        """Log-probabilities of completions; with `shared_prompt`, neighbours with equal `row` share their prompt.
 
         Args:
             batch: columns `row` [B], `completion` [B, C], `mask` [B, C].
@@ -98,7 +107,19 @@ class AttributePolicy(TorchRLModule):
         kept = batch[MASK].bool()
         completions = [ids[keep].cpu().numpy() for ids, keep in zip(batch[COMPLETION], kept, strict=True)]
         device = next(self.policy.parameters()).device
-        inputs, mask = completion_batch(self.processor, self.prompts(batch[ROW].tolist()), completions, device)
+        prompts = self.prompts(batch[ROW].tolist())
+        inputs: Any
+        if self.shared_prompt:
+            groups = [list(group) for _, group in groupby(range(len(prompts)), key=lambda index: id(prompts[index]))]
+            inputs = pack(
+                [prompts[group[0]] for group in groups],
+                [[completions[index] for index in group] for group in groups],
+                self.processor.pad_id,
+                device,
+            )
+            mask = inputs.mask
+        else:
+            inputs, mask = completion_batch(self.processor, prompts, completions, device)
         options: dict[str, Any] = {
             "forbidden_ids": self.processor.forbidden_ids,
             "temperature": self.spec.temperature,

@@ -80,6 +80,10 @@ class Row:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def visuals(self) -> tuple[Visual, ...]:
+        return (self.visual,)
+
 
 def make_model(shape: dict[str, Any], device: torch.device, dtype: torch.dtype) -> EmbeddingModel:
     """Random weights of a published shape, LoRA of rank 16 on the language model's projections."""

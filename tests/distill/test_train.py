@@ -77,14 +77,15 @@ def test_the_loss_is_the_stock_models_mean_over_completion_tokens(tiny_checkpoin
     total, count = 0.0, 0
     for row, text in DistillStep(config, LABELS, catalogue, processor, None).batch(0):
         prompt = generator_row(processor, catalogue, row, config=config.generator)
+        (visual,) = prompt.visuals
         completion = processor.completion_ids(text)
         ids = torch.from_numpy(np.concatenate([prompt.input_ids, completion]))[None]
         logits = model(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             mm_token_type_ids=(ids == model.config.image_token_id).int(),
-            pixel_values=prompt.visual.pixels.values(torch.from_numpy(prompt.visual.patches)),
-            image_grid_thw=torch.tensor([prompt.visual.grid]),
+            pixel_values=visual.pixels.values(torch.from_numpy(visual.patches)),
+            image_grid_thw=torch.tensor([visual.grid]),
         ).logits[0, len(prompt) - 1 : -1]
         logits[:, processor.forbidden_ids] = -torch.inf
         logp = torch.log_softmax(logits.float(), -1).gather(-1, torch.from_numpy(completion)[:, None])

@@ -74,8 +74,8 @@ def test_pixels_are_those_of_the_stock_processor(loaded, size, frames):
     )
     row = processor.row(picture, "mug")
     batch = collate([row, row], processor.pad_id)
-    assert row.visual.patches.dtype == np.uint8
-    assert row.visual.patches.size * frames == wanted["pixel_values"].numel()
+    assert row.visuals[0].patches.dtype == np.uint8
+    assert row.visuals[0].patches.size * frames == wanted["pixel_values"].numel()
     torch.testing.assert_close(
         batch["pixel_values"], torch.cat([wanted["pixel_values"].float()] * 2), atol=2e-6, rtol=0
     )

@@ -126,7 +126,7 @@ def gap(theirs, own) -> float:
 def test_the_rows_try_what_they_are_meant_to(exported):
     _, own, rows = exported
     assert [len(row) for row in rows[-2:]] == [CONFIG.max_tokens] * 2
-    assert len({row.visual and row.visual.grid for row in rows}) == 7
+    assert len({row.visuals and row.visuals[0].grid for row in rows}) == 7
     similarities = own @ own.T - torch.eye(len(own))
     assert similarities.max() < 0.999
 

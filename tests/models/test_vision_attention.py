@@ -26,7 +26,7 @@ def test_hidden_states_and_gradients_equal_those_of_stock_transformers(tiny_chec
     processor = ListingProcessor.from_pretrained(path, PictureConfig(min_pixels=784, max_pixels=40_000))
     rows = [processor.row(noise(*size, seed), "mug") for seed, size in enumerate(SIZES[sizes])]
     batch = collate(rows, processor.pad_id)
-    assert len({row.visual.grid for row in rows}) == (1 if sizes == "equal" else 4)
+    assert len({row.visuals[0].grid for row in rows}) == (1 if sizes == "equal" else 4)
     ours, stock = load_backbone(path, role), STOCK[role].from_pretrained(path, attn_implementation="sdpa")
     assert ours.model.visual.config._attn_implementation == NAME
     found = []

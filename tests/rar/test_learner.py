@@ -88,6 +88,33 @@ def test_the_cut_into_microbatches_changes_nothing(policy_spec, columns, whole):
     assert_same_direction(policy_spec, tensors, whole[0])
 
 
+def test_a_shared_prompt_changes_nothing(policy_spec, columns, whole):
+    tensors, stats = update(policy_spec, columns, num_learners=0, tokens_per_microbatch=10**6, shared_prompt="off")
+    assert (stats["shared_prompt"], whole[1]["shared_prompt"]) == (0, 1)
+    for name in ("loss", "policy_loss", "kl", "gradient_norm", "logprob_gap"):
+        assert stats[name] == pytest.approx(whole[1][name], rel=1e-4, abs=1e-6)
+    assert_same_direction(policy_spec, tensors, whole[0])
+
+
+def test_a_shared_prompt_that_gives_other_numbers_is_found_at_first_use(policy_spec, columns, monkeypatch, caplog):
+    from afmrl_ray.rar import module
+
+    def wrong(prompts, completions, pad_id, device):
+        # Continuations that take their prompt to be one token longer than it is.
+        packed = pack(prompts, completions, pad_id, device)
+        places = packed.places[packed.mask]
+        packed.inputs["position_ids"][:, :, places] += 40
+        return packed
+
+    pack = module.pack
+    monkeypatch.setattr(module, "pack", wrong)
+    _, stats = update(policy_spec, columns, num_learners=0, shared_prompt="auto")
+    assert stats["shared_prompt"] == 0
+    assert "going on with plain rows" in caplog.text
+    with pytest.raises(RuntimeError, match=r"set rar\.shared_prompt to off"):
+        update(policy_spec, columns, num_learners=0, shared_prompt="on")
+
+
 @pytest.mark.parametrize("learners", [1, 2])
 def test_the_number_of_learners_changes_nothing(policy_spec, columns, whole, learners):
     tensors, stats = update(policy_spec, columns, num_learners=learners, tokens_per_microbatch=150)
