@@ -52,9 +52,23 @@ def prompts_of_step(rows: np.ndarray, step: int, count: int, seed: int) -> np.nd
     return np.array([rows[orders[place // len(rows)][place % len(rows)]] for place in places])
 
 
-def group_seeds(seed: int, step: int, count: int) -> list[int]:
-    """[count] sampling seeds of a step's groups; step -1 stands for the held-out prompts."""
-    return np.random.default_rng([seed, step + 1, 7]).integers(2**62, size=count).tolist()
+def other_prompts(rows: np.ndarray, asked: np.ndarray, step: int, draw: int, count: int, seed: int) -> np.ndarray:
+    """Up to `count` prompt rows that a step has not asked yet, in place of some that taught nothing.
+
+    Args:
+        rows: [P] all prompts.
+        asked: those that the step has asked already.
+        step: of the training.
+        draw: which replacement of the step this is, from 1.
+        seed: of the run.
+    """
+    left = rows[~np.isin(rows, asked)]
+    return np.random.default_rng([seed, step, draw, 11]).permutation(left)[:count]
+
+
+def group_seeds(seed: int, step: int, count: int, *, draw: int = 0) -> list[int]:
+    """[count] sampling seeds of a step's groups, and of their `draw`-th replacements; step -1 = held-out prompts."""
+    return np.random.default_rng([seed, step + 1, 7, *([draw] if draw else [])]).integers(2**62, size=count).tolist()
 
 
 def batch_columns(groups: list[Group], advantages: np.ndarray, known: np.ndarray) -> dict[str, np.ndarray]:

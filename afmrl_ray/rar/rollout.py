@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,7 +160,16 @@ class RolloutPool:
         self._push_to(index)
 
     def sample(self, rows: Sequence[int], seeds: Sequence[int], *, group_size: int) -> list[Group]:
-        """A group for each row, in order; chunks lost with an actor are sampled again, none twice.
+        """A group for each row, in order; see `stream`."""
+        chunks = dict(self.stream(rows, seeds, group_size=group_size))
+        return [group for place in sorted(chunks) for group in chunks[place]]
+
+    def stream(
+        self, rows: Sequence[int], seeds: Sequence[int], *, group_size: int
+    ) -> Iterator[tuple[int, list[Group]]]:
+        """Groups as they come: number of the first row of a chunk, and a group for each row of it.
+
+        Chunks lost with an actor are sampled again, none twice.
 
         Args:
             rows: catalogue rows of the prompts.
@@ -174,10 +183,11 @@ class RolloutPool:
         assert self._weights is not None, "push weights before sampling"
         size = self._config.pool.batch_size
         chunks = [slice(start, start + size) for start in range(0, len(rows), size)]
-        waiting, done = list(range(len(chunks))), dict[int, list[Group]]()
+        waiting = list(range(len(chunks)))
         running: dict[Any, tuple[int, int]] = {}
         free = list(range(len(self.actors)))
-        while waiting or running:
+        ready: list[tuple[int, list[Group]]] = []
+        while waiting or running or ready:
             while waiting and free:
                 chunk, actor = waiting.pop(0), free.pop(0)
                 call = self.actors[actor].sample.remote(
@@ -187,19 +197,23 @@ class RolloutPool:
                     version=self._weights.version,
                 )
                 running[call] = chunk, actor
+            # Handed on only now, so that no actor idles while the caller looks at them.
+            yield from ready
+            ready = []
+            if not running:
+                continue
             finished, _ = ray.wait(list(running), timeout=self._config.timeout_s)
             if not finished:
                 names = sorted(actor for _, actor in running.values())
                 raise TimeoutError(f"rollout actors {names} gave nothing within {self._config.timeout_s:g} s")
             for call in finished:
                 chunk, actor = running.pop(call)
+                free.append(actor)
                 try:
-                    done[chunk] = ray.get(call)
+                    ready.append((chunks[chunk].start, ray.get(call)))
                 except RayActorError:
                     self._replace(actor)
                     waiting.insert(0, chunk)
-                free.append(actor)
-        return [group for chunk in sorted(done) for group in done[chunk]]
 
     def close(self) -> None:
         for actor in self.actors:

@@ -14,7 +14,7 @@ from afmrl_ray.config import Config, validate
 from afmrl_ray.config.catalogue import CatalogueConfig
 from afmrl_ray.models.backbones import load_backbone
 from afmrl_ray.models.listing import ListingProcessor
-from afmrl_ray.models.tiny import build_encoder, save_checkpoint, train_tokenizer
+from afmrl_ray.models.tiny import build_encoder, build_generator, save_checkpoint, train_tokenizer
 
 TINY = {"hidden_size": 128, "num_layers": 4, "patch_px": 7}
 
@@ -67,3 +67,54 @@ def make_bench(batch_size: int, train_products: int, **agcl: object) -> Bench:
     tokenizer = train_tokenizer([*texts, config.encoder.instruction], config.tiny.vocabulary)
     save_checkpoint(build_encoder(config.tiny, tokenizer, 0), tokenizer, config.tiny, str(folder / "encoder"))
     return Bench(config, CatalogueRef(path, staged, catalogue.fingerprint), str(folder / "encoder"))
+
+
+@dataclass(frozen=True)
+class GeneratorBench:
+    """What a benchmark of the generator works on.
+
+    Attributes:
+        pixels: the picture processor's size.
+    """
+
+    config: Config
+    reference: CatalogueRef
+    checkpoint: str
+    pixels: dict[str, int]
+
+
+def make_generator_bench(*, picture: bool, words: int, new_tokens: int, train_products: int = 16) -> GeneratorBench:
+    """A synthetic catalogue and a tiny random generator in a temporary folder.
+
+    Args:
+        picture: whether prompts hold a picture, of 196 visual tokens.
+        words: of the instruction, on top of the listing's title.
+        new_tokens: of a completion.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="afmrl-bench-"))
+    pixels = 28 * 28 * 196
+    config = validate(
+        {
+            "synthetic": {"preset": "tiny", "train_products": train_products, "picture_px": 392},
+            "tiny": {"hidden_size": 256, "num_layers": 6, "num_heads": 8, "vision_width": 128, "vision_depth": 4},
+            "generator": {
+                "inputs": "both" if picture else "text",
+                "instruction": " ".join(["name", "every", "attribute", "of", "it", "and", "its", "value"][:words]),
+                "max_new_tokens": new_tokens,
+                "picture": {"min_pixels": pixels, "max_pixels": pixels},
+            },
+        }
+    )
+    path = str(folder / "catalogue.parquet")
+    write_catalogue(make_catalogue(config.synthetic), path)
+    staged = CatalogueConfig(path=path, staging_dir=str(folder / "staging"))
+    catalogue = open_catalogue(path, config=staged)
+    texts = [title for title in catalogue.column("title") if title]
+    tokenizer = train_tokenizer([*texts, config.generator.instruction], config.tiny.vocabulary)
+    save_checkpoint(build_generator(config.tiny, tokenizer, 0), tokenizer, config.tiny, str(folder / "generator"))
+    return GeneratorBench(
+        config,
+        CatalogueRef(path, staged, catalogue.fingerprint),
+        str(folder / "generator"),
+        {"shortest_edge": pixels, "longest_edge": pixels},
+    )

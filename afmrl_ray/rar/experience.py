@@ -1,0 +1,157 @@
+"""Rollouts of a step together with their rewards; chunks are scored while others are still being sampled."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from afmrl_ray.attributes.text import Attributes, InvalidAttributes, format_attributes
+from afmrl_ray.rar.prompts import group_seeds, other_prompts, prompts_of_step
+from afmrl_ray.rar.reward import Query, parse_completions
+from afmrl_ray.rar.rollout import Group
+
+
+class Rollouts(Protocol):
+    """What samples; `rar.rollout.RolloutPool` is one."""
+
+    def stream(
+        self, rows: Sequence[int], seeds: Sequence[int], *, group_size: int
+    ) -> Iterator[tuple[int, list[Group]]]: ...
+
+
+class Scoring(Protocol):
+    """Rewards on their way."""
+
+    def result(self) -> np.ndarray: ...
+
+
+class Rewards(Protocol):
+    """What scores; `rar.reward.RewardPool` is one."""
+
+    def submit(self, gallery: str, queries: Sequence[Query]) -> Scoring: ...
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What a step learns from.
+
+    Attributes:
+        groups: of the prompts, in order.
+        rewards: [groups, G], NaN where scoring failed.
+        parsed: what the parser made of each completion, group after group.
+        numbers: `seconds_rollout` until the last completion, `seconds_reward` waited beyond it, `resampled_groups`.
+    """
+
+    groups: list[Group]
+    rewards: np.ndarray
+    parsed: list[Attributes | InvalidAttributes]
+    numbers: dict[str, float]
+
+    def without_spread(self) -> np.ndarray:
+        """[groups] bool, True where all rewards that are known are equal, so that nothing can be learned."""
+        known = ~np.isnan(self.rewards)
+        highest = np.where(known, self.rewards, -np.inf).max(1)
+        lowest = np.where(known, self.rewards, np.inf).min(1)
+        return highest <= lowest
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Which prompts, and how.
+
+    Attributes:
+        gallery: that rewards search.
+        group_size: completions per prompt.
+        max_attributes: that the parser accepts.
+        invalid: reward of a completion that the parser refuses.
+    """
+
+    gallery: str
+    group_size: int
+    max_attributes: int
+    invalid: float
+
+
+class Collector:
+    """Samples and scores; a function of the weights that the rollout actors hold.
+
+    Args:
+        rollouts: the pool that samples.
+        rewards: the service that scores.
+    """
+
+    def __init__(self, rollouts: Rollouts, rewards: Rewards) -> None:
+        self._rollouts, self._rewards = rollouts, rewards
+
+    def collect(self, rows: Sequence[int], seeds: Sequence[int], ask: Ask) -> Experience:
+        """Sample a group for each row and score every chunk of them as soon as it is there."""
+        began = time.monotonic()
+        chunks: dict[int, tuple[list[Group], list[Any], list[int], Scoring | None]] = {}
+        for place, groups in self._rollouts.stream(rows, seeds, group_size=ask.group_size):
+            parsed = parse_completions([text for g in groups for text in g.texts], max_attributes=ask.max_attributes)
+            rows_of = [group.row for group in groups for _ in group.texts]
+            valid = [index for index, found in enumerate(parsed) if not isinstance(found, InvalidAttributes)]
+            queries = [(rows_of[index], format_attributes(parsed[index])) for index in valid]  # type: ignore[arg-type]
+            chunks[place] = groups, parsed, valid, self._rewards.submit(ask.gallery, queries) if queries else None
+        sampled = time.monotonic()
+        every_group: list[Group] = []
+        every_parsed: list[Any] = []
+        rewards: list[np.ndarray] = []
+        for place in sorted(chunks):
+            groups, parsed, valid, scoring = chunks[place]
+            own = np.full(len(parsed), ask.invalid, dtype=np.float64)
+            if scoring is not None:
+                own[valid] = scoring.result()
+            every_group += groups
+            every_parsed += parsed
+            rewards.append(own)
+        return Experience(
+            groups=every_group,
+            rewards=np.concatenate(rewards).reshape(len(every_group), ask.group_size),
+            parsed=every_parsed,
+            numbers={
+                "seconds_rollout": sampled - began,
+                "seconds_reward": time.monotonic() - sampled,
+                "resampled_groups": 0.0,
+            },
+        )
+
+    def collect_step(
+        self, rows: np.ndarray, step: int, *, count: int, seed: int, ask: Ask, resample_rounds: int
+    ) -> Experience:
+        """The experience of a training step; prompts whose rewards are all equal make way for others.
+
+        Args:
+            rows: [P] all prompts that can be asked.
+            step: of the training.
+            count: prompts per step.
+            seed: of the run.
+            resample_rounds: how often such prompts are replaced; those that are left after it stay.
+        """
+        asked = prompts_of_step(rows, step, count, seed)
+        found = self.collect(asked.tolist(), group_seeds(seed, step, count), ask)
+        for round_ in range(1, resample_rounds + 1):
+            dull = np.flatnonzero(found.without_spread())
+            if not len(dull):
+                break
+            instead = other_prompts(rows, asked, step, round_, len(dull), seed)
+            asked = np.concatenate([asked, instead])
+            seeds = group_seeds(seed, step, len(instead), draw=round_)
+            found = _replaced(found, dull[: len(instead)], self.collect(instead.tolist(), seeds, ask))
+        return found
+
+
+def _replaced(old: Experience, places: np.ndarray, new: Experience) -> Experience:
+    """`old` with the groups at `places` replaced by those of `new`."""
+    groups, rewards, size = list(old.groups), old.rewards.copy(), old.rewards.shape[1]
+    parsed = list(old.parsed)
+    for index, place in enumerate(places.tolist()):
+        groups[place], rewards[place] = new.groups[index], new.rewards[index]
+        parsed[place * size : (place + 1) * size] = new.parsed[index * size : (index + 1) * size]
+    numbers = {name: value + new.numbers[name] for name, value in old.numbers.items()}
+    numbers["resampled_groups"] += len(places)
+    return Experience(groups, rewards, parsed, numbers)

@@ -1,0 +1,122 @@
+"""Experience of a step from fakes that sample and score by rule."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from afmrl_ray.rar.experience import Ask, Collector
+from afmrl_ray.rar.prompts import group_seeds, prompts_of_step
+from afmrl_ray.rar.rollout import Group
+
+ASK = Ask(gallery="train", group_size=3, max_attributes=4, invalid=-0.1)
+ROWS = np.arange(100, 140)
+NAN = float("nan")
+
+
+def group(row: int, seed: int, size: int) -> Group:
+    texts = [(f"color: {row}; part: {place}", True) for place in range(size - 1)] + [("nonsense", True)]
+    shape = (size, 2)
+    return Group(row, 0, np.full(shape, seed), np.ones(shape, bool), np.zeros(shape, np.float32), texts)
+
+
+class Rollouts:
+    """Chunks of two groups, the last one first."""
+
+    def __init__(self, log: list) -> None:
+        self.log = log
+
+    def stream(self, rows, seeds, *, group_size):
+        for start in reversed(range(0, len(rows), 2)):
+            self.log.append(("sampled", start))
+            pairs = zip(rows[start : start + 2], seeds[start : start + 2], strict=True)
+            yield start, [group(row, seed, group_size) for row, seed in pairs]
+
+
+class Rewards:
+    """Row modulo ten, the same for all of a group but those of `spread`."""
+
+    def __init__(self, log: list, spread=lambda row: True) -> None:
+        self.log, self.spread = log, spread
+
+    def submit(self, gallery, queries):
+        assert gallery == "train"
+        self.log.append(("submitted", len(queries)))
+        values = [row % 10 + (int(text[-1]) if self.spread(row) else 0) for row, text in queries]
+
+        class Done:
+            def result(self):
+                return np.array(values, dtype=float)
+
+        return Done()
+
+
+def collect(**options):
+    log: list = []
+    rows = [103, 104, 105]
+    return Collector(Rollouts(log), Rewards(log)).collect(rows, [1, 2, 3], ASK, **options), log
+
+
+def test_groups_and_rewards_stand_in_the_order_of_the_prompts():
+    found, _ = collect()
+    assert [g.row for g in found.groups] == [103, 104, 105]
+    assert found.rewards.tolist() == [[3, 4, -0.1], [4, 5, -0.1], [5, 6, -0.1]]
+    assert len(found.parsed) == 9
+
+
+def test_a_chunk_is_scored_before_the_next_is_sampled():
+    _, log = collect()
+    assert log == [("sampled", 2), ("submitted", 2), ("sampled", 0), ("submitted", 4)]
+
+
+def step(spread, rounds: int, number: int = 5):
+    log: list = []
+    collector = Collector(Rollouts(log), Rewards(log, spread))
+    # What the parser refuses would spread every group.
+    ask = Ask(gallery="train", group_size=3, max_attributes=4, invalid=-0.1)
+    return collector.collect_step(ROWS, number, count=8, seed=3, ask=ask, resample_rounds=rounds)
+
+
+@pytest.fixture
+def no_nonsense(monkeypatch):
+    import sys
+
+    def plain(row, seed, size):
+        texts = [(f"color: {row}; part: {place}", True) for place in range(size)]
+        shape = (size, 2)
+        return Group(row, 0, np.full(shape, seed), np.ones(shape, bool), np.zeros(shape, np.float32), texts)
+
+    monkeypatch.setattr(sys.modules[__name__], "group", plain)
+
+
+@pytest.mark.usefixtures("no_nonsense")
+def test_prompts_that_teach_nothing_make_way_for_others():
+    asked = prompts_of_step(ROWS, 5, 8, 3)
+    dull = {int(row) for row in asked[:3]}
+    kept = step(lambda row: row not in dull, 0)
+    assert [g.row for g in kept.groups] == asked.tolist()
+    assert kept.without_spread().sum() == 3
+    found = step(lambda row: row not in dull, 2)
+    assert found.without_spread().sum() == 0
+    assert found.numbers["resampled_groups"] == 3
+    rows = [g.row for g in found.groups]
+    assert len(set(rows)) == 8
+    assert not dull & set(rows)
+    assert rows[3:] == asked[3:].tolist()
+    assert [g.ids[0, 0] for g in found.groups[3:]] == group_seeds(3, 5, 8)[3:]
+    again = step(lambda row: row not in dull, 2)
+    assert [(g.row, g.ids[0, 0]) for g in again.groups] == [(g.row, g.ids[0, 0]) for g in found.groups]
+
+
+@pytest.mark.usefixtures("no_nonsense")
+def test_what_is_still_dull_after_the_last_round_stays():
+    found = step(lambda row: False, 2)
+    assert found.without_spread().all()
+    assert found.numbers["resampled_groups"] == 16
+    assert len(found.groups) == len({g.row for g in found.groups}) == 8
+
+
+def test_unknown_rewards_do_not_count_as_a_spread():
+    found, _ = collect()
+    found.rewards[:] = [[NAN, 1, 1], [NAN, 1, 2], [NAN, NAN, NAN]]
+    assert found.without_spread().tolist() == [True, False, True]
