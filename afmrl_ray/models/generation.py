@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from afmrl_ray.models.inner import inner_model
 from afmrl_ray.models.listing import ListingProcessor, Row, collate
+from afmrl_ray.models.shared_prefix import Decoding, takes_shared_prefix
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def generate(
 ) -> Completions:
     """Sample `group_size` completions of every prompt, or decode greedily.
 
-    A group's draws come from its own seed alone, so they do not depend on the other prompts of the call.
+    A group's draws come from its own seed alone, so they do not depend on the other prompts of the call. With a model
+    that was given to `use_shared_prefix`, a prompt's keys and values are held once for its group.
 
     Args:
         prompts: B prompts.
@@ -72,10 +74,7 @@ def generate(
     noise = _noise(seeds, group_size, max_new_tokens, device) if seeds is not None else None
 
     out = backbone.model(**batch, use_cache=True)
-    cache = out.past_key_values
-    if group_size > 1:
-        cache.batch_repeat_interleave(group_size)
-    mask = batch["attention_mask"].repeat_interleave(group_size, dim=0)
+    steps = _decoder(backbone, out.past_key_values, batch["attention_mask"], group_size, max_new_tokens)
     position = batch["position_ids"].amax(dim=(0, 2)).repeat_interleave(group_size)
     hidden = out.last_hidden_state[:, -1].repeat_interleave(group_size, dim=0)
 
@@ -91,8 +90,36 @@ def generate(
         alive = alive & (token != processor.end_id)
         if step + 1 == max_new_tokens or not alive.any():
             break
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         position = position + 1
+        hidden = steps(token, position)
+    return Completions(torch.stack(ids, 1), torch.stack(kept, 1), torch.stack(logps, 1))
+
+
+def _decoder(
+    backbone: Any, cache: Any, prompt_mask: Tensor, group_size: int, longest: int
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function from the next token [B*G] of every row and its position [B*G] to hidden states [B*G, D]."""
+    if group_size > 1 and takes_shared_prefix(backbone):
+        decoding = Decoding(cache, prompt_mask, group_size=group_size, longest=longest)
+
+        def shared(token: Tensor, position: Tensor) -> Tensor:
+            out = backbone.model(
+                input_ids=token[:, None],
+                attention_mask={"full_attention": decoding},
+                position_ids=position.expand(3, -1)[..., None],
+                use_cache=False,
+            )
+            decoding.tokens += 1
+            return out.last_hidden_state[:, -1]
+
+        return shared
+    if group_size > 1:
+        cache.batch_repeat_interleave(group_size)
+    mask = prompt_mask.repeat_interleave(group_size, dim=0)
+
+    def repeated(token: Tensor, position: Tensor) -> Tensor:
+        nonlocal mask
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         out = backbone.model(
             input_ids=token[:, None],
             attention_mask=mask,
@@ -100,8 +127,9 @@ def generate(
             past_key_values=cache,
             use_cache=True,
         )
-        hidden = out.last_hidden_state[:, -1]
-    return Completions(torch.stack(ids, 1), torch.stack(kept, 1), torch.stack(logps, 1))
+        return out.last_hidden_state[:, -1]
+
+    return repeated
 
 
 def _noise(seeds: Sequence[int], group_size: int, steps: int, device: torch.device) -> Tensor:

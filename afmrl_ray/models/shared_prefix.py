@@ -173,14 +173,14 @@ def pack(
 def attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers: by segments where they stand in the mask's place, else the stock one.
+    """An attention function of transformers: by what stands in the mask's place, or else the stock one.
 
     Args:
         module: the attention layer.
         query: [1, heads, N, dim].
         key: [1, key-value heads, N, dim].
         value: [1, key-value heads, N, dim].
-        attention_mask: `Segments`, or anything that transformers' `sdpa` takes.
+        attention_mask: `Segments`, `Decoding`, or anything that transformers' `sdpa` takes.
         options: `dropout`, `scaling`, and what else `sdpa` takes.
 
     Returns:
@@ -188,6 +188,8 @@ def attention(
     """
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
+    if isinstance(attention_mask, Decoding):
+        return attention_mask.attend(module.layer_idx, query, key, value, options.get("scaling")), None
     if not isinstance(attention_mask, Segments):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     groups = query.shape[1] // key.shape[1]
@@ -214,6 +216,64 @@ def attention(
         attn_mask=attention_mask.keep,
     )
     return attention_mask.out_of_blocks(prompts, continuations)[None], None
+
+
+class Decoding:
+    """Keys and values while G continuations of each of B prompts grow token by token; travels as an attention mask.
+
+    A prompt's keys and values are held once, and all its continuations are multiplied with them at once; a cache that
+    is repeated for each of them costs G times the memory, and as much to read for every token.
+
+    Args:
+        cache: transformers' cache after the prompts' forward pass.
+        prompt_mask: [B, P] 1 at the prompts' tokens.
+        group_size: G.
+        longest: tokens of the longest continuation.
+    """
+
+    def __init__(self, cache: Any, prompt_mask: Tensor, *, group_size: int, longest: int) -> None:
+        self._prompts = [(layer.keys, layer.values) for layer in cache.layers]
+        keys = self._prompts[0][0]
+        self._batch, self._group = len(prompt_mask), group_size
+        shape = (self._batch * group_size, keys.shape[1], longest, keys.shape[3])
+        self._own = [(keys.new_empty(shape), keys.new_empty(shape)) for _ in self._prompts]
+        self._hidden = (prompt_mask == 0)[:, None, None, :]
+        self.tokens = 0
+        """Tokens that every continuation has; the caller counts them."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """Attention of the next token of every continuation.
+
+        Args:
+            layer: number of the layer.
+            query: [B * G, heads, 1, dim].
+            key: [B * G, key-value heads, 1, dim].
+            value: [B * G, key-value heads, 1, dim].
+            scale: of the inner products.
+
+        Returns:
+            [B * G, 1, heads, dim].
+        """
+        rows, heads, _, dim = query.shape
+        kv = key.shape[1]
+        (prompt_keys, prompt_values), (keys, values) = self._prompts[layer], self._own[layer]
+        keys[:, :, self.tokens], values[:, :, self.tokens] = key[:, :, 0], value[:, :, 0]
+        keys, values = keys[:, :, : self.tokens + 1], values[:, :, : self.tokens + 1]
+        # Heads that share keys stand side by side: [B * G, kv, heads / kv, dim].
+        query = query.view(rows, kv, heads // kv, dim) * (dim**-0.5 if scale is None else scale)
+        together = query.unflatten(0, (self._batch, self._group)).transpose(1, 2).flatten(2, 3)
+        prompt_scores = (together @ prompt_keys.mT).masked_fill(self._hidden, -torch.inf)
+        apart = prompt_scores.unflatten(2, (self._group, -1)).transpose(1, 2).flatten(0, 1)
+        scores = torch.cat([apart, query @ keys.mT], dim=-1).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+        on_prompt, on_own = scores.split([apart.shape[-1], self.tokens + 1], dim=-1)
+        together = on_prompt.unflatten(0, (self._batch, self._group)).transpose(1, 2).flatten(2, 3) @ prompt_values
+        out = together.unflatten(2, (self._group, -1)).transpose(1, 2).flatten(0, 1) + on_own @ values
+        return out.reshape(rows, 1, heads, dim)
+
+
+def takes_shared_prefix(model: Any) -> bool:
+    """Whether a model was given to `use_shared_prefix`."""
+    return inner_model(model).model.language_model.config._attn_implementation == NAME
 
 
 def use_shared_prefix(model: Any) -> None:

@@ -16,6 +16,7 @@ from afmrl_ray.config.train import RolloutConfig
 from afmrl_ray.errors import WeightSyncError
 from afmrl_ray.models.generation import generate
 from afmrl_ray.models.prompts import generator_row
+from afmrl_ray.models.shared_prefix import use_shared_prefix
 from afmrl_ray.rar.module import PolicySpec, load_tensors, trained_tensors, weights_fingerprint
 from afmrl_ray.training.cluster import torch_threads
 
@@ -60,6 +61,7 @@ class Sampler:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._spec = spec
         self._policy = spec.load_policy().eval().to(device)
+        use_shared_prefix(self._policy.backbone)
         self._processor = spec.load_processor()
         self._catalogue = spec.catalogue.open()
         self._version = -1

@@ -9,14 +9,18 @@ from afmrl_ray.models.backbones import load_backbone
 from afmrl_ray.models.generation import generate, token_logprobs
 from afmrl_ray.models.listing import ListingProcessor
 from afmrl_ray.models.logprobs import completion_batch, completion_logprobs
+from afmrl_ray.models.shared_prefix import Decoding, use_shared_prefix
 from tests.models.test_listing import noise
 
 
-@pytest.fixture(scope="module")
-def generator(tiny_checkpoints):
+@pytest.fixture(scope="module", params=["prompt repeated", "prompt shared"])
+def generator(request, tiny_checkpoints):
     path = tiny_checkpoints["generator"]
     processor = ListingProcessor.from_pretrained(path, PictureConfig(min_pixels=28 * 28, max_pixels=84 * 84))
-    return load_backbone(path, "generator").eval(), processor
+    model = load_backbone(path, "generator").eval()
+    if request.param == "prompt shared":
+        use_shared_prefix(model)
+    return model, processor
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +88,24 @@ def test_groups_without_seeds_are_refused(generator, prompts):
     model, processor = generator
     with pytest.raises(ValueError, match="pass seeds"):
         generate(model, processor, prompts, max_new_tokens=2, group_size=2)
+
+
+def test_a_shared_prompt_draws_the_same_tokens_without_a_copy_for_each(tiny_checkpoints, prompts, monkeypatch):
+    path = tiny_checkpoints["generator"]
+    processor = ListingProcessor.from_pretrained(path, PictureConfig(min_pixels=28 * 28, max_pixels=84 * 84))
+    model = load_backbone(path, "generator").eval()
+    arguments = {"max_new_tokens": 14, "group_size": 5, "seeds": [4, 5, 6]}
+    repeated = generate(model, processor, prompts, **arguments)
+    held = []
+
+    class Watched(Decoding):
+        def __init__(self, cache, prompt_mask, **sizes):
+            super().__init__(cache, prompt_mask, **sizes)
+            held.append(cache.layers[0].keys.shape[0])
+
+    monkeypatch.setattr("afmrl_ray.models.generation.Decoding", Watched)
+    use_shared_prefix(model)
+    shared = generate(model, processor, prompts, **arguments)
+    assert held == [len(prompts)]
+    assert torch.equal(shared.ids, repeated.ids)
+    torch.testing.assert_close(shared.logp, repeated.logp, atol=2e-5, rtol=1e-4)
