@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from afmrl_ray.attributes.text import Attributes, InvalidAttributes, format_attributes
+from afmrl_ray.rar.messages import Group
 from afmrl_ray.rar.prompts import group_seeds, other_prompts, prompts_of_step
 from afmrl_ray.rar.reward import Query, parse_completions
-from afmrl_ray.rar.rollout import Group
 
 
 class Rollouts(Protocol):

@@ -10,8 +10,8 @@ from afmrl_ray.errors import CatalogueError
 from afmrl_ray.models.annotate import GeneratorRef
 from afmrl_ray.models.listing import ListingProcessor
 from afmrl_ray.models.prompts import prompt_fits
+from afmrl_ray.rar.messages import Group
 from afmrl_ray.rar.module import ADVANTAGE, COMPLETION, DENOMINATOR, MASK, OLD_LOGP, ROW, WEIGHT
-from afmrl_ray.rar.rollout import Group
 
 
 def usable_rows(

@@ -1,102 +1,22 @@
-"""Sampling of completions by a pool of Ray actors, each holding a copy of the policy."""
+"""A pool of Ray actors that sample completions, each holding a copy of the policy."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import ray
-import torch
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from afmrl_ray.config.train import RolloutConfig
 from afmrl_ray.errors import WeightSyncError
-from afmrl_ray.models.generation import generate
-from afmrl_ray.models.prompts import generator_row
-from afmrl_ray.models.shared_prefix import use_shared_prefix
-from afmrl_ray.rar.module import PolicySpec, load_tensors, trained_tensors, weights_fingerprint
+from afmrl_ray.rar.engine import RolloutEngine, TransformersEngine
+from afmrl_ray.rar.messages import Group, Weights
+from afmrl_ray.rar.module import PolicySpec
 from afmrl_ray.training.cluster import torch_threads
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Trained tensors in the object store; the reference is wrapped in a list, so that it travels as a reference."""
-
-    version: int
-    fingerprint: str
-    reference: list[Any]
-
-
-@dataclass(frozen=True)
-class Group:
-    """The completions of one prompt.
-
-    Attributes:
-        row: catalogue row of the prompt.
-        version: of the weights that sampled them.
-        ids: [G, C] token ids.
-        mask: [G, C] True at sampled tokens.
-        logp: [G, C] float32 log-probabilities at the sampling temperature.
-        texts: G texts and whether each ended by itself.
-    """
-
-    row: int
-    version: int
-    ids: np.ndarray
-    mask: np.ndarray
-    logp: np.ndarray
-    texts: list[tuple[str, bool]]
-
-
-class Sampler:
-    """The policy for sampling; plain code inside the actor."""
-
-    def __init__(self, spec: PolicySpec, threads: int) -> None:
-        torch.set_num_threads(threads)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._spec = spec
-        self._policy = spec.load_policy().eval().to(device)
-        use_shared_prefix(self._policy.backbone)
-        self._processor = spec.load_processor()
-        self._catalogue = spec.catalogue.open()
-        self._version = -1
-
-    def set_weights(self, weights: Weights) -> tuple[int, str]:
-        """Take pushed weights; returns the version and the fingerprint of what the policy now holds."""
-        load_tensors(self._policy, ray.get(weights.reference[0]))
-        self._version = weights.version
-        return self._version, weights_fingerprint(trained_tensors(self._policy))
-
-    def sample(self, rows: Sequence[int], seeds: Sequence[int], *, group_size: int, version: int) -> list[Group]:
-        """Sample a group for each row.
-
-        Raises:
-            WeightSyncError: the policy is not at `version`.
-        """
-        if version != self._version:
-            raise WeightSyncError(f"asked for rollouts of version {version}, the worker holds {self._version}")
-        prompts = [generator_row(self._processor, self._catalogue, row, config=self._spec.generator) for row in rows]
-        out = generate(
-            self._policy.backbone,
-            self._processor,
-            prompts,
-            max_new_tokens=self._spec.generator.max_new_tokens,
-            group_size=group_size,
-            seeds=seeds,
-            temperature=self._spec.temperature,
-        )
-        texts = out.texts(self._processor)
-        groups = []
-        for index, row in enumerate(rows):
-            own = slice(index * group_size, (index + 1) * group_size)
-            ids, mask, logp = (tensor[own].cpu().numpy() for tensor in (out.ids, out.mask, out.logp))
-            groups.append(Group(row, version, ids, mask, logp, texts[own]))
-        return groups
 
 
 class RolloutPool:
@@ -105,10 +25,16 @@ class RolloutPool:
     Args:
         spec: the policy.
         config: `rar.rollout`.
+        engine: what each actor is made of, called with the policy and torch's threads.
     """
 
-    def __init__(self, spec: PolicySpec, config: RolloutConfig) -> None:
-        self._spec, self._config = spec, config
+    def __init__(
+        self,
+        spec: PolicySpec,
+        config: RolloutConfig,
+        engine: Callable[[PolicySpec, int], RolloutEngine] = TransformersEngine,
+    ) -> None:
+        self._spec, self._config, self._engine = spec, config, engine
         self._weights: Weights | None = None
         self._restarts = 0
         self._made = 0
@@ -117,7 +43,7 @@ class RolloutPool:
     def _make(self) -> Any:
         pool = self._config.pool
         self._made += 1
-        actor = ray.remote(num_cpus=pool.cpus_per_worker, num_gpus=pool.gpus_per_worker, max_restarts=0)(Sampler)
+        actor = ray.remote(num_cpus=pool.cpus_per_worker, num_gpus=pool.gpus_per_worker, max_restarts=0)(self._engine)
         return actor.remote(self._spec, torch_threads(pool.cpus_per_worker))
 
     @property

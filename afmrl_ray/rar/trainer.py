@@ -30,10 +30,11 @@ from afmrl_ray.rar.checkpoint import Checkpoints
 from afmrl_ray.rar.heldout import HeldOut, compare, summarise
 from afmrl_ray.rar.learner import build_learners, learner_batch
 from afmrl_ray.rar.loss import group_advantages
+from afmrl_ray.rar.messages import Group, Weights
 from afmrl_ray.rar.module import PolicySpec
 from afmrl_ray.rar.prompts import batch_columns, group_seeds, prompts_of_step, usable_rows
 from afmrl_ray.rar.reward import Gallery, RewardPool, RewardSpec, parse_completions, reward_completions
-from afmrl_ray.rar.rollout import Group, RolloutPool, Weights
+from afmrl_ray.rar.rollout import RolloutPool
 from afmrl_ray.retrieval.embed import EncoderRef, load_embeddings
 from afmrl_ray.training.metrics_log import MetricsLog
 

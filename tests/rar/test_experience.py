@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from afmrl_ray.rar.experience import Ask, Collector
+from afmrl_ray.rar.messages import Group
 from afmrl_ray.rar.prompts import group_seeds, prompts_of_step
-from afmrl_ray.rar.rollout import Group
 
 ASK = Ask(gallery="train", group_size=3, max_attributes=4, invalid=-0.1)
 ROWS = np.arange(100, 140)

@@ -5,8 +5,8 @@ import pytest
 
 from afmrl_ray.rar.checkpoint import Checkpoints
 from afmrl_ray.rar.heldout import compare, summarise
+from afmrl_ray.rar.messages import Group
 from afmrl_ray.rar.prompts import batch_columns, group_seeds, prompts_of_step
-from afmrl_ray.rar.rollout import Group
 
 
 def test_prompts_go_through_epochs_without_gap_or_repeat():
