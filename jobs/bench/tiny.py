@@ -17,6 +17,10 @@ from afmrl_ray.models.listing import ListingProcessor
 from afmrl_ray.models.tiny import build_encoder, build_generator, save_checkpoint, train_tokenizer
 
 TINY = {"hidden_size": 128, "num_layers": 4, "patch_px": 7}
+GENERATOR = {
+    **{"hidden_size": 256, "num_layers": 6, "num_heads": 8},
+    **{"vision_width": 128, "vision_depth": 4, "patch_px": 14},
+}
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def make_generator_bench(*, picture: bool, words: int, new_tokens: int, train_pr
     config = validate(
         {
             "synthetic": {"preset": "tiny", "train_products": train_products, "picture_px": 392},
-            "tiny": {"hidden_size": 256, "num_layers": 6, "num_heads": 8, "vision_width": 128, "vision_depth": 4},
+            "tiny": GENERATOR,
             "generator": {
                 "inputs": "both" if picture else "text",
                 "instruction": " ".join(["name", "every", "attribute", "of", "it", "and", "its", "value"][:words]),
