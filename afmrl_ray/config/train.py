@@ -169,6 +169,29 @@ class RolloutConfig(Section):
     """Times that a dead actor is replaced before the job stops."""
 
 
+class GRPOConfig(Section):
+    """Readings of GRPO's loss; the defaults are what most trainers agree on."""
+
+    aggregation: Literal["token", "sequence", "constant"] = "token"
+    """What the loss of a step is: the mean over its tokens, the mean over completions of the mean over their tokens, or
+    the sum over tokens by a constant, completions times `generator.max_new_tokens` (Dr. GRPO)."""
+    ratio_level: Literal["token", "sequence"] = "token"
+    """Whether every token has its own ratio, or a completion the geometric mean of its tokens' (GSPO)."""
+    ratio_cap: float | None = Field(None, gt=1)
+    """Largest ratio where the clip does not hold, of either sign of the advantage; none = no cap."""
+    dual_clip: float | None = Field(None, gt=1)
+    """Bound of the loss for negative advantages, times the advantage; none = no bound."""
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of the KL; k1 gives the policy a gradient that is zero in the mean, see Schulman 2020."""
+    kl_times_ratio: bool = False
+    """Whether the KL is multiplied by the ratio, whose gradient then counts."""
+    baseline: Literal["mean", "leave_one_out"] = "mean"
+    """What is taken off a reward: its group's mean, or the mean of the others of its group."""
+    mask_overlong: bool = False
+    """Whether completions that did not end within `generator.max_new_tokens` are left out of the loss; their rewards
+    count in their group all the same."""
+
+
 class RARConfig(Section):
     """Stage 2: GRPO of the generator, rewarded with the retrieval of the frozen encoder."""
 
@@ -202,6 +225,8 @@ class RARConfig(Section):
     """What advantages are divided by: the group's deviation, the batch's, or nothing."""
     advantage_eps: float = Field(1e-4, gt=0)
     """Added to the deviation."""
+    grpo: GRPOConfig = GRPOConfig()
+    """Readings of the loss."""
     logprob_gap_limit: float = Field(0.05, gt=0)
     """Largest mean gap between the sampler's and the learner's log-probabilities of fresh rollouts."""
     adapter: AdapterConfig = AdapterConfig(kind="full")
@@ -220,10 +245,24 @@ class RARConfig(Section):
     """Rollout actors."""
     reward: RewardConfig = RewardConfig()
     """Reward service."""
+    max_staleness: int = Field(0, ge=0, le=1)
+    """Updates by which rollouts may lag behind the policy that learns from them: 0 = none, 1 = the next step is sampled
+    and scored while this one is learned, and its tokens are weighted for it (`importance_cap`)."""
+    importance_cap: float = Field(2.0, ge=1)
+    """Largest weight of a token whose sampler lags behind: the ratio of policy and sampler is cut off there."""
+    resample_rounds: int = Field(0, ge=0)
+    """Times per step that prompts whose completions all have the same reward make way for others; 0 = they stay."""
     checkpoint_every: int = Field(20, gt=0)
     """Steps between checkpoints."""
     heldout_samples: int = Field(4, gt=0)
     """Completions per held-out prompt for the reward before and after."""
+
+    @model_validator(mode="after")
+    def _a_bound_holds(self) -> RARConfig:
+        cap = self.grpo.ratio_cap
+        if cap is not None and cap <= 1 + self.clip_high:
+            raise ValueError(f"grpo.ratio_cap {cap:g} is below 1 + clip_high; use more than {1 + self.clip_high:g}")
+        return self
 
     @model_validator(mode="after")
     def _even_shards(self) -> RARConfig:

@@ -51,6 +51,30 @@ class Experience:
     parsed: list[Attributes | InvalidAttributes]
     numbers: dict[str, float]
 
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON values; what the parser made of the texts is left out, since it makes the same of them again."""
+        groups = [
+            {**vars(g), "ids": g.ids.tolist(), "mask": g.mask.tolist(), "logp": g.logp.tolist()} for g in self.groups
+        ]
+        return {"groups": groups, "rewards": self.rewards.tolist(), "numbers": self.numbers}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], *, max_attributes: int) -> Experience:
+        """What `as_dict` gave."""
+        groups = [
+            Group(
+                row=group["row"],
+                version=group["version"],
+                ids=np.array(group["ids"], dtype=np.int64),
+                mask=np.array(group["mask"], dtype=bool),
+                logp=np.array(group["logp"], dtype=np.float32),
+                texts=[(text, complete) for text, complete in group["texts"]],
+            )
+            for group in values["groups"]
+        ]
+        parsed = parse_completions([text for g in groups for text in g.texts], max_attributes=max_attributes)
+        return cls(groups, np.array(values["rewards"], dtype=np.float64), parsed, values["numbers"])
+
     def without_spread(self) -> np.ndarray:
         """[groups] bool, True where all rewards that are known are equal, so that nothing can be learned."""
         known = ~np.isnan(self.rewards)

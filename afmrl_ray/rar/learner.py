@@ -29,14 +29,14 @@ from afmrl_ray import storage
 from afmrl_ray.config.train import RARConfig
 from afmrl_ray.models.adapters import save_trained
 from afmrl_ray.models.microbatches import cut_by_tokens, cut_shared_prefix
-from afmrl_ray.rar.loss import grpo_loss
+from afmrl_ray.rar.loss import grpo_loss, importance_weights
 from afmrl_ray.rar.module import (
     ADVANTAGE,
-    COMPLETION,
     DENOMINATOR,
     MASK,
     OLD_LOGP,
     ROW,
+    TOKENS,
     WEIGHT,
     AttributePolicy,
     PolicySpec,
@@ -157,10 +157,12 @@ class GRPOLearner(TorchLearner):
         rar: RARConfig = config.rar
         counted = batch[MASK].bool() & (batch[WEIGHT] > 0)[:, None]
         denominator = batch[DENOMINATOR][0]
-        logp, old_logp = fwd_out["logp"], batch[OLD_LOGP]
+        logp, sampler_logp = fwd_out["logp"], batch[OLD_LOGP]
+        stale = rar.max_staleness > 0
+        importance = importance_weights(logp, sampler_logp, cap=rar.importance_cap) if stale else None
         loss, stats = grpo_loss(
             logp,
-            old_logp,
+            logp.detach() if stale else sampler_logp,
             fwd_out.get("ref_logp"),
             batch[ADVANTAGE],
             counted,
@@ -168,9 +170,22 @@ class GRPOLearner(TorchLearner):
             clip_high=rar.clip_high,
             kl_coef=rar.kl_coef,
             denominator=denominator,
+            weights=batch[WEIGHT],
+            ratio_level=rar.grpo.ratio_level,
+            ratio_cap=rar.grpo.ratio_cap,
+            dual_clip=rar.grpo.dual_clip,
+            kl=rar.grpo.kl,
+            kl_times_ratio=rar.grpo.kl_times_ratio,
+            importance=importance,
         )
-        gap = torch.where(counted, (logp.detach() - old_logp).abs(), 0.0).sum() / denominator
-        self._part_stats = {**stats, "loss": loss.detach(), "logprob_gap": gap}
+
+        def mean(values: Tensor) -> Tensor:
+            return torch.where(counted, values, 0.0).sum() / batch[TOKENS][0]
+
+        self._part_stats = {**stats, "loss": loss.detach(), "logprob_gap": mean((logp.detach() - sampler_logp).abs())}
+        if importance is not None:
+            self._part_stats["importance"] = mean(importance)
+            self._part_stats["importance_capped"] = mean((importance >= rar.importance_cap).float())
         return loss
 
     def _microbatches(self, columns: dict[str, Tensor]) -> list[slice]:
@@ -273,9 +288,3 @@ def _join_process_group() -> None:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     # Each learner sees only its own GPU, so its local rank is 0.
     os.environ.update(LOCAL_RANK="0", RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()))
-
-
-__all__ = [
-    "ADVANTAGE", "COMPLETION", "DENOMINATOR", "MASK", "OLD_LOGP", "ROW", "WEIGHT", "GRPOLearner", "LearnerConfig",
-    "build_learners", "learner_batch",
-]  # fmt: skip

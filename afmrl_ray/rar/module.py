@@ -23,8 +23,8 @@ from afmrl_ray.models.policy import Policy
 from afmrl_ray.models.prompts import generator_row
 from afmrl_ray.models.shared_prefix import pack, use_shared_prefix
 
-ROW, COMPLETION, MASK, OLD_LOGP, ADVANTAGE, WEIGHT, DENOMINATOR = (
-    "row", "completion", "mask", "old_logp", "advantage", "weight", "denominator"
+ROW, COMPLETION, MASK, OLD_LOGP, ADVANTAGE, WEIGHT, DENOMINATOR, TOKENS = (
+    "row", "completion", "mask", "old_logp", "advantage", "weight", "denominator", "tokens"
 )  # fmt: skip
 """Columns of a learner's batch, aligned by completion; pictures never travel, only catalogue rows do."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from afmrl_ray.catalogue import StagedCatalogue
 from afmrl_ray.config.catalogue import SideConfig
@@ -10,8 +11,9 @@ from afmrl_ray.errors import CatalogueError
 from afmrl_ray.models.annotate import GeneratorRef
 from afmrl_ray.models.listing import ListingProcessor
 from afmrl_ray.models.prompts import prompt_fits
+from afmrl_ray.rar.loss import Aggregation, token_weights
 from afmrl_ray.rar.messages import Group
-from afmrl_ray.rar.module import ADVANTAGE, COMPLETION, DENOMINATOR, MASK, OLD_LOGP, ROW, WEIGHT
+from afmrl_ray.rar.module import ADVANTAGE, COMPLETION, DENOMINATOR, MASK, OLD_LOGP, ROW, TOKENS, WEIGHT
 
 
 def usable_rows(
@@ -71,15 +73,26 @@ def group_seeds(seed: int, step: int, count: int, *, draw: int = 0) -> list[int]
     return np.random.default_rng([seed, step + 1, 7, *([draw] if draw else [])]).integers(2**62, size=count).tolist()
 
 
-def batch_columns(groups: list[Group], advantages: np.ndarray, known: np.ndarray) -> dict[str, np.ndarray]:
+def batch_columns(
+    groups: list[Group],
+    advantages: np.ndarray,
+    known: np.ndarray,
+    *,
+    aggregation: Aggregation = "token",
+    max_tokens: int = 0,
+    mask_overlong: bool = False,
+) -> dict[str, np.ndarray]:
     """Columns of the learners' batch, one row for each completion, groups contiguous.
 
-    The denominator is the number of counted completion tokens of the whole step, which makes the loss a token mean
-    however the step is cut among learners and micro-batches.
+    Weights and denominator are those of the whole step, so that the loss is the same sum however the step is cut among
+    learners and micro-batches.
 
     Args:
         advantages: [groups, G].
         known: [groups, G] bool, False where the reward failed: such a completion counts for nothing, the KL included.
+        aggregation: see `rar.loss.token_weights`.
+        max_tokens: the same.
+        mask_overlong: leave completions that did not end out of the sum, but not out of the number of completions.
     """
     longest = max(group.ids.shape[1] for group in groups)
 
@@ -88,14 +101,19 @@ def batch_columns(groups: list[Group], advantages: np.ndarray, known: np.ndarray
         return np.concatenate([np.pad(a, ((0, 0), (0, longest - a.shape[1]))) for a in arrays]).astype(kind)
 
     mask = padded("mask", np.bool_)
-    weight = known.reshape(-1).astype(np.float32)
-    tokens = max(1.0, float((mask.sum(1) * weight).sum()))
+    ended = np.array([complete or not mask_overlong for group in groups for _, complete in group.texts])
+    lengths = torch.from_numpy(mask.sum(1) * ended)
+    weights, denominator = token_weights(
+        lengths, torch.from_numpy(known.reshape(-1)), aggregation=aggregation, max_tokens=max_tokens
+    )
+    weight = weights.numpy() * ended
     return {
         ROW: np.repeat([group.row for group in groups], [len(group.ids) for group in groups]),
         COMPLETION: padded("ids", np.int64),
         MASK: mask,
         OLD_LOGP: padded("logp", np.float32),
         ADVANTAGE: advantages.reshape(-1).astype(np.float32),
-        WEIGHT: weight,
-        DENOMINATOR: np.full(len(mask), tokens, dtype=np.float32),
+        WEIGHT: weight.astype(np.float32),
+        DENOMINATOR: np.full(len(mask), denominator, dtype=np.float32),
+        TOKENS: np.full(len(mask), max(1.0, float((mask.sum(1) * (weight > 0)).sum())), dtype=np.float32),
     }

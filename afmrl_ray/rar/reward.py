@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,10 +121,15 @@ class RewardPool:
         made = ray.remote(
             num_cpus=pool.cpus_per_worker, num_gpus=pool.gpus_per_worker, max_restarts=-1, max_task_retries=0
         )(Scorer)
+        self._threads = ThreadPoolExecutor(2 * pool.num_workers, thread_name_prefix="reward")
         self.actors = [
             made.options(name=f"{name}-reward-{index}").remote(spec, config, torch_threads(pool.cpus_per_worker))
             for index in range(pool.num_workers)
         ]
+
+    def submit(self, gallery: str, queries: Sequence[Query]) -> Future[np.ndarray]:
+        """`score` in the background."""
+        return self._threads.submit(self.score, gallery, list(queries))
 
     def score(self, gallery: str, queries: Sequence[Query]) -> np.ndarray:
         """Reward of every query, in order; equal queries are scored once.
@@ -177,6 +183,7 @@ class RewardPool:
         return failed
 
     def close(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
         for actor in self.actors:
             ray.kill(actor)
 

@@ -1,15 +1,16 @@
 """Retrieval-aware attribute reinforcement: the driver of rollouts, rewards and learners.
 
 Prompts and seeds of a step are functions of the run's seed and the step; rollouts are functions of weights, prompts and
-seeds. So a run that is resumed from a checkpoint goes on exactly as it would have.
+seeds. So a run that is resumed from a checkpoint goes on exactly as it would have. With `max_staleness` 1 the
+checkpoint holds the rollouts of the next step too, since the weights that sampled them are gone.
 """
 
 from __future__ import annotations
 
-import logging
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,30 +18,25 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.exceptions import RayError
 from tqdm.auto import tqdm
 
 from afmrl_ray import storage
 from afmrl_ray.attributes.text import Attributes, InvalidAttributes, format_attributes
 from afmrl_ray.catalogue import CatalogueRef
 from afmrl_ray.config import Config
-from afmrl_ray.errors import UserError
 from afmrl_ray.models.annotate import GeneratorRef
 from afmrl_ray.rar.checkpoint import Checkpoints
+from afmrl_ray.rar.experience import Ask, Collector, Experience
 from afmrl_ray.rar.heldout import HeldOut, compare, summarise
-from afmrl_ray.rar.learner import build_learners, learner_batch
+from afmrl_ray.rar.learners import Learners
 from afmrl_ray.rar.loss import group_advantages
-from afmrl_ray.rar.messages import Group, Weights
 from afmrl_ray.rar.module import PolicySpec
-from afmrl_ray.rar.prompts import batch_columns, group_seeds, prompts_of_step, usable_rows
-from afmrl_ray.rar.reward import Gallery, RewardPool, RewardSpec, parse_completions, reward_completions
+from afmrl_ray.rar.prompts import batch_columns, group_seeds, usable_rows
+from afmrl_ray.rar.reward import Gallery, RewardPool, RewardSpec
 from afmrl_ray.rar.rollout import RolloutPool
 from afmrl_ray.retrieval.embed import EncoderRef, load_embeddings
 from afmrl_ray.training.metrics_log import MetricsLog
 
-log = logging.getLogger(__name__)
-
-_LEARNER_RESTARTS = 3
 _TAIL = 10
 
 
@@ -69,10 +65,18 @@ class RARJob:
     name: str
 
 
-def train_rar(config: Config, job: RARJob) -> dict[str, Any]:
+OnStep = Callable[[int, dict[str, float]], None]
+"""Called after every step with its number and its numbers."""
+
+
+def train_rar(config: Config, job: RARJob, on_step: OnStep | None = None) -> dict[str, Any]:
     """Reinforce the generator; resumes from the latest checkpoint below `job.directory`.
 
-    A learner that dies costs a rebuilt learner group and the steps since the last checkpoint.
+    A learner that dies costs a rebuilt learner group, and the updates since the last checkpoint once more from the same
+    rollouts.
+
+    Args:
+        on_step: called after every step.
 
     Returns:
         Held-out reward before, after and gained with intervals, and means over the last steps.
@@ -80,23 +84,14 @@ def train_rar(config: Config, job: RARJob) -> dict[str, Any]:
     Raises:
         CatalogueError: no query can be used.
         RewardServiceError, WeightSyncError: see `rar.reward` and `rar.rollout`.
+        LearnerLostError: learners died more often than they are replaced.
         RuntimeError: the sampler's and the learner's log-probabilities differ by more than `rar.logprob_gap_limit`.
     """
-    for restart in range(_LEARNER_RESTARTS + 1):
-        trainer = RARTrainer(config, job)
-        try:
-            return trainer.run()
-        except LearnerLostError as error:
-            if restart == _LEARNER_RESTARTS:
-                raise
-            log.warning("%s; rebuilding the learners from the last checkpoint", error)
-        finally:
-            trainer.close()
-    raise AssertionError("unreachable")
-
-
-class LearnerLostError(RuntimeError):
-    """A learner died in an update."""
+    trainer = RARTrainer(config, job)
+    try:
+        return trainer.run(on_step)
+    finally:
+        trainer.close()
 
 
 class RARTrainer:
@@ -131,36 +126,108 @@ class RARTrainer:
             version=job.gallery_version,
         )
         self._checkpoints = Checkpoints(storage.join(job.directory, "checkpoints"))
-        self._learners: Any = None
+        self._learners: Learners | None = None
         self._rollouts: RolloutPool | None = None
         self._rewards: RewardPool | None = None
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="next-step")
+        self._next: Future[Experience] | None = None
+        self._tail: list[dict[str, float]] = []
+        self.step = 0
+        """Steps done."""
 
-    def run(self) -> dict[str, Any]:
-        """From the last checkpoint, or from the start, to the last step."""
-        rar = self._rar
-        self._learners = build_learners(rar, self._policy)
+    def run(self, on_step: OnStep | None = None) -> dict[str, Any]:
+        """From the last checkpoint, or from the start, to the last step; see `train_rar`."""
+        self.begin()
+        steps = tqdm(range(self.step, self._rar.steps), desc=self._job.name, initial=self.step, total=self._rar.steps)
+        for step in steps:
+            values = self.train_step()
+            if on_step is not None:
+                on_step(step, values)
+        return self.finish()
+
+    def begin(self) -> None:
+        """Start actors and learners, and go to where the last checkpoint was taken."""
         # Unique, since another run, or the actors of a killed one, may still hold the plain name.
         name = f"{self._config.run.name}-{self._job.name}-{uuid.uuid4().hex[:8]}"
-        self._rewards = RewardPool(self._rewards_spec, rar.reward, name=name)
-        self._rollouts = RolloutPool(self._policy, rar.rollout)
-        start, tail = self._restore()
-        self._push()
-        before = self._before(start)
-        metrics = MetricsLog(storage.join(self._job.directory, "log"), resume_step=start)
-        for step in tqdm(range(start, rar.steps), desc=self._job.name, initial=start, total=rar.steps, mininterval=5):
-            values = self._step(step)
-            metrics.log(step, values)
-            tail = [*tail, values][-_TAIL:]
-            if (step + 1) % rar.checkpoint_every == 0 or step + 1 == rar.steps:
-                metrics.flush()
-                self._save(step + 1, tail)
-        metrics.close()
-        model = storage.join(self._job.directory, "model")
-        self._on_learners(lambda learner: learner.save_model(model))
-        after = self._heldout()
+        self._learners = Learners(self._rar, self._policy, self._checkpoints)
+        self._rewards = RewardPool(self._rewards_spec, self._rar.reward, name=name)
+        self._rollouts = RolloutPool(self._policy, self._rar.rollout)
+        self._collector = Collector(self._rollouts, self._rewards)
+        manifest = {"next": None, **(self._checkpoints.latest() or {"step": 0, "tail": []})}
+        self.step, self._tail = int(manifest["step"]), manifest["tail"]
+        self._learners.restore(self.step)
+        self._rollouts.push(self._learners.weights())
+        self._before = self._heldout_before()
+        if manifest["next"] is not None:
+            found = Experience.from_dict(manifest["next"], max_attributes=self._policy.generator.max_attributes)
+            self._next = self._ahead.submit(lambda: found)
+        self._metrics = MetricsLog(storage.join(self._job.directory, "log"), resume_step=self.step)
+
+    def train_step(self) -> dict[str, float]:
+        """One step: rollouts, rewards, update, weights to the rollout actors; returns its numbers."""
+        assert self._learners is not None
+        assert self._rollouts is not None
+        rar, step = self._rar, self.step
+        seconds: dict[str, float] = {}
+        with timed(seconds, "wait"):
+            found = self._next.result() if self._next is not None else self._collect(step)
+        self._next = None
+        if rar.max_staleness and step + 1 < rar.steps:
+            self._next = self._ahead.submit(self._collect, step + 1)
+        advantages = group_advantages(
+            torch.from_numpy(found.rewards),
+            scale=rar.advantage_scale,
+            eps=rar.advantage_eps,
+            baseline=rar.grpo.baseline,
+        ).numpy()
+        columns = batch_columns(
+            found.groups,
+            advantages,
+            ~np.isnan(found.rewards),
+            aggregation=rar.grpo.aggregation,
+            max_tokens=self._policy.generator.max_new_tokens,
+            mask_overlong=rar.grpo.mask_overlong,
+        )
+        with timed(seconds, "learn"):
+            stats = self._learners.update(columns)
+        self._check_gap(step, found, stats["logprob_gap"])
+        if self._next is not None:
+            # Rollout actors must not change weights amid their rollouts.
+            with timed(seconds, "wait_ahead"):
+                self._next.result()
+        with timed(seconds, "sync"):
+            self._rollouts.push(self._learners.weights())
+        self.step += 1
+        values = {
+            **numbers_of(found),
+            **stats,
+            "staleness": float(step - found.groups[0].version),
+            "learner_restarts": float(self._learners.restarts),
+            **{f"seconds_{name}": value for name, value in seconds.items()},
+        }
+        self._metrics.log(step, values)
+        self._tail = [*self._tail, values][-_TAIL:]
+        if self.step % rar.checkpoint_every == 0 or self.step == rar.steps:
+            self.save()
+        return values
+
+    def save(self) -> None:
+        """Write a checkpoint from which everything goes on as it would have."""
+        assert self._learners is not None
+        self._metrics.flush()
+        following = self._next.result().as_dict() if self._next is not None else None
+        self._learners.save(self.step, {"tail": self._tail, "next": following})
+
+    def finish(self) -> dict[str, Any]:
+        """Write the policy and measure it on the held-out prompts; see `train_rar` for what is returned."""
+        assert self._learners is not None
+        assert self._rollouts is not None
+        self._metrics.close()
+        self._learners.save_model(storage.join(self._job.directory, "model"))
+        names = ("reward_mean", "invalid_share")
         return {
-            **compare(before, after, seed=self._config.run.seed),
-            **{name: float(np.mean([values[name] for values in tail])) for name in ("reward_mean", "invalid_share")},
+            **compare(self._before, self._heldout(), seed=self._config.run.seed),
+            **{name: float(np.mean([values[name] for values in self._tail])) for name in names},
             "prompts": len(self.prompts["train"][0]),
             "dropped_prompts": self.prompts["train"][1],
             "rollout_restarts": self._rollouts.restarts,
@@ -168,124 +235,64 @@ class RARTrainer:
 
     def close(self) -> None:
         """Release actors and learners; nothing of this RAR holds resources afterwards."""
-        for pool in (self._rollouts, self._rewards):
-            if pool is not None:
-                pool.close()
+        for part in (self._rollouts, self._rewards):
+            if part is not None:
+                part.close()
+        self._ahead.shutdown(cancel_futures=True)
         if self._learners is not None:
             self._learners.shutdown()
 
-    def _restore(self) -> tuple[int, list[dict[str, float]]]:
-        """Load the latest checkpoint; returns the next step and the numbers of the last ones done."""
-        manifest = self._checkpoints.latest()
-        if manifest is None:
-            return 0, []
-        step = int(manifest["step"])
-        path = self._checkpoints.engine_path(step)
-        self._on_learners(lambda learner: learner.load_engine(path, step))
-        return step, manifest["tail"]
-
-    def _save(self, step: int, tail: list[dict[str, float]]) -> None:
-        path = self._checkpoints.engine_path(step)
-        self._on_learners(lambda learner: learner.save_engine(path))
-        self._checkpoints.commit(step, {"tail": tail})
-
-    def _on_learners(self, function: Any) -> list[Any]:
-        """Call a function on every learner and return what they gave.
-
-        The function is pickled with what it closes over: with `self` the learners would get a learner group of their
-        own, and hang on its shutdown.
-
-        Raises:
-            LearnerLostError: one is gone.
-        """
-        results = self._learners.foreach_learner(function)
-        failed = [result.get() for result in results if not result.ok]
-        for error in failed:
-            if isinstance(error, UserError):
-                raise error
-        if failed or not list(results):
-            raise LearnerLostError(f"a learner failed: {failed[0] if failed else 'none is left'}")
-        return [result.get() for result in results]
-
-    def _push(self) -> float:
-        """Give all rollout actors the learners' weights; returns the seconds it took."""
-        assert self._rollouts is not None
-        began = time.monotonic()
-        exported = [found for found in self._on_learners(lambda learner: learner.export_weights()) if found]
-        self._rollouts.push(Weights(*exported[0]))
-        return time.monotonic() - began
-
-    def _step(self, step: int) -> dict[str, float]:
-        rar = self._rar
-        assert self._rollouts is not None
-        seconds: dict[str, float] = {}
-        rows = prompts_of_step(self.prompts["train"][0], step, rar.prompts_per_step, self._config.run.seed)
-        with timed(seconds, "rollout"):
-            seeds = group_seeds(self._config.run.seed, step, len(rows))
-            groups = self._rollouts.sample(rows.tolist(), seeds, group_size=rar.group_size)
-        with timed(seconds, "reward"):
-            rewards, parsed = self._reward("train", groups)
-        grouped = rewards.reshape(len(groups), rar.group_size)
-        advantages = group_advantages(
-            torch.from_numpy(grouped), scale=rar.advantage_scale, eps=rar.advantage_eps
-        ).numpy()
-        with timed(seconds, "learn"):
-            stats = self._update(groups, advantages, ~np.isnan(grouped))
-        if stats["logprob_gap"] > rar.logprob_gap_limit:
-            raise RuntimeError(
-                f"step {step}: sampler and learner differ by {stats['logprob_gap']:.4f} nats per token on fresh "
-                f"rollouts, more than rar.logprob_gap_limit {rar.logprob_gap_limit:g}; the policies are not the same"
-            )
-        seconds["sync"] = self._push()
-        valid = [attributes for attributes in parsed if not isinstance(attributes, InvalidAttributes)]
-        known = grouped[~np.isnan(grouped).any(1)]
-        return {
-            "reward_mean": float(np.nanmean(rewards)),
-            "reward_failed_share": float(np.isnan(rewards).mean()),
-            "invalid_share": 1 - len(valid) / len(parsed),
-            "zero_variance_share": float((np.ptp(known, axis=1) == 0).mean()) if len(known) else 1.0,
-            "attribute_pairs": float(np.mean([len(attributes) for attributes in valid])) if valid else 0.0,
-            "attribute_words": mean_words(valid),
-            "completion_tokens": float(np.mean([mask.sum(1).mean() for mask in (group.mask for group in groups)])),
-            **stats,
-            **{f"seconds_{name}": value for name, value in seconds.items()},
-        }
-
-    def _reward(self, gallery: str, groups: list[Group]) -> tuple[np.ndarray, list[Any]]:
-        """Rewards [groups * G] of all completions, and what the parser made of them."""
-        assert self._rewards is not None
-        rewards_pool = self._rewards
-        rows = [group.row for group in groups for _ in group.texts]
-        texts = [text for group in groups for text in group.texts]
-        parsed = parse_completions(texts, max_attributes=self._policy.generator.max_attributes)
-        rewards = reward_completions(
-            rows, parsed, lambda queries: rewards_pool.score(gallery, queries), invalid=self._rar.reward.invalid
+    def _collect(self, step: int) -> Experience:
+        return self._collector.collect_step(
+            self.prompts["train"][0],
+            step,
+            count=self._rar.prompts_per_step,
+            seed=self._config.run.seed,
+            ask=self._ask("train", self._rar.group_size),
+            resample_rounds=self._rar.resample_rounds,
         )
-        return rewards, parsed
 
-    def _update(self, groups: list[Group], advantages: np.ndarray, known: np.ndarray) -> dict[str, float]:
-        """One optimizer step of all learners on all groups."""
-        try:
-            self._learners.update(batch=learner_batch(batch_columns(groups, advantages, known)))
-        except RayError as error:
-            raise LearnerLostError(f"a learner died in an update ({type(error).__name__})") from error
-        return self._on_learners(lambda learner: learner.stats)[0]
+    def _ask(self, gallery: str, group_size: int) -> Ask:
+        return Ask(gallery, group_size, self._policy.generator.max_attributes, self._rar.reward.invalid)
 
-    def _before(self, start: int) -> HeldOut:
+    def _check_gap(self, step: int, found: Experience, gap: float) -> None:
+        """Raises RuntimeError where rollouts are fresh and yet the learner's log-probabilities are others."""
+        fresh = all(group.version == step for group in found.groups)
+        if fresh and gap > self._rar.logprob_gap_limit:
+            raise RuntimeError(
+                f"step {step}: sampler and learner differ by {gap:.4f} nats per token on fresh rollouts, more than "
+                f"rar.logprob_gap_limit {self._rar.logprob_gap_limit:g}; the policies are not the same"
+            )
+
+    def _heldout_before(self) -> HeldOut:
         """Held-out rewards of the round's start, kept beside the checkpoints, since a resumed policy has moved on."""
         path = storage.join(self._job.directory, "heldout_before.json")
-        if start == 0 or not storage.exists(path):
+        if self.step == 0 or not storage.exists(path):
             storage.write_json(path, self._heldout().as_dict())
         return HeldOut(**storage.read_json(path))
 
     def _heldout(self) -> HeldOut:
         """Sample and score the held-out prompts, with the same seeds before and after."""
-        assert self._rollouts is not None
         rows, samples = self.prompts["heldout"][0], self._rar.heldout_samples
         seeds = group_seeds(self._config.run.seed, -1, len(rows))
-        groups = self._rollouts.sample(rows.tolist(), seeds, group_size=samples)
-        rewards, parsed = self._reward("heldout", groups)
-        return summarise(rewards, parsed, group_size=samples)
+        found = self._collector.collect(rows.tolist(), seeds, self._ask("heldout", samples))
+        return summarise(found.rewards.reshape(-1), found.parsed, group_size=samples)
+
+
+def numbers_of(found: Experience) -> dict[str, float]:
+    """Of the rollouts and rewards of a step."""
+    valid = [attributes for attributes in found.parsed if not isinstance(attributes, InvalidAttributes)]
+    complete = ~np.isnan(found.rewards).any(1)
+    return {
+        "reward_mean": float(np.nanmean(found.rewards)),
+        "reward_failed_share": float(np.isnan(found.rewards).mean()),
+        "invalid_share": 1 - len(valid) / len(found.parsed),
+        "zero_variance_share": float(found.without_spread()[complete].mean()) if complete.any() else 1.0,
+        "attribute_pairs": float(np.mean([len(attributes) for attributes in valid])) if valid else 0.0,
+        "attribute_words": mean_words(valid),
+        "completion_tokens": float(np.mean([group.mask.sum(1).mean() for group in found.groups])),
+        **found.numbers,
+    }
 
 
 def mean_words(valid: Sequence[Attributes]) -> float:

@@ -95,10 +95,9 @@ class TRL:
             beta=kl_coef,
             epsilon=0.2,
             loss_type="dapo",
-            scale_rewards="group",
             use_bias_correction_kl=False,
             disable_dropout=True,
-            **settings,
+            **{"scale_rewards": "group", **settings},
         )
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             checkpoint, dtype=torch.float32, attn_implementation="sdpa"

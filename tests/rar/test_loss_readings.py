@@ -1,0 +1,123 @@
+"""Readings of GRPO that TRL does not have, against plain Python; means of a step however it is cut."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from afmrl_ray.rar.loss import group_advantages, grpo_loss, importance_weights, token_weights
+
+NAN = float("nan")
+CLIPS: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.28}
+
+
+def batch(seed: int, lengths: list[int]) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    shape = (len(lengths), max(lengths))
+    logp = -2 * torch.rand(shape, generator=draw, dtype=torch.float64)
+    return {
+        "logp": logp,
+        "old_logp": logp + torch.randn(shape, generator=draw) * 0.4,
+        "ref_logp": logp + torch.randn(shape, generator=draw) * 0.4,
+        "advantages": torch.randn(len(lengths), generator=draw),
+        "mask": torch.arange(max(lengths)) < torch.tensor(lengths)[:, None],
+    }
+
+
+def loop(given: dict[str, torch.Tensor], *, kl_coef: float, kl: str, dual_clip: float | None, weight) -> float:
+    """The loss, one token at a time."""
+    total = 0.0
+    for b, c in given["mask"].nonzero().tolist():
+        new, old, ref = (given[name][b, c].item() for name in ("logp", "old_logp", "ref_logp"))
+        gain, ratio = given["advantages"][b].item(), math.exp(new - old)
+        policy = -min(ratio * gain, min(max(ratio, 0.8), 1.28) * gain)
+        if dual_clip is not None and gain < 0:
+            policy = min(policy, dual_clip * abs(gain))
+        policy *= weight(b, c)
+        gap = ref - new
+        total += policy + kl_coef * {"k1": -gap, "k2": gap**2 / 2, "k3": math.exp(gap) - gap - 1}[kl]
+    return total
+
+
+@pytest.mark.parametrize("dual_clip", [None, 1.1, 3.0])
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
+def test_dual_clip_and_kl_equal_a_loop_over_tokens(kl, dual_clip):
+    given = batch(1, [5, 3, 1, 4, 2, 5])
+    expected = loop(given, kl_coef=0.3, kl=kl, dual_clip=dual_clip, weight=lambda b, c: 1.0)
+    found, _ = grpo_loss(**given, **CLIPS, kl_coef=0.3, denominator=7, kl=kl, dual_clip=dual_clip)
+    assert found.item() == pytest.approx(expected / 7, rel=1e-5)
+    if dual_clip == 1.1:
+        assert expected < loop(given, kl_coef=0.3, kl=kl, dual_clip=None, weight=lambda b, c: 1.0) - 1e-3
+
+
+def test_importance_weighs_the_surrogate_and_not_the_kl():
+    given = batch(2, [4, 2, 3])
+    sampler = given["logp"] + torch.linspace(-2, 1, 12, dtype=torch.float64).reshape(3, 4)
+    importance = importance_weights(given["logp"], sampler, cap=2.0)
+
+    def weight(b: int, c: int) -> float:
+        return min(math.exp(given["logp"][b, c].item() - sampler[b, c].item()), 2.0)
+
+    expected = loop(given, kl_coef=0.3, kl="k3", dual_clip=None, weight=weight)
+    found, _ = grpo_loss(**given, **CLIPS, kl_coef=0.3, denominator=1, importance=importance)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+    assert (importance == 2.0).any()
+    assert not importance_weights(given["logp"].requires_grad_(), sampler, cap=2.0).requires_grad
+
+
+def test_leave_one_out_compares_with_the_others_of_the_group():
+    rewards = torch.tensor([[1.0, 0.0, 0.5, NAN], [0.2, 0.2, 0.2, 0.2], [NAN, NAN, 1.0, NAN]])
+    found = group_advantages(rewards, scale="none", baseline="leave_one_out")
+    expected = [1 - 0.25, 0 - 0.75, 0.5 - 0.5, 0]
+    torch.testing.assert_close(found, torch.tensor([expected, [0] * 4, [0] * 4], dtype=torch.float32))
+
+
+lengths_of = st.lists(st.integers(1, 6), min_size=2, max_size=8)
+
+
+@given(lengths_of, st.integers(0, 999), st.sampled_from(["token", "sequence", "constant"]), st.integers(1, 7))
+def test_a_cut_changes_no_mean(lengths, seed, aggregation, cut):
+    given = batch(seed, lengths)
+    counted = torch.rand(len(lengths), generator=torch.Generator().manual_seed(seed)) < 0.8
+    weights, denominator = token_weights(torch.tensor(lengths), counted, aggregation=aggregation, max_tokens=6)
+    how: dict[str, Any] = {**CLIPS, "kl_coef": 0.1, "denominator": denominator, "ratio_level": "sequence"}
+    whole, _ = grpo_loss(**given, weights=weights, **how)
+    parts = [slice(0, cut), slice(cut, None)]
+    cut_up = [
+        grpo_loss(**{name: value[part] for name, value in given.items()}, weights=weights[part], **how)[0]
+        for part in parts
+        if len(weights[part])
+    ]
+    assert sum(cut_up).item() == pytest.approx(whole.item(), rel=1e-4, abs=1e-6)
+
+
+@given(lengths_of, st.integers(0, 999))
+def test_means_are_what_they_are_called(lengths, seed):
+    given = batch(seed, lengths)
+    on_policy = {**given, "old_logp": given["logp"], "ref_logp": None}
+    gains, counted = given["advantages"], torch.ones(len(lengths), dtype=torch.bool)
+    sizes = torch.tensor(lengths)
+    wanted = {
+        "token": -(gains * sizes).sum() / sizes.sum(),
+        "sequence": -gains.mean(),
+        "constant": -(gains * sizes).sum() / (6 * len(lengths)),
+    }
+    for aggregation, expected in wanted.items():
+        weights, denominator = token_weights(sizes, counted, aggregation=aggregation, max_tokens=6)
+        found, _ = grpo_loss(**on_policy, weights=weights, **CLIPS, kl_coef=0.0, denominator=denominator)
+        assert found.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-6)
+
+
+@given(lengths_of, st.integers(0, 999), st.floats(-0.5, 0.5))
+def test_a_completion_of_equal_ratios_has_one_ratio(lengths, seed, shift):
+    given = batch(seed, lengths)
+    given["old_logp"] = given["logp"] - shift
+    token, sequence = (
+        grpo_loss(**given, **CLIPS, kl_coef=0.0, denominator=1, ratio_level=level)[0] for level in ("token", "sequence")
+    )
+    assert token.item() == pytest.approx(sequence.item(), rel=1e-4, abs=1e-6)
