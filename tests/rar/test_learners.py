@@ -1,0 +1,95 @@
+"""A learner that dies costs updates, not rollouts, and changes no number."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from afmrl_ray.config.models import OptimizerConfig
+from afmrl_ray.config.train import RARConfig
+from afmrl_ray.rar.checkpoint import Checkpoints
+from afmrl_ray.rar.learners import LearnerLostError, Learners
+from afmrl_ray.rar.messages import Group
+from afmrl_ray.rar.prompts import batch_columns
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+
+def columns(step: int) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(step)
+    shape = (2, 4)
+    mask, logp = np.ones(shape, bool), np.full(shape, -4, np.float32)
+    groups = [Group(row, step, draw.integers(20, 200, shape), mask, logp, [("", True)] * 2) for row in (0, step + 1)]
+    return batch_columns(groups, draw.normal(size=(2, 2)), np.ones((2, 2), dtype=bool))
+
+
+def settings(**changes) -> RARConfig:
+    optimizer = OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_share=0.0)
+    return RARConfig(
+        **{"group_size": 2, "prompts_per_step": 2, "optimizer": optimizer, "steps": 5, "cpus_per_learner": 0.5,
+           "clip_low": 0.9, "clip_high": 9.0, **changes}
+    )  # fmt: skip
+
+
+def kill_one(learners: Learners) -> None:
+    pids = [result.get() for result in learners._group.foreach_learner(lambda _: os.getpid())]
+    assert os.getpid() not in pids
+    os.kill(pids[0], signal.SIGKILL)
+
+
+def trained(policy_spec, folder: str, kills: dict[int, int], **changes) -> tuple[dict, list[dict], int]:
+    """Weights and numbers of five updates, one checkpoint after the second, `kills[step]` deaths before an update."""
+    learners = Learners(settings(**changes), policy_spec, Checkpoints(folder))
+    learners.restore(0)
+    numbers = []
+    try:
+        for step in range(5):
+            for _ in range(kills.get(step, 0)):
+                kill_one(learners)
+            numbers.append(learners.update(columns(step)))
+            if step == 1:
+                learners.save(2, {})
+        weights = learners.weights()
+        assert weights.version == 5
+        return ray.get(weights.reference[0]), numbers, learners.restarts
+    finally:
+        learners.shutdown()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_local, policy_spec, tmp_path_factory):
+    return trained(policy_spec, str(tmp_path_factory.mktemp("undisturbed")), {})
+
+
+@pytest.mark.parametrize("step", [1, 4], ids=["before a checkpoint", "after one"])
+def test_a_killed_learner_leaves_the_numbers_of_an_undisturbed_training(policy_spec, undisturbed, tmp_path, step):
+    weights, numbers, restarts = trained(policy_spec, str(tmp_path), {step: 1})
+    assert (undisturbed[2], restarts) == (0, 1)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in undisturbed[0].items())
+    for found, expected in zip(numbers, undisturbed[1], strict=True):
+        assert {n: v for n, v in found.items() if "seconds" not in n} == {
+            n: v for n, v in expected.items() if "seconds" not in n
+        }
+
+
+def test_learners_that_keep_dying_end_the_training(policy_spec, tmp_path, monkeypatch):
+    learners = Learners(settings(), policy_spec, Checkpoints(str(tmp_path)))
+    attempts = []
+
+    def dies(_: object) -> None:
+        attempts.append(None)
+        raise LearnerLostError("a learner died")
+
+    monkeypatch.setattr(learners, "_update", dies)
+    monkeypatch.setattr("afmrl_ray.rar.learners.build_learners", lambda *_: learners._group)
+    monkeypatch.setattr(learners._group, "shutdown", lambda: None)
+    with pytest.raises(LearnerLostError):
+        learners.update(columns(0))
+    assert len(attempts) == 4
+    monkeypatch.undo()
+    learners.shutdown()
