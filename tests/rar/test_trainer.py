@@ -1,0 +1,133 @@
+"""The driver of RAR: what a stop and a lag leave unchanged. Rewards are a rule, learners and rollout actors real."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from afmrl_ray import storage
+from afmrl_ray.attributes.text import parse_attributes
+from afmrl_ray.config import validate
+from afmrl_ray.config.models import EncoderConfig
+from afmrl_ray.models.annotate import GeneratorRef
+from afmrl_ray.rar import experience, trainer
+from afmrl_ray.rar.trainer import RARJob, RARTrainer
+from afmrl_ray.retrieval.embed import EncoderRef, save_embeddings
+from afmrl_ray.training.metrics_log import read_metrics
+from tests.rar.conftest import PICTURE
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+STEPS = 4
+
+
+class Rule:
+    """A reward service in this process: a hash of row and text."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        """Needs nothing of what the real one does."""
+
+    def submit(self, gallery, queries):
+        class Done:
+            def result(self):
+                return np.array([hashlib.sha256(f"{row}{text}".encode()).digest()[0] / 255 for row, text in queries])
+
+        return Done()
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def make(ray_local, tiny_checkpoints, tiny_catalogue_ref, tmp_path, monkeypatch):
+    """Makes trainers on one catalogue; random weights write nonsense, so every text counts as some attribute."""
+    monkeypatch.setattr(trainer, "RewardPool", Rule)
+    monkeypatch.setattr(
+        experience,
+        "parse_completions",
+        lambda texts, max_attributes: [
+            parse_attributes(f"it: {text.encode().hex() or 'none'}", max_attributes=9, complete=True)
+            for text, _ in texts
+        ],
+    )
+    catalogue = tiny_catalogue_ref.open()
+    gallery = str(tmp_path / "gallery.safetensors")
+    save_embeddings(gallery, np.arange(len(catalogue)), np.zeros((len(catalogue), 2), np.float32))
+
+    def made(folder: str, **rar) -> RARTrainer:
+        config = validate(
+            {
+                "generator": {"picture": PICTURE, "max_new_tokens": 6},
+                "rar": {
+                    "steps": STEPS,
+                    "prompts_per_step": 2,
+                    "group_size": 3,
+                    "checkpoint_every": 2,
+                    "heldout_samples": 1,
+                    "num_learners": 0,
+                    "cpus_per_learner": 0.5,
+                    "optimizer": {"learning_rate": 1e-3},
+                    "rollout": {"pool": {"cpus_per_worker": 0.5, "batch_size": 1}},
+                    **rar,
+                },
+            }
+        )
+        job = RARJob(
+            generator=GeneratorRef(tiny_checkpoints["generator"], config.generator),
+            encoder=EncoderRef(tiny_checkpoints["encoder"], EncoderConfig(picture=PICTURE)),
+            catalogue=tiny_catalogue_ref,
+            gallery=gallery,
+            heldout_gallery=gallery,
+            gallery_version="v1",
+            directory=str(tmp_path / folder),
+            name="rar-r0",
+        )
+        return RARTrainer(config, job)
+
+    return made
+
+
+def run(driver: RARTrainer, stop_after: int | None = None) -> list[dict[str, float]]:
+    """Numbers of the steps; stopped as a killed driver would be, with nothing finished."""
+    found: list[dict[str, float]] = []
+    try:
+        driver.begin()
+        while driver.step < STEPS and (stop_after is None or driver.step < stop_after):
+            found.append(driver.train_step())
+        if stop_after is None:
+            driver.finish()
+    finally:
+        driver.close()
+    return found
+
+
+def weights(folder: str) -> bytes:
+    names = [name for name in storage.list_files(f"{folder}/model") if name.endswith(".safetensors")]
+    return b"".join(storage.read_bytes(f"{folder}/model/{name}") for name in names)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(make, tmp_path, lag):
+    whole = run(make("whole", max_staleness=lag))
+    run(make("stopped", max_staleness=lag), stop_after=3)
+    rest = run(make("stopped", max_staleness=lag))
+    assert len(rest) == 2, "it goes on from the checkpoint of step 2"
+    assert weights(str(tmp_path / "stopped")) == weights(str(tmp_path / "whole"))
+    for found, expected in zip(rest, whole[2:], strict=True):
+        for name in ("reward_mean", "loss", "gradient_norm", "logprob_gap", "staleness"):
+            assert found[name] == expected[name], name
+    logged = read_metrics(str(tmp_path / "stopped" / "log"))
+    assert [row["step"] for row in logged] == list(range(STEPS))
+
+
+def test_rollouts_lag_one_update_behind_and_are_weighted_for_it(make, tmp_path):
+    fresh, late = (run(make(str(lag), max_staleness=lag)) for lag in (0, 1))
+    assert [values["staleness"] for values in fresh] == [0] * STEPS
+    assert [values["staleness"] for values in late] == [0, 1, 1, 1]
+    assert max(values["logprob_gap"] for values in fresh) < 1e-4
+    assert min(values["logprob_gap"] for values in late[1:]) > 1e-4
+    assert "importance" not in fresh[0]
+    assert late[0]["importance"] == pytest.approx(1, abs=1e-4)
+    assert any(abs(values["importance"] - 1) > 1e-4 for values in late[1:])
+    assert weights(str(tmp_path / "0")) != weights(str(tmp_path / "1"))
