@@ -146,26 +146,21 @@ def gallery_body(
     return StageOutcome({name: f"{name}.safetensors" for name in sides}, {name: len(rows[name]) for name in sides})
 
 
-def rar_body(
-    config: Config,
-    catalogue: CatalogueRef,
-    generator: GeneratorRef,
-    encoder: EncoderRef,
-    gallery: Stage,
-    name: str,
-    directory: str,
-) -> StageOutcome:
-    result = train_rar(
-        config,
-        RARJob(
-            generator=generator,
-            encoder=encoder,
-            catalogue=catalogue,
-            gallery=gallery.output("gallery"),
-            heldout_gallery=gallery.output("heldout_gallery"),
-            gallery_version=gallery.fingerprint,
-            directory=directory,
-            name=name,
-        ),
+def rar_job(
+    catalogue: CatalogueRef, generator: GeneratorRef, encoder: EncoderRef, gallery: Stage, name: str, directory: str
+) -> RARJob:
+    """What a RAR starts from."""
+    return RARJob(
+        generator=generator,
+        encoder=encoder,
+        catalogue=catalogue,
+        gallery=gallery.output("gallery"),
+        heldout_gallery=gallery.output("heldout_gallery"),
+        gallery_version=gallery.fingerprint,
+        directory=directory,
+        name=name,
     )
-    return StageOutcome({"model": "model"}, result)
+
+
+def rar_body(config: Config, job: RARJob) -> StageOutcome:
+    return StageOutcome({"model": "model"}, train_rar(config, job))

@@ -15,6 +15,7 @@ from afmrl_ray.cit.evaluation import EvaluationInputs, evaluate_body, floor_body
 from afmrl_ray.cit.stages import Body, RunDirectory, Stage
 from afmrl_ray.config import Config
 from afmrl_ray.models.annotate import GeneratorRef
+from afmrl_ray.rar.trainer import RARJob
 from afmrl_ray.retrieval.embed import EncoderRef
 from afmrl_ray.storage import absolute, is_dir
 
@@ -198,21 +199,19 @@ class Pipeline:
         before = self.rar(number - 1) if number else self.distill
         agcl, gallery = self.agcl(number), self.gallery(number)
         inputs = self._inputs(("encoder", "generator", "rar"), self.catalogue_stage, before, agcl, gallery)
-        name = f"rar-r{number}"
         return self._stage(
-            name,
+            f"rar-r{number}",
             inputs,
-            lambda at: bodies.rar_body(
-                self.config,
-                self.catalogue_ref,
-                self._generator(before.output("model")),
-                self._encoder(agcl),
-                gallery,
-                name,
-                at,
-            ),
+            lambda at: bodies.rar_body(self.config, self.rar_job(number, at)),
             resumable=True,
         )
+
+    def rar_job(self, number: int, directory: str) -> RARJob:
+        """What the RAR of a round starts from; stages that it needs are run."""
+        before = self.rar(number - 1) if number else self.distill
+        agcl, gallery = self.agcl(number), self.gallery(number)
+        generator, encoder = self._generator(before.output("model")), self._encoder(agcl)
+        return bodies.rar_job(self.catalogue_ref, generator, encoder, gallery, f"rar-r{number}", directory)
 
     def evaluate(self, number: int) -> Stage:
         """All protocols with the encoder of round `number` and the generator after its RAR."""

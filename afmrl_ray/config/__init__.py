@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from afmrl_ray.config.load import dump_yaml, known_keys, load_config, validate
+from afmrl_ray.config.load import dump_yaml, known_keys, load_config, validate, with_values
 from afmrl_ray.config.root import Config
 
-__all__ = ["Config", "dump_yaml", "known_keys", "load_config", "validate"]
+__all__ = ["Config", "dump_yaml", "known_keys", "load_config", "validate", "with_values"]

@@ -44,6 +44,22 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
     return validate(dict(values))
 
 
+def with_values(config: Config, changes: Mapping[str, Any]) -> Config:
+    """A config with values at dotted keys changed, validated again.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    values = config.model_dump(mode="json")
+    for key, value in changes.items():
+        *sections, field = key.split(".")
+        section = values
+        for name in sections:
+            section = section.setdefault(name, {})
+        section[field] = value
+    return validate(values)
+
+
 def validate(values: Mapping[Any, Any]) -> Config:
     """Turn plain values into the typed tree.
 

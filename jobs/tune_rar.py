@@ -1,0 +1,78 @@
+"""Try settings of a round's RAR with Ray Tune, from the same start, and say which gains most on held-out prompts."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from ray import tune
+from yaml import safe_load
+
+from afmrl_ray import storage
+from afmrl_ray.cit.driver import open_run
+from afmrl_ray.cit.schedule import dry_run
+from afmrl_ray.cli import job_main, round_argument
+from afmrl_ray.config import Config, with_values
+from afmrl_ray.errors import ConfigError
+from afmrl_ray.rar.tune import RARTrainable
+
+COLUMNS = ("heldout_before", "heldout_after", "heldout_gain", "kl", "invalid_share", "attribute_pairs")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    round_argument(parser)
+    parser.add_argument(
+        "--grid",
+        action="append",
+        metavar="FIELD=V1,V2",
+        help="values to try of a field; may be repeated (default: rar.kl_coef=0.0,0.01)",
+    )
+
+
+def grid(text: str, config: Config) -> tuple[str, list[Any]]:
+    """A field and the values to try, each of them checked.
+
+    Raises:
+        ConfigError: it is not `field=v1,v2`, or the config takes one of them not.
+    """
+    field, equals, values = text.partition("=")
+    if not equals or not values:
+        raise ConfigError(f"--grid {text!r} is no grid; write field=value,value")
+    found = [safe_load(value) for value in values.split(",")]
+    for value in found:
+        with_values(config, {field: value})
+    return field, found
+
+
+def body(config: Config, options: argparse.Namespace) -> None:
+    space = dict(grid(text, config) for text in options.grid or ["rar.kl_coef=0.0,0.01"])
+    with open_run(config) as pipeline:
+        directory = storage.join(pipeline.run.path, "tune", f"rar-r{options.round}")
+        job = pipeline.rar_job(options.round, directory)
+        trainable = tune.with_parameters(RARTrainable, base=config, job=job)
+        # Trials start their own actors, so a second one would wait for what the first holds.
+        results = tune.Tuner(
+            tune.with_resources(trainable, {"cpu": 0}),
+            param_space={field: tune.grid_search(values) for field, values in space.items()},
+            tune_config=tune.TuneConfig(metric="heldout_gain", mode="max", max_concurrent_trials=1),
+            run_config=tune.RunConfig(name="trials", storage_path=directory, verbose=1),
+        ).fit()
+    for error in results.errors:
+        raise error
+    fields = list(space)
+    print(" ".join(f"{name:>18}" for name in (*fields, *COLUMNS)))
+    for result in results:
+        values = [result.config[field] for field in fields] + [f"{result.metrics[name]:.4f}" for name in COLUMNS]
+        print(" ".join(f"{value!s:>18}" for value in values))
+    best = results.get_best_result()
+    print("best: " + " ".join(f"{field}={best.config[field]}" for field in fields))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return job_main(__doc__ or "", body, argv, arguments=arguments, dry_run=dry_run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
