@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 from ray.exceptions import RayError
 from tqdm.auto import tqdm
@@ -27,12 +26,15 @@ from afmrl_ray.config import Config
 from afmrl_ray.errors import UserError
 from afmrl_ray.models.annotate import GeneratorRef
 from afmrl_ray.rar.checkpoint import Checkpoints
+from afmrl_ray.rar.completions import parse_completions, reward_completions
 from afmrl_ray.rar.heldout import HeldOut, compare, summarise
 from afmrl_ray.rar.learner import build_learners, learner_batch
 from afmrl_ray.rar.loss import group_advantages
 from afmrl_ray.rar.module import PolicySpec
 from afmrl_ray.rar.prompts import batch_columns, group_seeds, prompts_of_step, usable_rows
-from afmrl_ray.rar.reward import Gallery, RewardPool, RewardSpec, parse_completions, reward_completions
+from afmrl_ray.rar.reward import RewardPool
+from afmrl_ray.rar.reward_log import ServiceLog
+from afmrl_ray.rar.reward_spec import Gallery, Query, RewardSpec, parts_of
 from afmrl_ray.rar.rollout import Group, RolloutPool, Weights
 from afmrl_ray.retrieval.embed import EncoderRef, load_embeddings
 from afmrl_ray.training.metrics_log import MetricsLog
@@ -126,13 +128,17 @@ class RARTrainer:
             encoder=job.encoder,
             catalogue=job.catalogue,
             queries=sides,
-            galleries={name: Gallery(rows, [ray.put(emb)]) for name, (rows, emb) in galleries.items()},
+            galleries={
+                name: Gallery.put(catalogue, rows, embeddings, parts=parts_of(self._rar.reward))
+                for name, (rows, embeddings) in galleries.items()
+            },
             version=job.gallery_version,
         )
         self._checkpoints = Checkpoints(storage.join(job.directory, "checkpoints"))
         self._learners: Any = None
         self._rollouts: RolloutPool | None = None
         self._rewards: RewardPool | None = None
+        self._service_log = ServiceLog()
 
     def run(self) -> dict[str, Any]:
         """From the last checkpoint, or from the start, to the last step."""
@@ -144,6 +150,7 @@ class RARTrainer:
         self._rollouts = RolloutPool(self._policy, rar.rollout)
         start, tail = self._restore()
         self._push()
+        self._rewards.wait_until_ready()
         before = self._before(start)
         metrics = MetricsLog(storage.join(self._job.directory, "log"), resume_step=start)
         for step in tqdm(range(start, rar.steps), desc=self._job.name, initial=start, total=rar.steps, mininterval=5):
@@ -217,13 +224,14 @@ class RARTrainer:
     def _step(self, step: int) -> dict[str, float]:
         rar = self._rar
         assert self._rollouts is not None
+        assert self._rewards is not None
         seconds: dict[str, float] = {}
         rows = prompts_of_step(self.prompts["train"][0], step, rar.prompts_per_step, self._config.run.seed)
         with timed(seconds, "rollout"):
             seeds = group_seeds(self._config.run.seed, step, len(rows))
             groups = self._rollouts.sample(rows.tolist(), seeds, group_size=rar.group_size)
         with timed(seconds, "reward"):
-            rewards, parsed = self._reward("train", groups)
+            rewards, parsed, measures = self._reward("train", groups)
         grouped = rewards.reshape(len(groups), rar.group_size)
         advantages = group_advantages(
             torch.from_numpy(grouped), scale=rar.advantage_scale, eps=rar.advantage_eps
@@ -246,21 +254,27 @@ class RARTrainer:
             "attribute_pairs": float(np.mean([len(attributes) for attributes in valid])) if valid else 0.0,
             "attribute_words": mean_words(valid),
             "completion_tokens": float(np.mean([mask.sum(1).mean() for mask in (group.mask for group in groups)])),
+            **measures,
+            **self._service_log.step(self._rewards),
             **stats,
             **{f"seconds_{name}": value for name, value in seconds.items()},
         }
 
-    def _reward(self, gallery: str, groups: list[Group]) -> tuple[np.ndarray, list[Any]]:
-        """Rewards [groups * G] of all completions, and what the parser made of them."""
+    def _reward(self, gallery: str, groups: list[Group]) -> tuple[np.ndarray, list[Any], dict[str, float]]:
+        """Rewards [groups * G] of all completions, what the parser made of them, and means of all measures."""
         assert self._rewards is not None
-        rewards_pool = self._rewards
+        pool, measures = self._rewards, dict[str, float]()
+
+        def score(queries: Sequence[Query]) -> np.ndarray:
+            scores = pool.submit(gallery, queries).result()
+            measures.update(scores.means())
+            return scores.rewards
+
         rows = [group.row for group in groups for _ in group.texts]
         texts = [text for group in groups for text in group.texts]
         parsed = parse_completions(texts, max_attributes=self._policy.generator.max_attributes)
-        rewards = reward_completions(
-            rows, parsed, lambda queries: rewards_pool.score(gallery, queries), invalid=self._rar.reward.invalid
-        )
-        return rewards, parsed
+        rewards = reward_completions(rows, parsed, score, invalid=self._rar.reward.invalid)
+        return rewards, parsed, measures
 
     def _update(self, groups: list[Group], advantages: np.ndarray, known: np.ndarray) -> dict[str, float]:
         """One optimizer step of all learners on all groups."""
@@ -283,7 +297,7 @@ class RARTrainer:
         rows, samples = self.prompts["heldout"][0], self._rar.heldout_samples
         seeds = group_seeds(self._config.run.seed, -1, len(rows))
         groups = self._rollouts.sample(rows.tolist(), seeds, group_size=samples)
-        rewards, parsed = self._reward("heldout", groups)
+        rewards, parsed, _ = self._reward("heldout", groups)
         return summarise(rewards, parsed, group_size=samples)
 
 
