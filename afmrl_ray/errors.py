@@ -38,5 +38,9 @@ class RewardServiceError(RuntimeError):
     """More rewards failed for reasons of infrastructure than `rar.reward.max_failed_share` allows."""
 
 
+class GalleryVersionError(RuntimeError):
+    """A reward actor searched another gallery than this round's."""
+
+
 class WeightSyncError(RuntimeError):
     """A rollout worker does not hold the weights that the learner pushed."""

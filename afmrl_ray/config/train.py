@@ -134,22 +134,49 @@ class TaskConfig(Section):
 
 
 class RewardConfig(Section):
-    """The reward service: frozen encoder and gallery behind Ray actors."""
+    """The reward service: frozen encoder and gallery behind Ray actors.
 
-    operational = frozenset({"timeout_s", "max_retries", "max_failed_share"})
+    Which queries go through the encoder together changes their embeddings by rounding. With `coalesce_ms` and
+    `cached_scores` 0 a score is a function of its request alone.
+    """
 
-    kind: Literal["hit", "recall"] = "recall"
-    """hit@k or recall@k of the enriched query."""
+    operational = frozenset(
+        {
+            "gallery_placement", "shared_prefix", "tokens_per_batch", "coalesce_ms", "cached_scores", "max_in_flight",
+            "start_timeout_s", "timeout_s", "max_retries", "backoff_s", "max_failed_share",
+        }
+    )  # fmt: skip
+
+    kind: Literal["hit", "recall", "reciprocal_rank", "ndcg"] = "recall"
+    """Measure of the enriched query's retrieval: hit@k, recall@k, one over the first positive's place (at any depth),
+    or nDCG@k."""
     k: int = Field(50, gt=0)
     """Depth of the retrieval."""
     invalid: float = -0.1
     """Reward of an output that the parser refuses."""
     pool: PoolConfig = PoolConfig()
-    """Reward actors."""
+    """Reward actors; `batch_size` counts the queries of a request, a listing's together."""
+    gallery_placement: Literal["shared", "sharded"] = "shared"
+    """`shared`: every actor maps the whole gallery, one copy per node; `sharded`: each holds a share of its rows, and
+    their counts add up to the same ranks."""
+    shared_prefix: bool = True
+    """Whether the encoder computes what the queries of a listing begin with once."""
+    tokens_per_batch: int = Field(16384, gt=0)
+    """Tokens, visual ones counted, that requests are collected up to, and of one forward pass of the encoder."""
+    coalesce_ms: float = Field(3.0, ge=0)
+    """Longest wait of a request for others to be encoded with, ms; 0 = each request by itself."""
+    cached_scores: int = Field(65536, ge=0)
+    """Latest scores that an actor keeps, so that it scores equal queries once; 0 = none."""
+    max_in_flight: int = Field(8, gt=0)
+    """Requests that an actor works on at once, and that a client has sent to it; further ones wait."""
+    start_timeout_s: float = Field(600, gt=0)
+    """Seconds that all actors may take to begin, with reading the encoder."""
     timeout_s: float = Field(120, gt=0)
-    """Deadline of one scoring call."""
+    """Deadline of one request, from when it is sent."""
     max_retries: int = Field(3, ge=0)
-    """Times that a failed call is tried again, on another actor if there is one."""
+    """Times that a failed request is sent again, to another actor if there is one."""
+    backoff_s: float = Field(0.2, ge=0)
+    """Pause before the first retry; doubles with each, up to 10 s, and is drawn from half to one and a half of it."""
     max_failed_share: float = Field(0.1, ge=0, le=1)
     """Share of a step's rewards that may fail for reasons of infrastructure before the job stops."""
 

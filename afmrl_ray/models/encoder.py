@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from afmrl_ray.models.inner import inner_model
 from afmrl_ray.models.last_token import last_token_only
+from afmrl_ray.models.shared_prefix import Packed
 
 
 class EmbeddingModel(nn.Module):
@@ -35,18 +37,37 @@ class EmbeddingModel(nn.Module):
             [B, D] float32, of unit length; with a learned temperature [B, D + 1], its logarithm in the last column, so
             that its gradient takes the way of the embeddings' through parts and workers.
         """
-        given: dict[str, Any] = batch
-        features = batch.pop("image_features", None)
-        if features is not None:
-            given["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=(features,))}
         inner = inner_model(self.backbone).model
         with last_token_only(inner.language_model):
-            hidden = inner(**given, use_cache=False).last_hidden_state
+            hidden = inner(**_with_pictures(batch), use_cache=False).last_hidden_state
         embeddings = functional.normalize(hidden[:, -1].float(), dim=-1)
         if self.log_temperature is None:
             return embeddings
         return torch.cat([embeddings, self.log_temperature.float().expand(len(embeddings), 1)], dim=1)
 
+    def embed_packed(self, packed: Packed) -> Tensor:
+        """Embed the continuations of shared prefixes: what rows of their own would give.
+
+        Args:
+            packed: from `models.shared_prefix.pack`; the backbone must have been given to `use_shared_prefix`.
+
+        Returns:
+            [K, D] float32, of unit length.
+        """
+        inner = inner_model(self.backbone).model
+        hidden = inner(**_with_pictures(packed.inputs), use_cache=False).last_hidden_state[0]
+        last = packed.places.gather(1, packed.mask.sum(1, keepdim=True) - 1)[:, 0]
+        return functional.normalize(hidden[last].float(), dim=-1)
+
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+
+def _with_pictures(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What the inner model takes: pictures after the vision tower go in as its output."""
+    given = dict(batch)
+    features = given.pop("image_features", None)
+    if features is not None:
+        given["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=(features,))}
+    return given

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import Protocol
 
 from PIL import Image
 
 from afmrl_ray.config.catalogue import Inputs
 from afmrl_ray.config.models import EncoderConfig, GeneratorConfig
-from afmrl_ray.models.listing import ListingProcessor, Row
+from afmrl_ray.models.listing import ListingProcessor, Picture, Row
 from afmrl_ray.models.vision_cache import VisionCache
 
 
@@ -39,17 +40,43 @@ def encoder_row(
     Args:
         cache: where the picture's visual tokens are looked up; none = the picture goes in by its pixels.
     """
-    parts = [config.instruction]
+    (built,) = encoder_rows(
+        processor,
+        listings,
+        row,
+        config=config,
+        inputs=inputs,
+        title_columns=title_columns,
+        attributes=[attributes],
+        cache=cache,
+    )
+    return built
+
+
+def encoder_rows(
+    processor: ListingProcessor,
+    listings: Listings,
+    row: int,
+    *,
+    config: EncoderConfig,
+    inputs: Inputs,
+    title_columns: tuple[str, ...],
+    attributes: Sequence[str],
+    cache: VisionCache | None,
+) -> list[Row]:
+    """The same for several attribute texts of one listing, whose picture is read once."""
+    picture: Picture | None = None
+    if inputs != "text" and cache is None:
+        picture = processor.visual(listings.picture(row))
+    elif inputs != "text" and cache is not None:
+        picture = cache.visual(listings.picture_bytes(row), lambda: listings.picture(row))
+    before = [config.instruction]
     if inputs != "picture":
-        parts.append(listings.title(row, title_columns))
-    parts.append(attributes)
-    text = "\n".join(part for part in parts if part)
-    if inputs == "text":
-        return processor.row(None, text, max_tokens=config.max_tokens)
-    if cache is None:
-        return processor.row(listings.picture(row), text, max_tokens=config.max_tokens)
-    visual = cache.visual(listings.picture_bytes(row), lambda: listings.picture(row))
-    return processor.row(visual, text, max_tokens=config.max_tokens)
+        before.append(listings.title(row, title_columns))
+    return [
+        processor.row(picture, "\n".join(part for part in (*before, text) if part), max_tokens=config.max_tokens)
+        for text in attributes
+    ]
 
 
 def generator_row(processor: ListingProcessor, listings: Listings, row: int, *, config: GeneratorConfig) -> Row:

@@ -1,4 +1,7 @@
-"""Rollouts of a step together with their rewards; chunks are scored while others are still being sampled."""
+"""Rollouts of a step together with their rewards; chunks are scored while others are still being sampled.
+
+Only the parser gives `rar.reward.invalid`. What fails for reasons of infrastructure is NaN: not a bad answer.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from afmrl_ray.attributes.text import Attributes, InvalidAttributes, format_attributes
+from afmrl_ray.attributes.text import Attributes, InvalidAttributes, format_attributes, parse_attributes
 from afmrl_ray.rar.messages import Group
 from afmrl_ray.rar.prompts import group_seeds, other_prompts, prompts_of_step
-from afmrl_ray.rar.reward import Query, parse_completions
+from afmrl_ray.rar.reward_spec import KINDS, Query, Scores
+
+
+def parse_completions(
+    texts: Sequence[tuple[str, bool]], *, max_attributes: int
+) -> list[Attributes | InvalidAttributes]:
+    """What the strict parser makes of completions (text, whether it ended by itself)."""
+    return [parse_attributes(text, max_attributes=max_attributes, complete=complete) for text, complete in texts]
 
 
 class Rollouts(Protocol):
@@ -26,13 +36,15 @@ class Rollouts(Protocol):
 class Scoring(Protocol):
     """Rewards on their way."""
 
-    def result(self) -> np.ndarray: ...
+    def result(self) -> Scores: ...
 
 
 class Rewards(Protocol):
     """What scores; `rar.reward.RewardPool` is one."""
 
     def submit(self, gallery: str, queries: Sequence[Query]) -> Scoring: ...
+
+    def check(self, rewards: np.ndarray) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,8 @@ class Experience:
         groups: of the prompts, in order.
         rewards: [groups, G], NaN where scoring failed.
         parsed: what the parser made of each completion, group after group.
-        numbers: `seconds_rollout` until the last completion, `seconds_reward` waited beyond it, `resampled_groups`.
+        numbers: `seconds_rollout` until the last completion, `seconds_reward` waited beyond it, `resampled_groups`,
+            and `reward_<kind>`, the mean of each measure over what was scored.
     """
 
     groups: list[Group]
@@ -112,7 +125,11 @@ class Collector:
         self._rollouts, self._rewards = rollouts, rewards
 
     def collect(self, rows: Sequence[int], seeds: Sequence[int], ask: Ask) -> Experience:
-        """Sample a group for each row and score every chunk of them as soon as it is there."""
+        """Sample a group for each row and score every chunk of them as soon as it is there.
+
+        Raises:
+            RewardServiceError: more failed than may.
+        """
         began = time.monotonic()
         chunks: dict[int, tuple[list[Group], list[Any], list[int], Scoring | None]] = {}
         for place, groups in self._rollouts.stream(rows, seeds, group_size=ask.group_size):
@@ -125,14 +142,22 @@ class Collector:
         every_group: list[Group] = []
         every_parsed: list[Any] = []
         rewards: list[np.ndarray] = []
+        measures: list[Scores] = []
         for place in sorted(chunks):
             groups, parsed, valid, scoring = chunks[place]
             own = np.full(len(parsed), ask.invalid, dtype=np.float64)
             if scoring is not None:
-                own[valid] = scoring.result()
+                scores = scoring.result()
+                own[valid] = scores.rewards
+                measures.append(scores)
             every_group += groups
             every_parsed += parsed
             rewards.append(own)
+        scored = Scores(
+            np.concatenate([np.empty(0), *(scores.rewards for scores in measures)]),
+            {kind: np.concatenate([np.empty(0), *(s.measures[kind] for s in measures)]) for kind in KINDS},
+        )
+        self._rewards.check(scored.rewards)
         return Experience(
             groups=every_group,
             rewards=np.concatenate(rewards).reshape(len(every_group), ask.group_size),
@@ -141,6 +166,7 @@ class Collector:
                 "seconds_rollout": sampled - began,
                 "seconds_reward": time.monotonic() - sampled,
                 "resampled_groups": 0.0,
+                **scored.means(),
             },
         )
 
@@ -176,6 +202,7 @@ def _replaced(old: Experience, places: np.ndarray, new: Experience) -> Experienc
     for index, place in enumerate(places.tolist()):
         groups[place], rewards[place] = new.groups[index], new.rewards[index]
         parsed[place * size : (place + 1) * size] = new.parsed[index * size : (index + 1) * size]
-    numbers = {name: value + new.numbers[name] for name, value in old.numbers.items()}
-    numbers["resampled_groups"] += len(places)
+    # Means of measures stay those of the first draw, which no choice of ours has touched.
+    spent = {name: old.numbers[name] + new.numbers[name] for name in ("seconds_rollout", "seconds_reward")}
+    numbers = {**old.numbers, **spent, "resampled_groups": old.numbers["resampled_groups"] + len(places)}
     return Experience(groups, rewards, parsed, numbers)

@@ -1,113 +1,222 @@
-"""Retrieval as a reward: frozen encoder and galleries behind named Ray actors.
+"""Retrieval as a reward: the client of the reward service, and the pool that owns its actors.
 
-Only the parser gives `rar.reward.invalid`. What fails for reasons of infrastructure is NaN: not a bad answer.
+What fails for reasons of infrastructure is NaN, not a bad answer; what is the catalogue's fault is an error.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+import random
+import time
+from collections import Counter as Counts
+from collections.abc import AsyncIterator, Generator, Sequence
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from typing import Any
 
 import numpy as np
 import ray
-import torch
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import RayActorError, RayError
+from ray.util.metrics import Counter
 
-from afmrl_ray.attributes.text import Attributes, InvalidAttributes, format_attributes, parse_attributes
-from afmrl_ray.catalogue import CatalogueRef
-from afmrl_ray.config.catalogue import SideConfig
 from afmrl_ray.config.train import RewardConfig
-from afmrl_ray.errors import RewardServiceError
-from afmrl_ray.retrieval import metrics
-from afmrl_ray.retrieval.embed import Encoder, EncoderRef
-from afmrl_ray.retrieval.evaluate import label_codes
-from afmrl_ray.retrieval.ranking import rank_gallery
+from afmrl_ray.errors import GalleryVersionError, RewardServiceError, UserError
+from afmrl_ray.rar.background import BackgroundLoop
+from afmrl_ray.rar.liveness import wait_for_return
+from afmrl_ray.rar.requests import Request, spread
+from afmrl_ray.rar.reward_actor import RewardActor
+from afmrl_ray.rar.reward_meter import ServiceStats
+from afmrl_ray.rar.reward_spec import KINDS, Query, Reply, RewardSpec, Scores
 from afmrl_ray.training.cluster import torch_threads
 
 log = logging.getLogger(__name__)
 
-Query = tuple[int, str]
-"""Catalogue row of the query, and the attribute text that it is shown with."""
+CAUSES = ("timeout", "died", "error", "version")
+"""Why a request failed: its deadline, its actor's end, an error inside the actor, another gallery than asked for."""
+_LONGEST_BACKOFF_S = 10.0
+_STATS_TIMEOUT_S = 5.0
 
 
-@dataclass(frozen=True)
-class Gallery:
-    """What is searched.
+class Pending:
+    """Scores on their way; wait with `result`, poll with `done`, or await it."""
 
-    Attributes:
-        rows: [N] catalogue rows.
-        embeddings: reference to [N, D] float32 in the object store, in a list, so that actors map it without a copy.
-    """
+    def __init__(self, future: Future[Scores]) -> None:
+        self._future = future
 
-    rows: np.ndarray
-    embeddings: list[Any]
+    def done(self) -> bool:
+        return self._future.done()
 
+    def result(self, timeout: float | None = None) -> Scores:
+        """Wait for the scores.
 
-@dataclass(frozen=True)
-class RewardSpec:
-    """The service as plain data.
-
-    Attributes:
-        encoder: the frozen encoder.
-        catalogue: the catalogue.
-        queries: what of a query the encoder sees, by gallery name.
-        galleries: by name.
-        version: of the galleries; every reply carries it.
-    """
-
-    encoder: EncoderRef
-    catalogue: CatalogueRef
-    queries: dict[str, SideConfig]
-    galleries: dict[str, Gallery]
-    version: str
-
-
-class Scorer:
-    """Scores enriched queries; plain code inside the actor."""
-
-    def __init__(self, spec: RewardSpec, config: RewardConfig, threads: int) -> None:
-        torch.set_num_threads(threads)
-        self._spec, self._config = spec, config
-        self._encoder = Encoder(spec.encoder, spec.catalogue)
-        catalogue = spec.catalogue.open()
-        self._labels = np.array(label_codes(catalogue.column("product_id")))
-        items = np.array(catalogue.column("item_id"), dtype=object)
-        self._order = np.argsort(np.argsort(items, kind="stable"))
-        self._embeddings = {name: ray.get(gallery.embeddings[0]) for name, gallery in spec.galleries.items()}
-
-    def score(self, gallery: str, queries: Sequence[Query]) -> tuple[str, list[float]]:
-        """Version of the galleries, and hit@k or recall@k of every query.
+        Args:
+            timeout: seconds; none = as long as deadlines and retries last.
 
         Raises:
-            ValueError: a query has no positive in the gallery.
+            CatalogueError: a query has no positive in the gallery.
+            TimeoutError: they are not there yet.
         """
-        rows = np.array([row for row, _ in queries])
-        side, there = self._spec.queries[gallery], self._spec.galleries[gallery].rows
-        embedded = self._encoder.embed(
-            rows.tolist(), [text for _, text in queries], inputs=side.inputs, title_columns=side.title_columns
-        )
-        ranking = rank_gallery(
-            embedded,
-            self._embeddings[gallery],
-            query_rows=rows,
-            gallery_rows=there,
-            query_labels=self._labels[rows],
-            gallery_labels=self._labels[there],
-            gallery_order=self._order[there],
-            depth=1,
-        )
-        if ranking.excluded:
-            raise ValueError(f"{ranking.excluded} queries have no positive in gallery {gallery!r}")
-        measure = metrics.hit_at_k if self._config.kind == "hit" else metrics.recall_at_k
-        return self._spec.version, measure(ranking, self._config.k).tolist()
+        return self._future.result(timeout)
+
+    def __await__(self) -> Generator[Any, None, Scores]:
+        return asyncio.wrap_future(self._future).__await__()
 
 
-class RewardPool:
-    """Named, restartable reward actors and the client that spreads calls over them.
+class RewardClient:
+    """Asks named reward actors; any process of the Ray job may have one, and it can be pickled.
+
+    Args:
+        actors: their names.
+        version: of the galleries; an answer about another one is refused.
+        config: `rar.reward`.
+    """
+
+    def __init__(self, actors: Sequence[str], version: str, config: RewardConfig) -> None:
+        self.names, self._version, self._config = list(actors), version, config
+        self._actors = [ray.get_actor(name) for name in self.names]
+        self._slots = [asyncio.Semaphore(config.max_in_flight) for _ in self.names]
+        self._loop = BackgroundLoop("reward-client")
+        self._suspect_until: dict[int, float] = {}
+        self._returning: dict[int, asyncio.Task[None]] = {}
+        self.failures: Counts[str] = Counts()
+        self._failed = Counter(
+            "afmrl_reward_failures", "Requests that failed, by cause.", ("actor", "gallery", "cause")
+        )
+
+    def __reduce__(self) -> tuple[type[RewardClient], tuple[list[str], str, RewardConfig]]:
+        return RewardClient, (self.names, self._version, self._config)
+
+    def submit(self, gallery: str, queries: Sequence[Query]) -> Pending:
+        """Begin to score queries; equal ones are scored once."""
+        return Pending(self._loop.start(self._score(gallery, list(queries))))
+
+    def score(self, gallery: str, queries: Sequence[Query]) -> np.ndarray:
+        """[len(queries)] rewards, NaN where the service failed; raises what `Pending.result` and `check` do."""
+        rewards = self.submit(gallery, queries).result().rewards
+        self.check(rewards)
+        return rewards
+
+    def check(self, rewards: np.ndarray) -> None:
+        """Make sure that enough was scored.
+
+        Args:
+            rewards: all that count together, as those of a step, NaN where the service failed.
+
+        Raises:
+            RewardServiceError: more than `rar.reward.max_failed_share` failed.
+        """
+        lost = int(np.isnan(rewards).sum())
+        if lost > self._config.max_failed_share * rewards.size:
+            causes = ", ".join(f"{count} {cause}" for cause, count in self.failures.items())
+            raise RewardServiceError(
+                f"{lost} of {rewards.size} rewards failed after {self._config.max_retries} retries (failed requests so "
+                f"far: {causes}), more than rar.reward.max_failed_share {self._config.max_failed_share:g} allows; look "
+                "at the reward actors' logs"
+            )
+
+    def stats(self) -> dict[str, ServiceStats]:
+        """Counts of every actor that answers within a few seconds."""
+        calls = {actor.stats.remote(): name for actor, name in zip(self._actors, self.names, strict=True)}
+        answered, _ = ray.wait(list(calls), num_returns=len(calls), timeout=_STATS_TIMEOUT_S)
+        found = {}
+        for call in answered:
+            try:
+                found[calls[call]] = ray.get(call)
+            except RayActorError:
+                log.warning("%s tells no stats: it is starting again", calls[call])
+        return found
+
+    def close(self) -> None:
+        """Give up what is on its way."""
+        self._loop.close()
+
+    async def _score(self, gallery: str, queries: list[Query]) -> Scores:
+        requests = spread(queries, actors=len(self.names), size=self._config.pool.batch_size)
+        answers = await asyncio.gather(*(self._ask(gallery, request) for request in requests))
+        found = {query: row for answer in answers for query, row in answer.items()}
+        unknown = np.full(len(KINDS), math.nan)
+        columns = np.array([found.get(query, unknown) for query in queries]).reshape(-1, len(KINDS)).T
+        measures = dict(zip(KINDS, columns, strict=True))
+        return Scores(measures[self._config.kind], measures)
+
+    async def _ask(self, gallery: str, request: Request) -> dict[Query, np.ndarray]:
+        """Measures by query; empty if all attempts failed."""
+        for attempt in range(self._config.max_retries + 1):
+            if attempt:
+                pause = min(self._config.backoff_s * 2 ** (attempt - 1), _LONGEST_BACKOFF_S)
+                # Clients that failed together do not come back together.
+                await asyncio.sleep(pause * random.uniform(0.5, 1.5))
+            async with self._slot(request.actor + attempt) as actor:
+                answer = await self._call(actor, gallery, request.queries)
+            if isinstance(answer, Reply):
+                self._suspect_until.pop(actor, None)
+                return dict(zip(request.queries, answer.measures, strict=True))
+            log.warning("reward actor %s failed (%s), attempt %d", self.names[actor], answer, attempt + 1)
+            self._note_failure(actor, gallery, answer)
+        return {}
+
+    def _note_failure(self, actor: int, gallery: str, cause: str) -> None:
+        self.failures[cause] += 1
+        self._failed.inc(tags={"actor": self.names[actor], "gallery": gallery, "cause": cause})
+        # For the length of a deadline others are asked first.
+        self._suspect_until[actor] = time.monotonic() + self._config.timeout_s
+        if cause == "died" and actor not in self._returning:
+            self._returning[actor] = asyncio.get_running_loop().create_task(self._return_of(actor))
+
+    async def _return_of(self, actor: int) -> None:
+        if await wait_for_return(self._actors[actor], self._config.start_timeout_s):
+            self._suspect_until.pop(actor, None)
+        del self._returning[actor]
+
+    @asynccontextmanager
+    async def _slot(self, wish: int) -> AsyncIterator[int]:
+        """An actor with fewer than `max_in_flight` of our requests: the wished one, or the next that did not fail."""
+        while True:
+            actor = self._choice(wish)
+            if actor in self._returning:  # none is left that did not fail
+                await asyncio.wait(self._returning.values(), return_when=asyncio.FIRST_COMPLETED)
+                actor = self._choice(wish)
+            async with self._slots[actor]:
+                if self._choice(wish) == actor:
+                    yield actor
+                    return
+
+    def _choice(self, wish: int) -> int:
+        order = [(wish + step) % len(self.names) for step in range(len(self.names))]
+        now = time.monotonic()
+        return next((actor for actor in order if self._suspect_until.get(actor, now) <= now), order[0])
+
+    async def _call(self, actor: int, gallery: str, queries: list[Query]) -> Reply | str:
+        """The actor's reply, or the cause why there is none."""
+        call = self._actors[actor].score.remote(gallery, queries)
+        answer = asyncio.wrap_future(call.future())
+        answer.add_done_callback(lambda done: done.cancelled() or done.exception())
+        await asyncio.wait([answer], timeout=self._config.timeout_s)
+        if not answer.done():
+            ray.cancel(call, recursive=False)
+            return "timeout"
+        try:
+            reply: Reply = answer.result()
+        except RayError as error:
+            if isinstance(error, UserError):
+                raise  # trying again would not mend it
+            log.warning("%s: %s", self.names[actor], str(error).strip().splitlines()[-1])
+            return _cause(error)
+        return reply if reply.version == self._version else "version"
+
+
+def _cause(error: RayError) -> str:
+    if isinstance(error, RayActorError):
+        return "died"
+    if isinstance(error, TimeoutError):
+        return "timeout"
+    return "version" if isinstance(error, GalleryVersionError) else "error"
+
+
+class RewardPool(RewardClient):
+    """Restartable reward actors and a client of them; `close` ends both.
 
     Args:
         spec: encoder and galleries.
@@ -116,104 +225,46 @@ class RewardPool:
     """
 
     def __init__(self, spec: RewardSpec, config: RewardConfig, *, name: str) -> None:
-        self._spec, self._config = spec, config
         pool = config.pool
         made = ray.remote(
-            num_cpus=pool.cpus_per_worker, num_gpus=pool.gpus_per_worker, max_restarts=-1, max_task_retries=0
-        )(Scorer)
-        self._threads = ThreadPoolExecutor(2 * pool.num_workers, thread_name_prefix="reward")
-        self.actors = [
-            made.options(name=f"{name}-reward-{index}").remote(spec, config, torch_threads(pool.cpus_per_worker))
-            for index in range(pool.num_workers)
+            num_cpus=pool.cpus_per_worker,
+            num_gpus=pool.gpus_per_worker,
+            max_restarts=-1,
+            max_task_retries=0,
+            concurrency_groups={"score": config.max_in_flight, "count": 2 * pool.num_workers, "about": 2},
+        )(RewardActor)
+        names = [f"{name}-reward-{index}" for index in range(pool.num_workers)]
+        threads = torch_threads(pool.cpus_per_worker)
+        self._owned = [
+            made.options(name=names[index]).remote(spec, config, names, index, threads) for index in range(len(names))
         ]
+        # The store drops what nobody refers to, and actors that start again need it.
+        self._spec = spec
+        super().__init__(names, spec.version, config)
 
-    def submit(self, gallery: str, queries: Sequence[Query]) -> Future[np.ndarray]:
-        """`score` in the background."""
-        return self._threads.submit(self.score, gallery, list(queries))
-
-    def score(self, gallery: str, queries: Sequence[Query]) -> np.ndarray:
-        """Reward of every query, in order; equal queries are scored once.
-
-        Returns:
-            [len(queries)] float64; NaN where the service failed.
+    def wait_until_ready(self) -> None:
+        """Wait until every actor has begun, so that no deadline counts the reading of its encoder.
 
         Raises:
-            RewardServiceError: more than `max_failed_share` failed.
+            RewardServiceError: an actor has not after `rar.reward.start_timeout_s`; named.
+            RayActorError: it failed to begin.
         """
-        unique = list(dict.fromkeys(queries))
-        size = self._config.pool.batch_size
-        chunks = [unique[start : start + size] for start in range(0, len(unique), size)]
-        found: dict[Query, float] = {}
-        todo = [(index, chunk) for index, chunk in enumerate(chunks)]
-        for attempt in range(self._config.max_retries + 1):
-            todo = self._round(gallery, todo, attempt, found)
-            if not todo:
-                break
-        failed = sum(query not in found for query in queries)
-        if failed > self._config.max_failed_share * len(queries):
+        calls = {actor.pid.remote(): name for actor, name in zip(self._owned, self.names, strict=True)}
+        began, late = ray.wait(list(calls), num_returns=len(calls), timeout=self._config.start_timeout_s)
+        for call in began:
+            ray.get(call)
+        if late:
+            names = ", ".join(sorted(calls[call] for call in late))
             raise RewardServiceError(
-                f"{failed} of {len(queries)} rewards failed after {self._config.max_retries} retries, more than "
-                f"rar.reward.max_failed_share {self._config.max_failed_share:g} allows; look at the reward actors' logs"
+                f"{names} did not begin within rar.reward.start_timeout_s {self._config.start_timeout_s:g} s; "
+                "raise it, or look at what else holds the cluster's CPUs and GPUs"
             )
-        return np.array([found.get(query, math.nan) for query in queries])
 
-    def _round(
-        self, gallery: str, todo: list[tuple[int, list[Query]]], attempt: int, found: dict[Query, float]
-    ) -> list[tuple[int, list[Query]]]:
-        """Ask for all chunks, each from the next actor than last time; returns those that failed."""
-        calls = []
-        for index, chunk in todo:
-            actor = (index + attempt) % len(self.actors)
-            calls.append((index, chunk, actor, self.actors[actor].score.remote(gallery, chunk)))
-        failed = []
-        for index, chunk, actor, call in calls:
-            try:
-                version, scores = ray.get(call, timeout=self._config.timeout_s)
-            except RayError as error:
-                if isinstance(error, ValueError):
-                    raise  # the catalogue's fault, and trying again would not mend it
-                log.warning("reward actor %d failed (%s), attempt %d", actor, type(error).__name__, attempt + 1)
-                if isinstance(error, GetTimeoutError):
-                    ray.cancel(call, recursive=False)
-                failed.append((index, chunk))
-                continue
-            if version != self._spec.version:
-                raise RewardServiceError(f"reward actor {actor} searched gallery {version}, not {self._spec.version}")
-            found.update(zip(chunk, scores, strict=True))
-        return failed
+    def client(self) -> RewardClient:
+        """A client for another process."""
+        return RewardClient(self.names, self._version, self._config)
 
     def close(self) -> None:
-        self._threads.shutdown(cancel_futures=True)
-        for actor in self.actors:
+        super().close()
+        for actor in self._owned:
             ray.kill(actor)
-
-
-def parse_completions(
-    texts: Sequence[tuple[str, bool]], *, max_attributes: int
-) -> list[Attributes | InvalidAttributes]:
-    """What the strict parser makes of completions (text, whether it ended by itself)."""
-    return [parse_attributes(text, max_attributes=max_attributes, complete=complete) for text, complete in texts]
-
-
-def reward_completions(
-    rows: Sequence[int],
-    parsed: Sequence[Attributes | InvalidAttributes],
-    score: Callable[[Sequence[Query]], np.ndarray],
-    *,
-    invalid: float,
-) -> np.ndarray:
-    """Rewards of completions: `invalid` where the parser refused, else what the retrieval of the enriched query gives.
-
-    Args:
-        rows: catalogue row of each completion's prompt.
-        parsed: what the parser made of each completion.
-        score: scores queries (row, attribute text); refused completions never reach it.
-
-    Returns:
-        [len(rows)] float64, NaN where scoring failed.
-    """
-    rewards = np.full(len(rows), invalid, dtype=np.float64)
-    valid = [index for index, attributes in enumerate(parsed) if not isinstance(attributes, InvalidAttributes)]
-    if valid:
-        rewards[valid] = score([(rows[index], format_attributes(parsed[index])) for index in valid])  # type: ignore[arg-type]
-    return rewards

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 from tqdm.auto import tqdm
 
@@ -32,7 +31,9 @@ from afmrl_ray.rar.learners import Learners
 from afmrl_ray.rar.loss import group_advantages
 from afmrl_ray.rar.module import PolicySpec
 from afmrl_ray.rar.prompts import batch_columns, group_seeds, usable_rows
-from afmrl_ray.rar.reward import Gallery, RewardPool, RewardSpec
+from afmrl_ray.rar.reward import RewardPool
+from afmrl_ray.rar.reward_log import ServiceLog
+from afmrl_ray.rar.reward_spec import Gallery, RewardSpec, parts_of
 from afmrl_ray.rar.rollout import RolloutPool
 from afmrl_ray.retrieval.embed import EncoderRef, load_embeddings
 from afmrl_ray.training.metrics_log import MetricsLog
@@ -122,13 +123,17 @@ class RARTrainer:
             encoder=job.encoder,
             catalogue=job.catalogue,
             queries=sides,
-            galleries={name: Gallery(rows, [ray.put(emb)]) for name, (rows, emb) in galleries.items()},
+            galleries={
+                name: Gallery.put(catalogue, rows, embeddings, parts=parts_of(self._rar.reward))
+                for name, (rows, embeddings) in galleries.items()
+            },
             version=job.gallery_version,
         )
         self._checkpoints = Checkpoints(storage.join(job.directory, "checkpoints"))
         self._learners: Learners | None = None
         self._rollouts: RolloutPool | None = None
         self._rewards: RewardPool | None = None
+        self._service_log = ServiceLog()
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="next-step")
         self._next: Future[Experience] | None = None
         self._tail: list[dict[str, float]] = []
@@ -157,6 +162,7 @@ class RARTrainer:
         self.step, self._tail = int(manifest["step"]), manifest["tail"]
         self._learners.restore(self.step)
         self._rollouts.push(self._learners.weights())
+        self._rewards.wait_until_ready()
         self._before = self._heldout_before()
         if manifest["next"] is not None:
             found = Experience.from_dict(manifest["next"], max_attributes=self._policy.generator.max_attributes)
@@ -167,6 +173,7 @@ class RARTrainer:
         """One step: rollouts, rewards, update, weights to the rollout actors; returns its numbers."""
         assert self._learners is not None
         assert self._rollouts is not None
+        assert self._rewards is not None
         rar, step = self._rar, self.step
         seconds: dict[str, float] = {}
         with timed(seconds, "wait"):
@@ -200,6 +207,7 @@ class RARTrainer:
         self.step += 1
         values = {
             **numbers_of(found),
+            **self._service_log.step(self._rewards),
             **stats,
             "staleness": float(step - found.groups[0].version),
             "learner_restarts": float(self._learners.restarts),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,12 @@ from afmrl_ray.config.cluster import PoolConfig
 from afmrl_ray.config.models import EncoderConfig
 from afmrl_ray.models.adapters import load_trained
 from afmrl_ray.models.encoder import EmbeddingModel
-from afmrl_ray.models.listing import ListingProcessor, collate
+from afmrl_ray.models.listing import ListingProcessor, Row, collate
+from afmrl_ray.models.microbatches import cut_by_tokens
 from afmrl_ray.models.pool import map_rows
-from afmrl_ray.models.prompts import encoder_row
+from afmrl_ray.models.prefix_groups import embed_groups
+from afmrl_ray.models.prompts import encoder_row, encoder_rows
+from afmrl_ray.models.shared_prefix import use_shared_prefix
 from afmrl_ray.models.vision_cache import VisionCache
 
 
@@ -54,6 +57,51 @@ class Encoder:
     def items(self) -> list[str]:
         """Item id of every catalogue row."""
         return self._items
+
+    def share_prefixes(self) -> None:
+        """Let `embed_groups` be called.
+
+        Raises:
+            ValueError: see `models.shared_prefix.use_shared_prefix`.
+        """
+        use_shared_prefix(self._model.backbone)
+
+    def listing_rows(
+        self, row: int, texts: Sequence[str], *, inputs: Inputs, title_columns: tuple[str, ...] = ("title",)
+    ) -> list[Row]:
+        """Sequences of one catalogue row shown with each of the attribute texts."""
+        return encoder_rows(
+            self._processor,
+            self._catalogue,
+            row,
+            config=self._config,
+            inputs=inputs,
+            title_columns=title_columns,
+            attributes=texts,
+            cache=self._cache,
+        )
+
+    @torch.no_grad()
+    def embed_groups(self, groups: Sequence[Sequence[Row]], *, tokens: int) -> np.ndarray:
+        """Embed groups of `listing_rows`, what the rows of a group begin with computed once.
+
+        Args:
+            groups: rows of one listing each.
+            tokens: most per forward pass, visual ones counted.
+
+        Returns:
+            [K, D] float32, of unit length, group after group.
+        """
+        return embed_groups(self._model, groups, self._processor.pad_id, tokens=tokens).cpu().numpy()
+
+    @torch.no_grad()
+    def embed_each(self, rows: Sequence[Row], *, tokens: int) -> np.ndarray:
+        """Embed `listing_rows` one by one, nothing shared; arguments and result as in `embed_groups`."""
+        found: dict[int, np.ndarray] = {}
+        for part in cut_by_tokens([len(row) for row in rows], tokens):
+            batch = collate([rows[place] for place in part], self._processor.pad_id, self._model.device)
+            found.update(zip(part, self._model(**batch).cpu().numpy(), strict=True))
+        return np.stack([found[place] for place in range(len(rows))])
 
     @torch.no_grad()
     def embed(

@@ -32,6 +32,16 @@ def reciprocal_rank(ranking: Ranking) -> np.ndarray:
     return 1.0 / (ranking.ranks[ranking.offsets[:-1]] + 1)
 
 
+def ndcg_at_k(ranking: Ranking, k: int) -> np.ndarray:
+    """[Q] normalised discounted cumulative gain at k: every positive gains 1, at place p (from 1) over log2(p + 1).
+
+    1.0 where as many positives as there are, or k of them, stand first.
+    """
+    gain = np.where(ranking.ranks < k, 1.0 / np.log2(ranking.ranks + 2.0), 0.0)
+    ideal = np.cumsum(1.0 / np.log2(np.arange(k) + 2.0))
+    return np.add.reduceat(gain, ranking.offsets[:-1]) / ideal[np.minimum(ranking.positives, k) - 1]
+
+
 def average_precision(ranking: Ranking, k: int, *, protocol: APProtocol = "standard") -> np.ndarray:
     """[Q] average precision at k: the sum of the precisions at the hits inside the top k, divided.
 

@@ -49,7 +49,8 @@ def run_values(storage_path: Path, **changes: Any) -> dict[str, Any]:
             "group_size": 4,
             "checkpoint_every": 1,
             "optimizer": {"learning_rate": 1e-4},
-            "reward": {"k": 5, "pool": {"cpus_per_worker": 0.5}},
+            # Scores that are a function of their request alone: the runs are compared to the last bit.
+            "reward": {"k": 5, "coalesce_ms": 0, "cached_scores": 0, "pool": {"cpus_per_worker": 0.5}},
             "rollout": {"pool": {"batch_size": 2, "cpus_per_worker": 0.5}},
         },
         "evaluation": {

@@ -1,9 +1,17 @@
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
+import numpy as np
 import pytest
 
-from afmrl_ray.config.models import AdapterConfig, GeneratorConfig
+from afmrl_ray.catalogue import StagedCatalogue
+from afmrl_ray.config.catalogue import SideConfig
+from afmrl_ray.config.models import AdapterConfig, EncoderConfig, GeneratorConfig
+from afmrl_ray.config.train import RewardConfig
 from afmrl_ray.rar.module import PolicySpec
+from afmrl_ray.rar.reward_spec import KINDS, Gallery, RewardSpec
+from afmrl_ray.retrieval.embed import Encoder, EncoderRef
 
 PICTURE = {"min_pixels": 784, "max_pixels": 3136}
 
@@ -19,3 +27,56 @@ def policy_spec(tiny_checkpoints, tiny_catalogue_ref) -> PolicySpec:
         with_reference=True,
         seed=0,
     )
+
+
+@dataclass(frozen=True)
+class RewardFixture:
+    """A reward service's parts over the tiny catalogue, and what it must compute, by other means."""
+
+    spec: RewardSpec
+    encoder: Encoder
+    catalogue: StagedCatalogue
+    rows: np.ndarray
+    embeddings: np.ndarray
+
+    def gallery(self, parts: int) -> RewardSpec:
+        """The spec with galleries in as many parts."""
+        put = Gallery.put(self.catalogue, self.rows, self.embeddings, parts=parts)
+        return replace(self.spec, galleries={"train": put})
+
+    def by_hand(self, queries: list[tuple[int, str]], k: int) -> dict[str, list[float]]:
+        """Every kind by sorting the whole gallery: own item left out, ties by item id."""
+        products, items = self.catalogue.column("product_id"), self.catalogue.column("item_id")
+        found: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        for row, text in queries:
+            scores = (self.encoder.embed([row], [text], inputs="both") @ self.embeddings.T)[0]
+            order = np.lexsort(([items[r] for r in self.rows], -scores))
+            right = np.array([products[r] == products[row] for r in self.rows[order] if r != row])
+            gains = 1 / np.log2(np.arange(len(right)) + 2)
+            found["hit"].append(float(right[:k].any()))
+            found["recall"].append(right[:k].sum() / right.sum())
+            found["reciprocal_rank"].append(1 / (np.flatnonzero(right)[0] + 1))
+            found["ndcg"].append((gains * right)[:k].sum() / gains[: min(k, right.sum())].sum())
+        return found
+
+
+@pytest.fixture(scope="session")
+def reward(ray_local, tiny_checkpoints, tiny_catalogue_ref) -> RewardFixture:
+    ref = EncoderRef(tiny_checkpoints["encoder"], EncoderConfig(picture=PICTURE))
+    catalogue = tiny_catalogue_ref.open()
+    rows = catalogue.rows(SideConfig())
+    encoder = Encoder(ref, tiny_catalogue_ref)
+    embeddings = encoder.embed(rows.tolist(), [""] * len(rows), inputs="both")
+    spec = RewardSpec(
+        encoder=ref,
+        catalogue=tiny_catalogue_ref,
+        queries={"train": SideConfig()},
+        galleries={"train": Gallery.put(catalogue, rows, embeddings)},
+        version="v1",
+    )
+    return RewardFixture(spec, encoder, catalogue, rows, embeddings)
+
+
+def reward_config(**changes) -> RewardConfig:
+    pool = {"num_workers": 2, "cpus_per_worker": 0.5, "batch_size": 3}
+    return RewardConfig(**{"k": 4, "pool": pool, "timeout_s": 60, "backoff_s": 0.05, **changes})

@@ -8,6 +8,7 @@ import pytest
 from afmrl_ray.rar.experience import Ask, Collector
 from afmrl_ray.rar.messages import Group
 from afmrl_ray.rar.prompts import group_seeds, prompts_of_step
+from afmrl_ray.rar.reward_spec import KINDS, Scores
 
 ASK = Ask(gallery="train", group_size=3, max_attributes=4, invalid=-0.1)
 ROWS = np.arange(100, 140)
@@ -39,16 +40,23 @@ class Rewards:
     def __init__(self, log: list, spread=lambda row: True) -> None:
         self.log, self.spread = log, spread
 
+    def value(self, row, text):
+        return row % 10 + (int(text[-1]) if self.spread(row) else 0)
+
     def submit(self, gallery, queries):
         assert gallery == "train"
         self.log.append(("submitted", len(queries)))
-        values = [row % 10 + (int(text[-1]) if self.spread(row) else 0) for row, text in queries]
+        values = [self.value(row, text) for row, text in queries]
 
         class Done:
             def result(self):
-                return np.array(values, dtype=float)
+                found = np.array(values, dtype=float)
+                return Scores(found, dict.fromkeys(KINDS, found))
 
         return Done()
+
+    def check(self, rewards):
+        self.log.append(("checked", len(rewards)))
 
 
 def collect(**options):
@@ -66,7 +74,32 @@ def test_groups_and_rewards_stand_in_the_order_of_the_prompts():
 
 def test_a_chunk_is_scored_before_the_next_is_sampled():
     _, log = collect()
-    assert log == [("sampled", 2), ("submitted", 2), ("sampled", 0), ("submitted", 4)]
+    assert log == [("sampled", 2), ("submitted", 2), ("sampled", 0), ("submitted", 4), ("checked", 6)]
+
+
+def test_only_the_parser_gives_the_invalid_reward_and_what_it_refused_is_never_scored():
+    texts = [("color: red", True), ("color: red", False), ("nonsense", True), ("size: xl", True)]
+    asked = []
+
+    class Sampled:
+        def stream(self, rows, seeds, *, group_size):
+            shape = (4, 1)
+            yield 0, [Group(5, 0, np.zeros(shape, int), np.ones(shape, bool), np.zeros(shape, np.float32), texts)]
+
+    class Lossy(Rewards):
+        def submit(self, gallery, queries):
+            asked.extend(queries)
+            return super().submit(gallery, queries)
+
+    ask = Ask(gallery="train", group_size=4, max_attributes=4, invalid=-0.1)
+    rewards = Lossy([])
+    rewards.value = lambda row, text: NAN if "size" in text else 0.5
+    found = Collector(Sampled(), rewards).collect([5], [1], ask)
+    assert asked == [(5, "color: red"), (5, "size: xl")]
+    np.testing.assert_array_equal(found.rewards, [[0.5, -0.1, -0.1, NAN]])
+    texts[:] = [("", True)] * 4
+    rewards.submit = lambda *_: pytest.fail("asked")
+    np.testing.assert_array_equal(Collector(Sampled(), rewards).collect([5], [1], ask).rewards, [[-0.1] * 4])
 
 
 def step(spread, rounds: int, number: int = 5):

@@ -1,172 +1,283 @@
+"""The service behind Ray: what it gives, what it shares, and what is left when something dies."""
+
 from __future__ import annotations
 
-import math
+import asyncio
 import os
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import ray
 
-from afmrl_ray.attributes.text import InvalidAttributes
-from afmrl_ray.config.catalogue import SideConfig
-from afmrl_ray.config.models import EncoderConfig
-from afmrl_ray.config.train import RewardConfig
-from afmrl_ray.errors import RewardServiceError
-from afmrl_ray.rar.reward import Gallery, RewardPool, RewardSpec, parse_completions, reward_completions
-from afmrl_ray.retrieval.embed import Encoder, EncoderRef
-from tests.rar.conftest import PICTURE
+from afmrl_ray.errors import CatalogueError, GalleryVersionError, RewardServiceError
+from afmrl_ray.rar.liveness import wait_for_return
+from afmrl_ray.rar.reward import RewardClient, RewardPool
+from afmrl_ray.rar.reward_actor import RewardActor
+from afmrl_ray.rar.reward_log import ServiceLog
+from afmrl_ray.rar.reward_meter import PARTS, ServiceStats, summed
+from afmrl_ray.rar.reward_spec import KINDS, Reply, Scores
+from tests.rar.conftest import reward_config
 
-SIDE = SideConfig()
-
-
-def test_only_the_parser_gives_the_invalid_reward_and_what_it_refused_is_never_scored():
-    texts = [("color: red", True), ("color: red", False), ("nonsense", True), ("size: xl", True)]
-    parsed = parse_completions(texts, max_attributes=4)
-    assert [isinstance(p, InvalidAttributes) for p in parsed] == [False, True, True, False]
-    asked = []
-
-    def score(queries):
-        asked.extend(queries)
-        return np.array([0.0, math.nan])
-
-    rewards = reward_completions([5, 5, 6, 7], parsed, score, invalid=-0.1)
-    assert asked == [(5, "color: red"), (7, "size: xl")]
-    np.testing.assert_array_equal(rewards, [0.0, -0.1, -0.1, math.nan])
-
-
-def test_nothing_valid_asks_nothing():
-    parsed = parse_completions([("", True)], max_attributes=4)
-    rewards = reward_completions([1], parsed, lambda queries: pytest.fail("asked"), invalid=-0.1)
-    np.testing.assert_array_equal(rewards, [-0.1])
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+KIND = "recall"
 
 
 @pytest.fixture(scope="module")
-def encoder_ref(tiny_checkpoints) -> EncoderRef:
-    return EncoderRef(tiny_checkpoints["encoder"], EncoderConfig(picture=PICTURE))
+def pool(reward) -> Iterator[RewardPool]:
+    """Two actors over the whole gallery."""
+    made = RewardPool(reward.spec, reward_config(coalesce_ms=0), name="test-whole")
+    made.wait_until_ready()
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="module")
-def service(ray_local, encoder_ref, tiny_catalogue_ref):
-    catalogue = tiny_catalogue_ref.open()
-    rows = catalogue.rows(SIDE)
-    encoder = Encoder(encoder_ref, tiny_catalogue_ref)
-    embeddings = encoder.embed(rows.tolist(), [""] * len(rows), inputs="both")
-    spec = RewardSpec(
-        encoder=encoder_ref,
-        catalogue=tiny_catalogue_ref,
-        queries={"train": SIDE},
-        galleries={"train": Gallery(rows, [ray.put(embeddings)])},
-        version="v1",
-    )
-    return spec, encoder, rows, embeddings
+def coalescing(reward) -> Iterator[RewardPool]:
+    """One actor that works on two requests at once, and waits long for the second."""
+    one = {"num_workers": 1, "cpus_per_worker": 0.5, "batch_size": 1}
+    made = RewardPool(reward.spec, reward_config(pool=one, coalesce_ms=400, max_in_flight=2), name="test-coalescing")
+    made.wait_until_ready()
+    yield made
+    made.close()
 
 
-def pool_of(spec: RewardSpec, name: str, **changes) -> RewardPool:
-    config = RewardConfig(
-        **{"k": 4, "pool": {"num_workers": 2, "cpus_per_worker": 0.5, "batch_size": 3}, "timeout_s": 60, **changes}
-    )
-    return RewardPool(spec, config, name=name)
+def pids(pool: RewardPool) -> list[int]:
+    return ray.get([actor.pid.remote() for actor in pool._actors])
 
 
-def by_hand(service, catalogue, queries, k: int) -> list[float]:
-    """recall@k with a loop: own item left out, ties by item id."""
-    _, encoder, rows, embeddings = service
-    products, items = catalogue.column("product_id"), catalogue.column("item_id")
-    found = []
-    for row, text in queries:
-        scores = (encoder.embed([row], [text], inputs="both") @ embeddings.T)[0]
-        others = [(-scores[i], items[r], products[r]) for i, r in enumerate(rows.tolist()) if r != row]
-        right = [product == products[row] for _, _, product in sorted(others)]
-        found.append(sum(right[:k]) / sum(right))
-    return found
+def queries_of(reward, mark: str, listings: int = 5) -> list[tuple[int, str]]:
+    """Queries that no other test asks."""
+    return [(int(row), text) for row in reward.rows[:listings] for text in (mark, f"color: red; {mark}")]
 
 
-@pytest.mark.ray
-@pytest.mark.timeout(180)
-def test_scores_are_the_recall_of_the_enriched_query_also_after_an_actor_was_killed(service, tiny_catalogue_ref):
-    spec, _, rows, _ = service
-    pool = pool_of(spec, "test-recall")
-    queries = [(int(row), text) for row in rows[:5] for text in ("", "color: red; mood: busy")]
-    expected = by_hand(service, tiny_catalogue_ref.open(), queries, 4)
-    np.testing.assert_allclose(pool.score("train", queries), expected)
-    assert len(set(expected)) > 1
-    pid = ray.get(pool.actors[0].__ray_call__.remote(lambda _: os.getpid()))
-    os.kill(pid, signal.SIGKILL)
-    np.testing.assert_allclose(pool.score("train", queries), expected)
-    pool.close()
+def counted(pool: RewardClient) -> ServiceStats:
+    return summed(pool.stats().values())
 
 
-@pytest.mark.ray
-@pytest.mark.timeout(180)
-def test_equal_queries_are_scored_once(service, monkeypatch):
-    spec, _, rows, _ = service
-    pool = pool_of(spec, "test-dedup", pool={"num_workers": 1, "cpus_per_worker": 0.5, "batch_size": 100})
-    sent = []
-    original = RewardPool._round
+def test_scores_are_those_of_a_full_sort_also_after_an_actor_was_killed(reward, pool):
+    queries, others = queries_of(reward, "a: first"), queries_of(reward, "a: second")
+    expected = reward.by_hand(queries, 4)
+    scores = pool.submit("train", queries).result()
+    for kind in KINDS:
+        np.testing.assert_allclose(scores.measures[kind], expected[kind], err_msg=kind)
+    np.testing.assert_array_equal(scores.rewards, scores.measures[KIND])
+    assert len(set(expected[KIND])) > 1
+    os.kill(pids(pool)[0], signal.SIGKILL)
+    np.testing.assert_allclose(pool.score("train", others), reward.by_hand(others, 4)[KIND])
+    assert pool.failures.keys() == {"died"}
+    assert asyncio.run(wait_for_return(pool._actors[0], 60))
 
-    def spy(self, gallery, todo, attempt, found):
-        sent.extend(query for _, chunk in todo for query in chunk)
-        return original(self, gallery, todo, attempt, found)
 
-    monkeypatch.setattr(RewardPool, "_round", spy)
-    query = (int(rows[0]), "color: red")
-    scores = pool.score("train", [query, (int(rows[1]), ""), query, query])
-    assert sent == [query, (int(rows[1]), "")]
+def test_sharded_galleries_give_exactly_the_same_also_after_an_actor_was_killed(reward, pool):
+    queries = queries_of(reward, "a: part", 8)
+    whole = pool.submit("train", queries).result()
+    config = reward_config(coalesce_ms=0, cached_scores=0, gallery_placement="sharded")
+    sharded = RewardPool(reward.gallery(2), config, name="test-sharded")
+    sharded.wait_until_ready()
+    for killed in (False, True):
+        if killed:
+            os.kill(pids(sharded)[1], signal.SIGKILL)
+        parts = sharded.submit("train", queries).result()
+        for kind in KINDS:
+            np.testing.assert_array_equal(parts.measures[kind], whole.measures[kind], err_msg=kind)
+    sharded.close()
+
+
+def test_equal_queries_are_scored_once_whoever_asks(reward, pool):
+    query, other = (int(reward.rows[0]), "a: once"), (int(reward.rows[1]), "a: once")
+    before = counted(pool)
+    scores = pool.score("train", [query, other, query, query])
     assert scores[0] == scores[2] == scores[3]
-    pool.close()
+    after = counted(pool)
+    assert (after.scored - before.scored, after.queries - before.queries) == (2, 2)
+    ask = ray.remote(num_cpus=0.1)(lambda client, queries: client.score("train", queries))
+    np.testing.assert_array_equal(ray.get(ask.remote(pool.client(), [other, query])), [scores[1], scores[0]])
+    again = counted(pool)
+    assert (again.scored, again.cache_hits) == (after.scored, after.cache_hits + 2)
 
 
-@pytest.mark.ray
-@pytest.mark.timeout(180)
-def test_what_the_service_lost_is_nan_and_too_much_of_it_ends_the_job(service):
-    spec, _, rows, _ = service
-    queries = [(int(row), "") for row in rows[:6]]
-    pool = pool_of(spec, "test-lost", max_retries=0, max_failed_share=0.5)
-    pool.score("train", queries)
-    ray.kill(pool.actors[1], no_restart=True)
-    scores = pool.score("train", queries)
-    assert np.isnan(scores[3:]).all()
-    assert not np.isnan(scores[:3]).any()
-    pool.close()
-    pool = pool_of(spec, "test-lost-too-much", max_retries=1, max_failed_share=0.1)
-    for actor in pool.actors:
-        ray.kill(actor, no_restart=True)
-    with pytest.raises(RewardServiceError, match="6 of 6 rewards failed after 1 retries"):
-        pool.score("train", queries)
+def test_requests_of_several_clients_are_encoded_together(reward, coalescing):
+    clients = [coalescing.client() for _ in range(2)]
+    row = int(reward.rows[0])
+    queries = [(row, "size: 0"), (row, "size: 1")]
+    found: dict[int, float] = {}
+
+    def ask(index: int) -> None:
+        found[index] = float(clients[index].score("train", [queries[index]])[0])
+
+    before = counted(coalescing)
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stats = counted(coalescing)
+    assert (stats.requests - before.requests, stats.batches - before.batches) == (2, 1)
+    assert (stats.batch_requests_max, stats.batch_queries_max) == (2, 2)
+    np.testing.assert_allclose([found[0], found[1]], reward.by_hand(queries, 4)[KIND])
+    for client in clients:
+        client.close()
 
 
-class FailingScorer:
-    """Runs out of memory on one query and holds a wrong catalogue on another."""
+def test_an_actor_never_works_on_more_requests_than_it_may(reward, coalescing):
+    other = coalescing.client()
+    queries = queries_of(reward, "a: flight", 4)
+    pending = [client.submit("train", queries) for client in (coalescing, other)]
+    (first, second) = (each.result() for each in pending)
+    np.testing.assert_allclose(first.rewards, reward.by_hand(queries, 4)[KIND])
+    np.testing.assert_array_equal(first.rewards, second.rewards)
+    stats = counted(coalescing)
+    assert (stats.in_flight, stats.in_flight_max) == (0, 2)
+    other.close()
+
+
+def test_a_hung_actor_costs_its_deadline_and_others_do_its_work(reward, pool):
+    client = RewardClient(pool.names, "v1", reward_config(timeout_s=4))
+    queries, others = queries_of(reward, "a: hung"), queries_of(reward, "a: still")
+    expected = [reward.by_hand(asked, 4)[KIND] for asked in (queries, others)]
+    hung = pids(pool)[0]
+    os.kill(hung, signal.SIGSTOP)
+    try:
+        np.testing.assert_allclose(client.score("train", queries), expected[0])
+        failures = client.failures.copy()
+        assert failures["timeout"] == failures.total() >= 1
+        np.testing.assert_allclose(client.score("train", others), expected[1])
+        assert client.failures == failures, "the hung actor was asked again at once"
+    finally:
+        os.kill(hung, signal.SIGCONT)
+    client.close()
+
+
+def test_scores_can_be_polled_and_awaited(reward, pool):
+    pending = pool.submit("train", queries_of(reward, "a: wait", 2))
+
+    async def wait() -> Scores:
+        return await pending
+
+    np.testing.assert_array_equal(asyncio.run(wait()).rewards, pending.result().rewards)
+    assert pending.done()
+    assert len(pool.score("train", [])) == 0
+
+
+def test_the_log_tells_what_each_step_added(reward, pool):
+    log, queries = ServiceLog(), queries_of(reward, "a: log", 3)
+    log.step(pool)
+    first = [pool.score("train", queries), log.step(pool)][1]
+    second = [pool.score("train", queries), log.step(pool)][1]
+    assert first["reward_service_scored"] == second["reward_service_cache_hits"] == len(queries)
+    assert first["reward_service_cache_hits"] == second["reward_service_scored"] == 0
+    assert all(first[f"reward_service_seconds_{part}"] > 0 for part in PARTS)
+    assert first["reward_service_batch_queries_mean"] == len(queries) / first["reward_service_batches"]
+    assert sum(value for name, value in first.items() if "failed" in name) == 0
+
+
+class Broken:
+    """Runs out of memory on one query, holds a wrong catalogue on another, dies of a third."""
+
+    def __init__(self, version: str) -> None:
+        self._version = version
 
     def score(self, gallery, queries):
-        if any(text == "large" for _, text in queries):
+        texts = {text for _, text in queries}
+        if "large" in texts:
             raise MemoryError("no memory left")
-        if any(text == "wrong" for _, text in queries):
-            raise ValueError("no positive")
-        return "v1", [1.0] * len(queries)
+        if "wrong" in texts:
+            raise CatalogueError("no positive")
+        if "deadly" in texts:
+            os._exit(1)
+        return Reply(self._version, np.ones((len(queries), len(KINDS))))
+
+    def positives(self, gallery, asked):
+        return self._version, None
+
+    def pid(self):
+        return os.getpid()
 
 
-@pytest.mark.ray
-@pytest.mark.timeout(180)
-def test_an_error_inside_an_actor_is_nan_unless_the_catalogue_is_to_blame(service):
-    spec, _, rows, _ = service
-    pool = pool_of(spec, "test-error", max_retries=1, max_failed_share=0.9)
-    pool.close()
-    pool.actors = [ray.remote(num_cpus=0.5)(FailingScorer).remote() for _ in range(2)]
-    queries = [(int(row), "large" if place == 4 else "") for place, row in enumerate(rows[:6])]
-    np.testing.assert_array_equal(pool.score("train", queries), [1, 1, 1, math.nan, math.nan, math.nan])
-    with pytest.raises(ValueError, match="no positive"):
-        pool.score("train", [(1, "wrong")])
-    pool.close()
+@pytest.fixture(scope="module")
+def broken(ray_local) -> Iterator[dict[str, list[str]]]:
+    """Names of actors by the version of their gallery."""
+    made = {"v1": ["broken-v1-0", "broken-v1-1"], "v2": ["broken-v2-0"]}
+    actor = ray.remote(num_cpus=0.1, max_restarts=-1)(Broken)
+    actors = [actor.options(name=name).remote(version) for version, names in made.items() for name in names]
+    yield made
+    for each in actors:
+        ray.kill(each)
 
 
-@pytest.mark.ray
-@pytest.mark.timeout(180)
-def test_a_reply_about_another_gallery_is_refused(service):
-    spec, _, rows, _ = service
-    pool = pool_of(spec, "test-version")
-    pool._spec = RewardSpec(spec.encoder, spec.catalogue, spec.queries, spec.galleries, "v2")
-    with pytest.raises(RewardServiceError, match="searched gallery v1, not v2"):
-        pool.score("train", [(int(rows[0]), "")])
-    pool.close()
+@contextmanager
+def client_of(names: list[str], version: str = "v1", **changes) -> Iterator[RewardClient]:
+    client = RewardClient(names, version, reward_config(**changes))
+    yield client
+    client.close()
+
+
+def test_too_many_lost_end_the_job_and_the_catalogues_fault_is_told_at_once(broken):
+    with client_of(broken["v1"], max_retries=1) as client:
+        with pytest.raises(RewardServiceError, match=r"1 of 2 rewards failed after 1 retries .*2 error"):
+            client.score("train", [(0, "large"), (1, "")])
+        with pytest.raises(CatalogueError, match="no positive"):
+            client.score("train", [(1, "wrong")])
+        assert client.failures == {"error": 2}
+
+
+def test_an_answer_about_another_gallery_is_refused(broken):
+    with client_of([broken["v2"][0], broken["v1"][0]]) as client:
+        np.testing.assert_array_equal(client.score("train", [(0, ""), (1, "")]), [1, 1])
+        assert client.failures == {"version": 1}
+    with client_of(broken["v1"], "v3", max_retries=1) as client:
+        with pytest.raises(RewardServiceError, match=r"1 of 1 rewards failed .*2 version"):
+            client.score("train", [(0, "")])
+
+
+def test_what_the_service_lost_is_nan_and_counted_by_its_cause(broken):
+    queries = [(place, {4: "large", 7: "deadly"}.get(place, "")) for place in range(12)]
+    with client_of(broken["v1"], max_retries=0, max_failed_share=0.9) as client:
+        found = client.score("train", queries)
+        assert np.isnan(found[[4, 7]]).all()
+        assert (found[[6, 8, 10]] == 1).all()
+        assert client.failures["error"] == 1
+        assert client.failures["died"] >= 1
+    # An actor that is started again is waited for where there is no other.
+    with client_of(broken["v1"][1:], max_retries=1) as client:
+        np.testing.assert_array_equal(client.score("train", [(0, ""), (1, "")]), [1, 1])
+
+
+def actor_here(reward, names: list[str], **changes) -> RewardActor:
+    """The actor's class in this process."""
+    config = reward_config(**changes)
+    parts = len(names) if config.gallery_placement == "sharded" else 1
+    return RewardActor(reward.gallery(parts), config, names, 0, 1)
+
+
+def test_a_part_of_another_gallery_is_refused(reward, broken):
+    actor = actor_here(reward, ["here", broken["v2"][0]], gallery_placement="sharded")
+    with pytest.raises(GalleryVersionError, match="broken-v2-0 searched gallery v2, not v1"):
+        asyncio.run(actor.score("train", [(int(reward.rows[0]), "")]))
+
+
+def test_an_actor_tells_its_stats_while_it_computes(reward, monkeypatch):
+    actor, computing, go_on = actor_here(reward, ["here"]), threading.Event(), threading.Event()
+    encode = actor._scorer.encode
+
+    def slow(batch):
+        computing.set()
+        assert go_on.wait(30)
+        return encode(batch)
+
+    monkeypatch.setattr(actor._scorer, "encode", slow)
+
+    async def main() -> ServiceStats:
+        call = asyncio.ensure_future(actor.score("train", [(int(reward.rows[0]), "")]))
+        await asyncio.to_thread(computing.wait, 30)
+        during = await actor.stats()
+        go_on.set()
+        await call
+        return during
+
+    during = asyncio.run(main())
+    assert (during.in_flight, during.scored) == (1, 0)

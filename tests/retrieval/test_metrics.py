@@ -44,6 +44,9 @@ def test_retrieval_metrics_equal_walking_down_the_list(ranks: list[list[int]], k
         assert metrics.hit_at_k(ranking, k)[index] == (inside > 0)
         assert metrics.recall_at_k(ranking, k)[index] == pytest.approx(inside / len(positives))
         assert metrics.reciprocal_rank(ranking)[index] == pytest.approx(1 / (hits.index(True) + 1))
+        gains = [1 / np.log2(i + 2) for i in range(21) if hits[i] and i < k]
+        best = [1 / np.log2(i + 2) for i in range(min(k, len(positives)))]
+        assert metrics.ndcg_at_k(ranking, k)[index] == pytest.approx(sum(gains) / sum(best))
         standard = sum(precisions[:inside]) / min(k, len(positives))
         assert metrics.average_precision(ranking, k)[index] == pytest.approx(standard)
         m5 = sum(precisions[:cut]) / cut if cut else 0.0

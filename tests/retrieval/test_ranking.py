@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from afmrl_ray.retrieval import ranking as module
+from afmrl_ray.retrieval import ranking, tiles
 from afmrl_ray.retrieval.ranking import Ranking, rank_gallery
 
 torch.set_num_threads(1)
@@ -59,10 +59,10 @@ def _same(a: Ranking, b: Ranking) -> None:
 
 
 # Sums of small integers are exact in any tile; real values in tiles of another shape are another kernel's.
-@pytest.mark.parametrize(("tiles", "values"), [((256, 4096), None), ((256, 4096), 2), ((4, 16), 2), ((3, 7), 2)])
-def test_equals_sorting_everything(monkeypatch: pytest.MonkeyPatch, tiles: tuple[int, int], values: int | None) -> None:
-    monkeypatch.setattr(module, "_QUERY_TILE", tiles[0])
-    monkeypatch.setattr(module, "_GALLERY_TILE", tiles[1])
+@pytest.mark.parametrize(("shape", "values"), [((256, 4096), None), ((256, 4096), 2), ((4, 16), 2), ((3, 7), 2)])
+def test_equals_sorting_everything(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], values: int | None) -> None:
+    monkeypatch.setattr(ranking, "QUERY_TILE", shape[0])
+    monkeypatch.setattr(tiles, "GALLERY_TILE", shape[1])
     for seed in range(5):
         problem = _problem(seed, queries=30, gallery=60, dim=5, values=values)
         found = rank_gallery(**problem, depth=80)
