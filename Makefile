@@ -6,7 +6,7 @@ CATALOGUE ?= ../shared/data/grocery/products.parquet
 export RAY_ENABLE_AUTO_CONNECT := 0
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch-extensions
 
-.PHONY: help demo demo-grocery test test-bench lint format bench bench-agcl record-trl ablation ladder chaos clean
+.PHONY: help demo demo-grocery test test-bench lint format bench bench-agcl bench-rar record-trl ablation ladder chaos clean
 
 help: ## show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -53,6 +53,9 @@ test-bench: .venv-bench/.installed ## the tests against stock sentence-transform
 
 bench-agcl: .venv-bench/.installed ## stage 1 side by side with sentence-transformers, faiss, bm25s (about 15 minutes)
 	.venv-bench/bin/python jobs/bench/agcl.py
+
+bench-rar: .venv-bench/.installed ## stage 2 side by side with TRL, stock generation and plain loops (about 15 minutes)
+	.venv-bench/bin/python jobs/bench/rar.py
 
 record-trl: .venv-bench/.installed ## losses and gradients as TRL computes them, for tests that need no TRL
 	PYTHONPATH=jobs/bench .venv-bench/bin/python jobs/bench/record_trl_golden.py

@@ -43,14 +43,18 @@ class Bench:
         return ListingProcessor.from_pretrained(self.checkpoint, self.config.encoder.picture)
 
 
-def make_bench(batch_size: int, train_products: int, **agcl: object) -> Bench:
-    """A synthetic catalogue and a tiny random encoder in a temporary folder."""
+def make_bench(batch_size: int, train_products: int, *, picture_px: int = 56, **agcl: object) -> Bench:
+    """A synthetic catalogue and a tiny random encoder in a temporary folder.
+
+    Args:
+        picture_px: side of the pictures; a visual token covers 14 by 14.
+    """
     folder = Path(tempfile.mkdtemp(prefix="afmrl-bench-"))
     config = validate(
         {
-            "synthetic": {"preset": "tiny", "train_products": train_products, "picture_px": 56},
+            "synthetic": {"preset": "tiny", "train_products": train_products, "picture_px": picture_px},
             "tiny": TINY,
-            "encoder": {"picture": {"min_pixels": 3136, "max_pixels": 3136}},
+            "encoder": {"picture": {"min_pixels": picture_px**2, "max_pixels": picture_px**2}},
             "agcl": {
                 "batch_size": batch_size,
                 "adapter": {"kind": "full", "train_vision": True},

@@ -6,12 +6,14 @@ import asyncio
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import ray
+import requests
 
 from afmrl_ray.errors import CatalogueError, GalleryVersionError, RewardServiceError
 from afmrl_ray.rar.liveness import wait_for_return
@@ -173,6 +175,21 @@ def test_the_log_tells_what_each_step_added(reward, pool):
     assert all(first[f"reward_service_seconds_{part}"] > 0 for part in PARTS)
     assert first["reward_service_batch_queries_mean"] == len(queries) / first["reward_service_batches"]
     assert sum(value for name, value in first.items() if "failed" in name) == 0
+
+
+def test_prometheus_gets_the_counts_of_every_actor(pool):
+    pool.stats()
+    url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+    wanted = [f'actor="{name}"' for name in pool.names]
+    deadline = time.monotonic() + 60  # Ray tells its agent every ten seconds
+    lines: list[str] = []
+    while time.monotonic() < deadline and not all(any(actor in line for line in lines) for actor in wanted):
+        time.sleep(0.5)
+        text = requests.get(url, timeout=10).text
+        lines = [line for line in text.splitlines() if line.startswith("ray_afmrl_reward_queries_total{")]
+    for actor in wanted:
+        (line,) = (line for line in lines if actor in line and 'gallery="train"' in line)
+        assert float(line.rsplit(maxsplit=1)[1]) > 0
 
 
 class Broken:
