@@ -30,7 +30,7 @@ BUDGET = 220
 def values_of(**agcl) -> dict:
     return {
         "encoder": {"picture": {"min_pixels": 784, "max_pixels": 3136}},
-        "agcl": {"batch_size": 6, "mask": {"threshold": 0.99, "min_negatives": 2}, **agcl},
+        "agcl": {"batch_size": 6, "mask": {"enabled": True, "threshold": 0.99, "min_negatives": 2}, **agcl},
     }
 
 
@@ -181,10 +181,18 @@ def test_the_number_of_workers_changes_neither_loss_nor_gradient(
     cases = [
         ("candidate", values_of(adapter={"kind": "full"})),
         ("one", values_of(lexical={"positive_weight": "one", "scale": "self", "idf": "batch"}, bidirectional=False)),
-        ("margin", values_of(mask={"kind": "margin", "margin": -0.05, "min_negatives": 2}, positives_per_query=2)),
-        ("attributes", values_of(mask={"kind": "attributes", "attribute_threshold": 0.5, "min_negatives": 1})),
+        (
+            "margin",
+            values_of(
+                mask={"enabled": True, "kind": "margin", "margin": -0.05, "min_negatives": 2}, positives_per_query=2
+            ),
+        ),
+        (
+            "attributes",
+            values_of(mask={"enabled": True, "kind": "attributes", "attribute_threshold": 0.5, "min_negatives": 1}),
+        ),
         ("off", values_of(mask={"enabled": False}, lexical={"enabled": False}, positives_per_query=2)),
-        ("curated", values_of(curated_negatives=2, mask={"threshold": -1, "min_negatives": 0})),
+        ("curated", values_of(curated_negatives=2, mask={"enabled": True, "threshold": -1, "min_negatives": 0})),
         # The budget gives some workers more parts than others.
         ("cut", values_of(tokens_per_microbatch=90)),
     ]
