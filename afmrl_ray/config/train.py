@@ -49,8 +49,8 @@ class LexicalConfig(Section):
 class MaskConfig(Section):
     """Masking of probable false negatives."""
 
-    enabled: bool = True
-    """Off = only listings of the same product are masked."""
+    enabled: bool = False
+    """Off = only listings of the same product are masked, which retrieved best wherever it was measured."""
     kind: Literal["candidate", "margin", "attributes"] = "candidate"
     """By what a candidate is suspicious: its similarity to the positive, to the query, or its attributes."""
     threshold: float = Field(0.9, ge=-1, le=1)

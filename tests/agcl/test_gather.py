@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch import distributed as dist
-from torch import multiprocessing as mp
 
 from afmrl_ray.agcl.gather import gather_plain, gather_with_gradient
 from afmrl_ray.agcl.loss import agcl_loss
+from tests.process_group import run_workers
 
 torch.set_num_threads(1)
 B, D = 8, 6
@@ -41,8 +41,6 @@ def _step(gather: Callable[[Tensor], Tensor], rank: int, world: int) -> tuple[Te
 
 
 def _worker(rank: int, world: int, directory: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=world)
     found = {}
     for name, gather in (("ours", gather_with_gradient), ("trick", _local_slice_trick)):
         loss, grad = _step(gather, rank, world)
@@ -52,12 +50,11 @@ def _worker(rank: int, world: int, directory: str) -> None:
     codes = gather_plain(torch.tensor([[rank, 10 * rank]]))
     if rank == 0:
         torch.save((found, codes), f"{directory}/found.pt")
-    dist.destroy_process_group()
 
 
 def test_two_processes_equal_the_whole_batch_and_the_local_slice_trick_does_not(tmp_path: Path) -> None:
     loss, grad = _step(gather_with_gradient, 0, 1)
-    mp.spawn(_worker, (2, str(tmp_path)), nprocs=2)
+    run_workers(_worker, str(tmp_path), world=2)
     found, codes = torch.load(tmp_path / "found.pt")
     torch.testing.assert_close(found["ours"][0], loss, rtol=0, atol=1e-6)
     torch.testing.assert_close(found["ours"][1], grad, rtol=0, atol=1e-6)

@@ -93,5 +93,7 @@ def test_nothing_is_scored_that_nothing_asks_for(tiny_checkpoints, tiny_catalogu
     prepared = preparer(tiny_checkpoints, tiny_catalogue_ref, store, **off).prepare(0)
     assert prepared.forward.lexical is None
     assert prepared.backward is None
-    masked = preparer(tiny_checkpoints, tiny_catalogue_ref, store, **off, mask={"kind": "attributes"}).prepare(0)
+    masked = preparer(
+        tiny_checkpoints, tiny_catalogue_ref, store, **off, mask={"enabled": True, "kind": "attributes"}
+    ).prepare(0)
     assert masked.forward.lexical is not None

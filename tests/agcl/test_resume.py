@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import os
 
 import pytest
 import torch
 from torch import distributed as dist
-from torch import multiprocessing
 
 from afmrl_ray.agcl.prepare import Preparer
 from afmrl_ray.agcl.step import AGCLStep
@@ -17,19 +15,14 @@ from afmrl_ray.models.listing import ListingProcessor
 from afmrl_ray.training.engine import Engine
 from afmrl_ray.training.fit import seed_step
 from tests.agcl.test_step import embedding_model, values_of
-from tests.training.test_engine import free_port
+from tests.process_group import run_workers
 
 CASES = list(itertools.product(range(4), ("lora", "full")))
 HALF, STEPS = 2, 4
 
 
-def train(rank: int, world: int, port: int, resume: bool, ref, base: str, folder: str) -> None:
+def train(rank: int, world: int, resume: bool, ref, base: str, folder: str) -> None:
     """All steps of every case, or only the second half from the first one's checkpoint."""
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    dist.init_process_group("gloo", rank=rank, world_size=world)
     for stage, kind in CASES:
         config = validate(values_of(adapter={"kind": kind, "r": 4}, workers={"zero_stage": stage}))
         processor = ListingProcessor.from_pretrained(base, config.encoder.picture)
@@ -54,7 +47,6 @@ def train(rank: int, world: int, port: int, resume: bool, ref, base: str, folder
             torch.save(found, f"{folder}/{stage}-{kind}-{world}.pt")
         dist.barrier()
         engine.close()
-    dist.destroy_process_group()
 
 
 def weights(engine: Engine) -> list[torch.Tensor]:
@@ -77,8 +69,7 @@ def folder(tiny_checkpoints, tiny_catalogue_ref, tmp_path_factory) -> str:
     """What two workers had at the start, in the middle and at the end, and one worker that took over in the middle."""
     folder = str(tmp_path_factory.mktemp("resume"))
     for world in (2, 1):
-        arguments = (world, free_port(), world == 1, tiny_catalogue_ref, tiny_checkpoints["encoder"], folder)
-        multiprocessing.spawn(train, args=arguments, nprocs=world)
+        run_workers(train, world == 1, tiny_catalogue_ref, tiny_checkpoints["encoder"], folder, world=world)
     return folder
 
 

@@ -8,7 +8,6 @@ import os
 import pytest
 import torch
 from torch import distributed as dist
-from torch import multiprocessing
 
 from afmrl_ray.agcl.prepare import Preparer
 from afmrl_ray.agcl.step import AGCLStep
@@ -21,7 +20,7 @@ from afmrl_ray.models.listing import ListingProcessor, collate
 from afmrl_ray.training.engine import Engine
 from afmrl_ray.training.fit import seed_step
 from afmrl_ray.training.stopwatch import Stopwatch
-from tests.training.test_engine import free_port
+from tests.process_group import run_workers
 
 BUDGET = 220
 """Tokens that cut a share of twelve listings into several parts."""
@@ -30,7 +29,7 @@ BUDGET = 220
 def values_of(**agcl) -> dict:
     return {
         "encoder": {"picture": {"min_pixels": 784, "max_pixels": 3136}},
-        "agcl": {"batch_size": 6, "mask": {"threshold": 0.99, "min_negatives": 2}, **agcl},
+        "agcl": {"batch_size": 6, "mask": {"enabled": True, "threshold": 0.99, "min_negatives": 2}, **agcl},
     }
 
 
@@ -72,12 +71,7 @@ def plain(case: tuple, ref, base: str, attributes: str, world: int) -> tuple[flo
     return stats["loss"], [p.grad for p in model.parameters() if p.requires_grad]
 
 
-def train(rank: int, world: int, port: int, cases: list, ref, base: str, attributes: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+def train(rank: int, world: int, cases: list, ref, base: str, attributes: str, folder: str) -> None:
     from deepspeed.utils import safe_get_full_grad
 
     processor = None
@@ -101,7 +95,6 @@ def train(rank: int, world: int, port: int, cases: list, ref, base: str, attribu
             torch.save((stats, gradients), os.path.join(folder, f"{name}-{world}.pt"))
         dist.barrier()
         engine.close()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +134,7 @@ def test_gradcache_under_every_zero_stage_equals_the_plain_pass(
         for stage, (kind, dropout) in itertools.product(range(4), (("lora", 0.0), ("lora", 0.3), ("full", 0.0)))
     ]
     given = (tiny_catalogue_ref, tiny_checkpoints["encoder"], attributes)
-    multiprocessing.spawn(train, args=(world, free_port(), cases, *given, str(tmp_path)), nprocs=world)
+    run_workers(train, cases, *given, str(tmp_path), world=world)
     expected = {case[0][6:]: plain(case, *given, world) for case in cases if case[0].startswith("zero0")}
     assert expected["lora-0.3"][0] != pytest.approx(expected["lora-0.0"][0], rel=1e-3), "dropout does nothing"
     for case in cases:
@@ -159,7 +152,7 @@ def test_in_bfloat16_the_cut_adds_nothing_to_the_errors_of_rounding(
         values["encoder"]["dtype"] = "bfloat16"
         cases.append((f"{kind}-zero{stage}-{'cut' if budget else 'whole'}", values))
     given = (tiny_catalogue_ref, tiny_checkpoints["encoder"], attributes)
-    multiprocessing.spawn(train, args=(1, free_port(), cases, *given, str(tmp_path)), nprocs=1)
+    run_workers(train, cases, *given, str(tmp_path), world=1)
 
     def gradient(name: str) -> torch.Tensor:
         return torch.cat([part.float().flatten() for part in torch.load(tmp_path / f"{name}-1.pt")[1]])
@@ -181,17 +174,25 @@ def test_the_number_of_workers_changes_neither_loss_nor_gradient(
     cases = [
         ("candidate", values_of(adapter={"kind": "full"})),
         ("one", values_of(lexical={"positive_weight": "one", "scale": "self", "idf": "batch"}, bidirectional=False)),
-        ("margin", values_of(mask={"kind": "margin", "margin": -0.05, "min_negatives": 2}, positives_per_query=2)),
-        ("attributes", values_of(mask={"kind": "attributes", "attribute_threshold": 0.5, "min_negatives": 1})),
+        (
+            "margin",
+            values_of(
+                mask={"enabled": True, "kind": "margin", "margin": -0.05, "min_negatives": 2}, positives_per_query=2
+            ),
+        ),
+        (
+            "attributes",
+            values_of(mask={"enabled": True, "kind": "attributes", "attribute_threshold": 0.5, "min_negatives": 1}),
+        ),
         ("off", values_of(mask={"enabled": False}, lexical={"enabled": False}, positives_per_query=2)),
-        ("curated", values_of(curated_negatives=2, mask={"threshold": -1, "min_negatives": 0})),
+        ("curated", values_of(curated_negatives=2, mask={"enabled": True, "threshold": -1, "min_negatives": 0})),
         # The budget gives some workers more parts than others.
         ("cut", values_of(tokens_per_microbatch=90)),
     ]
     given = (curated_catalogue_ref, tiny_checkpoints["encoder"], attributes)
     expected = {case[0]: plain(case, *given, 1) for case in cases}
     for world in (1, 2, 3):
-        multiprocessing.spawn(train, args=(world, free_port(), cases, *given, str(tmp_path)), nprocs=world)
+        run_workers(train, cases, *given, str(tmp_path), world=world)
         for case in cases:
             stats = check(case, tmp_path, world, expected[case[0]])
             if case[0] in ("margin", "attributes", "off", "curated"):

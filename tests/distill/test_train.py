@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 import torch
 from torch import distributed as dist
-from torch import multiprocessing
 
 from afmrl_ray.attributes.store import AttributeRow, write_attributes
 from afmrl_ray.config import validate
@@ -19,7 +16,7 @@ from afmrl_ray.models.listing import ListingProcessor
 from afmrl_ray.models.policy import Policy
 from afmrl_ray.models.prompts import generator_row
 from afmrl_ray.training.engine import Engine
-from tests.training.test_engine import free_port
+from tests.process_group import run_workers
 
 VALUES = {
     "generator": {"picture": {"min_pixels": 784, "max_pixels": 3136}},
@@ -28,12 +25,7 @@ VALUES = {
 LABELS = [(row, "; ".join(["color: red", "size: xl", "trim: gold"][: 1 + row % 3])) for row in range(12)]
 
 
-def train(rank: int, world: int, port: int, ref, start: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+def train(rank: int, world: int, ref, start: str, folder: str) -> None:
     config = validate(VALUES)
     engine = Engine(
         Policy(load_start(start, "generator", config.distill.adapter, seed=config.run.seed)),
@@ -48,15 +40,12 @@ def train(rank: int, world: int, port: int, ref, start: str, folder: str) -> Non
     dist.all_reduce(losses)
     if rank == 0:
         torch.save((float(losses) / world, [p.grad.clone() for p in engine.parameters]), f"{folder}/{world}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.mark.timeout(180)
 def test_workers_change_neither_loss_nor_gradient(tiny_checkpoints, tiny_catalogue_ref, tmp_path):
     for world in (1, 2, 3):
-        arguments = (world, free_port(), tiny_catalogue_ref, tiny_checkpoints["generator"], str(tmp_path))
-        multiprocessing.spawn(train, args=arguments, nprocs=world)
+        run_workers(train, tiny_catalogue_ref, tiny_checkpoints["generator"], str(tmp_path), world=world)
     loss, gradients = torch.load(tmp_path / "1.pt")
     for world in (2, 3):
         other_loss, other_gradients = torch.load(tmp_path / f"{world}.pt")
@@ -67,8 +56,7 @@ def test_workers_change_neither_loss_nor_gradient(tiny_checkpoints, tiny_catalog
 
 @torch.no_grad()
 def test_the_loss_is_the_stock_models_mean_over_completion_tokens(tiny_checkpoints, tiny_catalogue_ref, tmp_path):
-    train_args = (1, free_port(), tiny_catalogue_ref, tiny_checkpoints["generator"], str(tmp_path))
-    multiprocessing.spawn(train, args=train_args, nprocs=1)
+    run_workers(train, tiny_catalogue_ref, tiny_checkpoints["generator"], str(tmp_path), world=1)
     config = validate(VALUES)
     catalogue = tiny_catalogue_ref.open()
     start = tiny_checkpoints["generator"]

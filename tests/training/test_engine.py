@@ -1,14 +1,13 @@
 from __future__ import annotations
 
-import socket
-
 import pytest
 import torch
 from torch import distributed as dist
-from torch import multiprocessing, nn
+from torch import nn
 
 from afmrl_ray.config.models import OptimizerConfig
 from afmrl_ray.training.engine import Engine, schedule_factor
+from tests.process_group import run_workers
 
 OPTIMIZER = OptimizerConfig(learning_rate=0.05, schedule="linear", warmup_share=0.25, gradient_clip=0.5)
 
@@ -38,14 +37,7 @@ def reference(steps: int) -> list[torch.Tensor]:
     return [p.detach().clone() for p in net.parameters()]
 
 
-def train(rank: int, world: int, stage: int, cut: int, port: int, folder: str, resume: bool) -> None:
-    torch.set_num_threads(1)
-    import os
-
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+def train(rank: int, world: int, stage: int, cut: int, folder: str, resume: bool) -> None:
     net = model()
     engine = Engine(net, OPTIMIZER, steps=4, zero_stage=stage)
     own = data().chunk(world)[rank]
@@ -64,14 +56,6 @@ def train(rank: int, world: int, stage: int, cut: int, port: int, folder: str, r
     with engine.whole_parameters():
         if rank == 0:
             torch.save([p.detach().clone() for p in net.parameters()], f"{folder}/weights.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +64,7 @@ def free_port() -> int:
 )
 @pytest.mark.timeout(120)
 def test_cut_workers_stages_and_resume_give_the_weights_of_plain_torch(tmp_path, world, stage, cut, resume):
-    multiprocessing.spawn(train, args=(world, stage, cut, free_port(), str(tmp_path), resume), nprocs=world)
+    run_workers(train, stage, cut, str(tmp_path), resume, world=world)
     for ours, theirs in zip(torch.load(tmp_path / "weights.pt"), reference(4), strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)
 

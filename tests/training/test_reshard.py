@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import os
 
 import pytest
 import torch
 from torch import distributed as dist
-from torch import multiprocessing, nn
+from torch import nn
 
 from afmrl_ray import storage
 from afmrl_ray.config.models import OptimizerConfig
 from afmrl_ray.errors import CheckpointError
 from afmrl_ray.training.engine import Engine, schedule_factor
-from tests.training.test_engine import free_port
+from tests.process_group import run_workers
 
 OPTIMIZER = OptimizerConfig(learning_rate=0.05, schedule="linear", warmup_share=0.25, gradient_clip=0.5)
 WORLDS = (3, 1, 2)
@@ -49,16 +48,7 @@ def undisturbed(kind: str, *, forget: bool = False) -> list[torch.Tensor]:
     return [p.detach() for p in net.parameters()]
 
 
-def join(rank: int, world: int, port: int) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-
-
-def two_steps(rank: int, world: int, port: int, first: int, folder: str) -> None:
-    join(rank, world, port)
+def two_steps(rank: int, world: int, first: int, folder: str) -> None:
     for stage, kind in CASES:
         net = model(kind)
         engine = Engine(net, OPTIMIZER, steps=STEPS, zero_stage=stage)
@@ -74,12 +64,10 @@ def two_steps(rank: int, world: int, port: int, first: int, folder: str) -> None
                 torch.save([p.detach().clone() for p in net.parameters()], f"{folder}/{stage}-{kind}.pt")
         dist.barrier()
         engine.close()
-    dist.destroy_process_group()
 
 
-def refusals(rank: int, port: int, asked: list[tuple[str, int]], told: str) -> None:
+def refusals(rank: int, world: int, asked: list[tuple[str, int]], told: str) -> None:
     """Ask one worker to load every folder under a ZeRO stage, and write down what it says."""
-    join(rank, 1, port)
     messages = []
     for folder, stage in asked:
         engine = Engine(model("full"), OPTIMIZER, steps=STEPS, zero_stage=stage)
@@ -88,7 +76,6 @@ def refusals(rank: int, port: int, asked: list[tuple[str, int]], told: str) -> N
         messages.append(str(caught.value))
         engine.close()
     storage.write_json(told, messages)
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +83,7 @@ def trained(tmp_path_factory) -> str:
     """Checkpoints and final weights of every case after six steps: two by three workers, two by one, two by two."""
     folder = str(tmp_path_factory.mktemp("reshard"))
     for index, world in enumerate(WORLDS):
-        multiprocessing.spawn(two_steps, args=(world, free_port(), 2 * index, folder), nprocs=world)
+        run_workers(two_steps, 2 * index, folder, world=world)
     return folder
 
 
@@ -128,7 +115,7 @@ def test_what_cannot_be_loaded_is_told_in_one_line_and_costs_nothing(trained, tm
     files = [list(storage.list_files(str(folder))) for folder in damaged.values()]
     asked = [(f"{trained}/1-full-2", 2), *((str(folder), stage) for stage, folder in damaged.items())]
     told = str(tmp_path / "told.json")
-    multiprocessing.spawn(refusals, args=(free_port(), asked, told), nprocs=1)
+    run_workers(refusals, asked, told, world=1)
     stage, *shards = storage.read_json(told)
     assert "written with ZeRO 1" in stage
     assert "set zero_stage=1" in stage
