@@ -53,9 +53,10 @@ class RewardActor:
         self._others = [name for name in names if name != names[index]] if sharded else []
         self._scorer = Scorer(spec, config, part=self._part, threads=threads)
         self._meter = Meter(names[index])
+        # Pictures are read on one core, so that the batch that runs meanwhile keeps the others.
         self._compute, self._prepare = (
-            ThreadPoolExecutor(1, name, initializer=torch.set_num_threads, initargs=(threads,))
-            for name in ("compute", "prepare")
+            ThreadPoolExecutor(1, name, initializer=torch.set_num_threads, initargs=(own,))
+            for name, own in (("compute", threads), ("prepare", 1))
         )
         self._queue: Coalescer[_Queued, dict[Query, np.ndarray]] = Coalescer(
             self._run,

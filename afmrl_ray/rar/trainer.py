@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,7 @@ from afmrl_ray.attributes.text import Attributes, InvalidAttributes, format_attr
 from afmrl_ray.catalogue import CatalogueRef
 from afmrl_ray.config import Config
 from afmrl_ray.models.annotate import GeneratorRef
+from afmrl_ray.rar.ahead import StepAhead
 from afmrl_ray.rar.checkpoint import Checkpoints
 from afmrl_ray.rar.experience import Ask, Collector, Experience
 from afmrl_ray.rar.heldout import HeldOut, compare, summarise
@@ -134,8 +134,7 @@ class RARTrainer:
         self._rollouts: RolloutPool | None = None
         self._rewards: RewardPool | None = None
         self._service_log = ServiceLog()
-        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="next-step")
-        self._next: Future[Experience] | None = None
+        self._ahead = StepAhead(self._collect, lag=self._rar.max_staleness, steps=self._rar.steps)
         self._tail: list[dict[str, float]] = []
         self.step = 0
         """Steps done."""
@@ -166,7 +165,7 @@ class RARTrainer:
         self._before = self._heldout_before()
         if manifest["next"] is not None:
             found = Experience.from_dict(manifest["next"], max_attributes=self._policy.generator.max_attributes)
-            self._next = self._ahead.submit(lambda: found)
+            self._ahead.put(found)
         self._metrics = MetricsLog(storage.join(self._job.directory, "log"), resume_step=self.step)
 
     def train_step(self) -> dict[str, float]:
@@ -177,10 +176,7 @@ class RARTrainer:
         rar, step = self._rar, self.step
         seconds: dict[str, float] = {}
         with timed(seconds, "wait"):
-            found = self._next.result() if self._next is not None else self._collect(step)
-        self._next = None
-        if rar.max_staleness and step + 1 < rar.steps:
-            self._next = self._ahead.submit(self._collect, step + 1)
+            found = self._ahead.take(step)
         advantages = group_advantages(
             torch.from_numpy(found.rewards),
             scale=rar.advantage_scale,
@@ -198,10 +194,9 @@ class RARTrainer:
         with timed(seconds, "learn"):
             stats = self._learners.update(columns)
         self._check_gap(step, found, stats["logprob_gap"])
-        if self._next is not None:
-            # Rollout actors must not change weights amid their rollouts.
-            with timed(seconds, "wait_ahead"):
-                self._next.result()
+        # Rollout actors must not change weights amid their rollouts.
+        with timed(seconds, "wait_ahead"):
+            self._ahead.wait()
         with timed(seconds, "sync"):
             self._rollouts.push(self._learners.weights())
         self.step += 1
@@ -223,8 +218,8 @@ class RARTrainer:
         """Write a checkpoint from which everything goes on as it would have."""
         assert self._learners is not None
         self._metrics.flush()
-        following = self._next.result().as_dict() if self._next is not None else None
-        self._learners.save(self.step, {"tail": self._tail, "next": following})
+        following = self._ahead.wait()
+        self._learners.save(self.step, {"tail": self._tail, "next": following and following.as_dict()})
 
     def finish(self) -> dict[str, Any]:
         """Write the policy and measure it on the held-out prompts; see `train_rar` for what is returned."""
@@ -246,7 +241,7 @@ class RARTrainer:
         for part in (self._rollouts, self._rewards):
             if part is not None:
                 part.close()
-        self._ahead.shutdown(cancel_futures=True)
+        self._ahead.close()
         if self._learners is not None:
             self._learners.shutdown()
 

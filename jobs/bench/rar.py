@@ -10,7 +10,7 @@ import sys
 import torch
 from harness import show, write
 
-PARTS = ("rar_rollout", "rar_reward", "rar_step", "rar_scaling")
+PARTS = ("rar_rollout", "rar_reward", "rar_step", "rar_latency", "rar_scaling")
 PEERS = {"rar_step": "trl"}
 """Parts that cannot be run without a peer."""
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import numpy as np
 import ray
 from harness import Comparison, compare, seconds
-from tiny import Bench, make_bench
+from tiny import SMALL, Bench, make_bench
 
 from afmrl_ray.attributes.text import format_attributes, normalise_attributes
 from afmrl_ray.config.catalogue import SideConfig
@@ -25,7 +25,7 @@ from afmrl_ray.rar.reward_spec import KINDS, Gallery, Query, RewardSpec
 from afmrl_ray.rar.scorer import Scorer
 from afmrl_ray.retrieval.embed import Encoder, EncoderRef
 
-PICTURE_PX, PRODUCTS, SUFFIXES, RUNNERS, LISTINGS, THREADS = 196, 256, 8, 4, 4, 2
+PICTURE_PX, PRODUCTS, SUFFIXES, RUNNERS, LISTINGS, THREADS = 392, 256, 8, 4, 4, 2
 TRAIN = SideConfig(split=("train",))
 CONFIG = RewardConfig(k=5, cached_scores=0, pool={"num_workers": 1, "cpus_per_worker": THREADS})
 
@@ -128,7 +128,7 @@ def against_bare_loop(bench: Bench, spec: RewardSpec) -> Comparison:
 
 def comparisons() -> list[Comparison]:
     """Raises AssertionError if embeddings or rewards differ."""
-    bench = make_bench(16, PRODUCTS, picture_px=PICTURE_PX)
+    bench = make_bench(16, PRODUCTS, picture_px=PICTURE_PX, tiny=SMALL)
     ray.init(num_cpus=4, include_dashboard=False, namespace="bench", log_to_driver=False, logging_level="ERROR")
     try:
         plain = make_spec(bench, VisionCacheConfig())

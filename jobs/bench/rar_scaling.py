@@ -25,23 +25,23 @@ GROUP_SIZE, TOKENS, PAIRS = 8, 128, 12
 
 
 class Sleeper:
-    """A rollout engine that sleeps; needs no torch."""
+    """A rollout engine that sleeps, and writes another text for every completion; needs no torch."""
 
-    def __init__(self, spec: Any, threads: int) -> None:
-        self._version = -1
+    def __init__(self, spec: Any, threads: int, seconds: float = SECONDS) -> None:
+        self._version, self._seconds = -1, seconds
 
     def set_weights(self, weights: Weights) -> tuple[int, str]:
         self._version = weights.version
         return weights.version, weights.fingerprint
 
     def sample(self, rows: Sequence[int], seeds: Sequence[int], *, group_size: int, version: int) -> list[Group]:
-        time.sleep(SECONDS)
+        time.sleep(self._seconds)
         shape = (group_size, TOKENS)
         text = "; ".join(f"attribute {index}: value {index}" for index in range(PAIRS))
         return [
             Group(
                 row, version, np.full(shape, seed % 1000), np.ones(shape, bool), np.zeros(shape, np.float32),
-                [(text, True)] * group_size,
+                [(f"draw: {seed} {place}; {text}", True) for place in range(group_size)],
             )
             for row, seed in zip(rows, seeds, strict=True)
         ]  # fmt: skip

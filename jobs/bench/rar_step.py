@@ -197,7 +197,7 @@ def comparisons() -> list[Comparison]:
     )
     try:
         seen = side_by_side(True, 0, 32, KL)
-        text = side_by_side(False, 8, 64, 0.0)
+        text = side_by_side(False, 42, 64, 0.0)
     finally:
         ray.shutdown()
     return [

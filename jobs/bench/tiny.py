@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from afmrl_ray.models.listing import ListingProcessor
 from afmrl_ray.models.tiny import build_encoder, build_generator, save_checkpoint, train_tokenizer
 
 TINY = {"hidden_size": 128, "num_layers": 4, "patch_px": 7}
-GENERATOR = {
+SMALL = {
     **{"hidden_size": 256, "num_layers": 6, "num_heads": 8},
     **{"vision_width": 128, "vision_depth": 4, "patch_px": 14},
 }
@@ -43,17 +44,20 @@ class Bench:
         return ListingProcessor.from_pretrained(self.checkpoint, self.config.encoder.picture)
 
 
-def make_bench(batch_size: int, train_products: int, *, picture_px: int = 56, **agcl: object) -> Bench:
+def make_bench(
+    batch_size: int, train_products: int, *, picture_px: int = 56, tiny: dict[str, int] = TINY, **agcl: object
+) -> Bench:
     """A synthetic catalogue and a tiny random encoder in a temporary folder.
 
     Args:
-        picture_px: side of the pictures; a visual token covers 14 by 14.
+        picture_px: side of the pictures; a visual token covers twice `patch_px` by as much.
+        tiny: shape of the encoder.
     """
     folder = Path(tempfile.mkdtemp(prefix="afmrl-bench-"))
     config = validate(
         {
             "synthetic": {"preset": "tiny", "train_products": train_products, "picture_px": picture_px},
-            "tiny": TINY,
+            "tiny": tiny,
             "encoder": {"picture": {"min_pixels": picture_px**2, "max_pixels": picture_px**2}},
             "agcl": {
                 "batch_size": batch_size,
@@ -104,10 +108,12 @@ def make_generator_bench(*, picture: bool, words: int, new_tokens: int, train_pr
     config = validate(
         {
             "synthetic": {"preset": "tiny", "train_products": train_products, "picture_px": 392},
-            "tiny": GENERATOR,
+            "tiny": SMALL,
             "generator": {
                 "inputs": "both" if picture else "text",
-                "instruction": " ".join(["name", "every", "attribute", "of", "it", "and", "its", "value"][:words]),
+                "instruction": " ".join(
+                    islice(cycle(["name", "every", "attribute", "of", "it", "and", "its", "value"]), words)
+                ),
                 "max_new_tokens": new_tokens,
                 "picture": {"min_pixels": pixels, "max_pixels": pixels},
             },

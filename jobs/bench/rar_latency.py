@@ -1,0 +1,147 @@
+"""A step whose reward calls take 200 ms longer, against the longest of its parts and against their sum.
+
+Sampler and learner sleep instead of computing, so that the parts do not fight for two cores; messages, rollout pool,
+reward service and pipeline are the real ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from harness import Comparison, comparison
+from rar_reward import make_spec
+from rar_scaling import GROUP_SIZE, Sleeper
+from tiny import make_bench
+
+from afmrl_ray.config.models import VisionCacheConfig
+from afmrl_ray.config.train import RewardConfig, RolloutConfig
+from afmrl_ray.rar.ahead import StepAhead
+from afmrl_ray.rar.experience import Ask, Collector
+from afmrl_ray.rar.messages import Weights
+from afmrl_ray.rar.reward import RewardPool
+from afmrl_ray.rar.reward_spec import RewardSpec
+from afmrl_ray.rar.rollout import RolloutPool
+
+LATENCY_S, CHUNK_S, LEARN_S = 0.2, 0.25, 2.0
+CHUNKS, CHUNK, RUNNERS, STEPS = 16, 2, 2, 6
+TIMELESS = RewardConfig(k=5, pool={"num_workers": 1, "batch_size": CHUNK * GROUP_SIZE})
+
+
+class Napper(Sleeper):
+    """Sleeps for a short time."""
+
+    def __init__(self, spec: Any, threads: int) -> None:
+        super().__init__(spec, threads, CHUNK_S)
+
+
+class SlowPool(RewardPool):
+    """A reward service at the end of a slow line."""
+
+    async def _call(self, actor: int, gallery: str, queries: list[Any]) -> Any:
+        await asyncio.sleep(LATENCY_S)
+        return await super()._call(actor, gallery, queries)
+
+
+def seeds_of(rows: list[int], use: int, step: int) -> list[int]:
+    """Never the same twice, or the service would remember the texts' scores."""
+    return [1000 * (100 * use + step) + place for place in range(len(rows))]
+
+
+def by_parts(rollouts: RolloutPool, rewards: RewardPool, rows: list[int], draw: int) -> dict[str, float]:
+    """Seconds of a step's parts, each by itself: sampling, one reward call after another, learning."""
+    began = time.perf_counter()
+    groups = rollouts.sample(rows, seeds_of(rows, 9, draw), group_size=GROUP_SIZE)
+    sampled = time.perf_counter()
+    for start in range(0, len(groups), CHUNK):
+        queries = [(group.row, text) for group in groups[start : start + CHUNK] for text, _ in group.texts]
+        rewards.score("train", queries)
+    return {"rollout": sampled - began, "reward": time.perf_counter() - sampled, "learn": LEARN_S}
+
+
+def piped(collector: Collector, rows: list[int], lag: int) -> list[float]:
+    """Seconds of every step but the first, which nothing precedes."""
+    ask = Ask(gallery="train", group_size=GROUP_SIZE, max_attributes=64, invalid=-0.1)
+
+    def collect(step: int) -> Any:
+        return collector.collect(rows, seeds_of(rows, lag, step), ask)
+
+    ahead = StepAhead(collect, lag=lag, steps=STEPS + 2)
+    found = []
+    for step in range(STEPS):
+        began = time.perf_counter()
+        assert not np.isnan(ahead.take(step).rewards).any()
+        time.sleep(LEARN_S)
+        ahead.wait()
+        found.append(time.perf_counter() - began)
+    ahead.close()
+    return found[1:]
+
+
+def comparisons() -> list[Comparison]:
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    folder = Path(__file__).parent
+    ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        namespace="bench",
+        log_to_driver=False,
+        logging_level="ERROR",
+        _temp_dir=tempfile.mkdtemp(prefix="r", dir="/tmp"),
+        runtime_env={"env_vars": {"PYTHONPATH": f"{folder.parents[1]}:{folder}"}},
+    )
+    try:
+        bench = make_bench(16, 64)
+        return _measured(make_spec(bench, VisionCacheConfig()), bench)
+    finally:
+        ray.shutdown()
+
+
+def _measured(spec: RewardSpec, bench: Any) -> list[Comparison]:
+    catalogue = bench.catalogue
+    rows = catalogue.rows(spec.queries["train"]).tolist()[: CHUNKS * CHUNK]
+    pool = {"num_workers": RUNNERS, "cpus_per_worker": 0.5, "batch_size": CHUNK}
+    rollouts = RolloutPool(None, RolloutConfig(pool=pool), engine=Napper)  # type: ignore[arg-type]
+    rollouts.push(Weights(0, "none", [ray.put({})]))
+    rewards = SlowPool(spec, TIMELESS, name="bench-latency")
+    rewards.wait_until_ready()
+    try:
+        rewards.score("train", [(row, "warm: up") for row in rows])
+        parts = [by_parts(rollouts, rewards, rows, draw) for draw in range(STEPS)]
+        steps = {lag: piped(Collector(rollouts, rewards), rows, lag) for lag in (0, 1)}
+    finally:
+        rollouts.close()
+        rewards.close()
+    median = {name: float(np.median([part[name] for part in parts])) for name in parts[0]}
+    told = ", ".join(f"{name} {value:.2f} s" for name, value in median.items())
+    name = f"step with {1e3 * LATENCY_S:.0f} ms per reward call, {CHUNKS} calls"
+    scoring = median["reward"] - CHUNKS * LATENCY_S
+    # On-policy, learning cannot begin before the last reward is there.
+    ideal = {0: max(median["rollout"], scoring) + LEARN_S, 1: max(median["rollout"], scoring, LEARN_S)}
+    found = []
+    for lag, seconds in steps.items():
+        what = "one step ahead" if lag else "on-policy"
+        longest = "its longest part" if lag else "longer of sampling and scoring, then learning"
+        found += [
+            comparison(
+                f"{name}, {what}",
+                longest,
+                [(mine, ideal[lag]) for mine in seconds],
+                target=1.2,
+                equality=f"parts by themselves: {told}; every reward known",
+            ),
+            comparison(
+                f"{name}, {what}",
+                "sum of the parts",
+                [(mine, sum(median.values())) for mine in seconds],
+                target=0.6,
+                equality=f"parts by themselves: {told}; every reward known",
+            ),
+        ]
+    return found
