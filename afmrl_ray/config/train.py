@@ -212,6 +212,8 @@ class GRPOConfig(Section):
     """Estimator of the KL; k1 gives the policy a gradient that is zero in the mean, see Schulman 2020."""
     kl_times_ratio: bool = False
     """Whether the KL is multiplied by the ratio, whose gradient then counts."""
+    kl_in_reward: bool = False
+    """Whether the KL is taken off a completion's reward, summed over its tokens, instead of being added to the loss."""
     baseline: Literal["mean", "leave_one_out"] = "mean"
     """What is taken off a reward: its group's mean, or the mean of the others of its group."""
     mask_overlong: bool = False
@@ -247,7 +249,7 @@ class RARConfig(Section):
     clip_high: float = Field(0.2, gt=0)
     """Upper clip of the ratio: 1 + clip_high."""
     kl_coef: float = Field(0.001, ge=0)
-    """Weight of the k3 KL to the policy at the round's start; 0 frees the reference model."""
+    """Weight of the KL to the policy at the round's start; 0 frees the reference model."""
     advantage_scale: Literal["group", "batch", "none"] = "group"
     """What advantages are divided by: the group's deviation, the batch's, or nothing."""
     advantage_eps: float = Field(1e-4, gt=0)

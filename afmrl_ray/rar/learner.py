@@ -29,12 +29,16 @@ from afmrl_ray import storage
 from afmrl_ray.config.train import RARConfig
 from afmrl_ray.models.adapters import save_trained
 from afmrl_ray.models.microbatches import cut_by_tokens, cut_shared_prefix
-from afmrl_ray.rar.loss import grpo_loss, importance_weights
+from afmrl_ray.rar.loss import group_advantages, grpo_loss, importance_weights, rewards_less_kl
 from afmrl_ray.rar.module import (
     ADVANTAGE,
     DENOMINATOR,
+    LOGP,
     MASK,
     OLD_LOGP,
+    ONLY_REFERENCE,
+    REF_LOGP,
+    REWARD,
     ROW,
     TOKENS,
     WEIGHT,
@@ -113,6 +117,7 @@ class GRPOLearner(TorchLearner):
         )
         self._version = 0
         self._checked = rar.shared_prompt == "off"
+        self._kl_in_reward = rar.grpo.kl_in_reward and rar.kl_coef > 0
         self.stats: dict[str, float] = {}
 
     def _update(self, batch: dict[str, Any], **_: Any) -> tuple[Any, Any, Any]:
@@ -121,6 +126,8 @@ class GRPOLearner(TorchLearner):
             self._own.shared_prompt = self._prompt_can_be_shared(columns)
             self._checked = True
         parts = self._microbatches(columns)
+        if self._kl_in_reward:
+            self._take_kl_off_rewards(columns, parts)
         loss = torch.zeros((), device=self._engine.device)
         sums: dict[str, Tensor] = {}
         for index, part in enumerate(parts):
@@ -140,6 +147,29 @@ class GRPOLearner(TorchLearner):
         self._own.forget_prompts()
         return {}, {DEFAULT_MODULE_ID: loss}, {}
 
+    def _take_kl_off_rewards(self, columns: dict[str, Tensor], parts: list[slice]) -> None:
+        """Replace the advantages by those of rewards less the KL, and keep the reference's log-probabilities."""
+        rar: RARConfig = self.config.rar
+        found = []
+        for part in parts:
+            asked = {name: value[part].to(self._engine.device) for name, value in columns.items()}
+            with torch.no_grad():
+                found.append(self._engine({**asked, ONLY_REFERENCE: True})[REF_LOGP].cpu())
+        columns[REF_LOGP] = torch.cat(found[: self._real_parts])
+        own = rewards_less_kl(
+            columns[REWARD], columns[OLD_LOGP], columns[REF_LOGP], columns[MASK], kl_coef=rar.kl_coef, kl=rar.grpo.kl
+        ).to(self._engine.device)
+        # A deviation may be that of the whole step, whose groups are shared out evenly.
+        everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, own)
+        advantages = group_advantages(
+            torch.cat(everyone).reshape(-1, rar.group_size),
+            scale=rar.advantage_scale,
+            eps=rar.advantage_eps,
+            baseline=rar.grpo.baseline,
+        )
+        columns[ADVANTAGE] = advantages.reshape(-1).chunk(dist.get_world_size())[dist.get_rank()].cpu()
+
     def _part_loss(self, part: dict[str, Tensor], index: int) -> tuple[Tensor, dict[str, Tensor]]:
         part = {name: value.to(self._engine.device) for name, value in part.items()}
         if index >= self._real_parts:
@@ -157,18 +187,18 @@ class GRPOLearner(TorchLearner):
         rar: RARConfig = config.rar
         counted = batch[MASK].bool() & (batch[WEIGHT] > 0)[:, None]
         denominator = batch[DENOMINATOR][0]
-        logp, sampler_logp = fwd_out["logp"], batch[OLD_LOGP]
+        logp, sampler_logp = fwd_out[LOGP], batch[OLD_LOGP]
         stale = rar.max_staleness > 0
         importance = importance_weights(logp, sampler_logp, cap=rar.importance_cap) if stale else None
         loss, stats = grpo_loss(
             logp,
             logp.detach() if stale else sampler_logp,
-            fwd_out.get("ref_logp"),
+            fwd_out.get(REF_LOGP),
             batch[ADVANTAGE],
             counted,
             clip_low=rar.clip_low,
             clip_high=rar.clip_high,
-            kl_coef=rar.kl_coef,
+            kl_coef=0.0 if self._kl_in_reward else rar.kl_coef,
             denominator=denominator,
             weights=batch[WEIGHT],
             ratio_level=rar.grpo.ratio_level,
@@ -218,7 +248,7 @@ class GRPOLearner(TorchLearner):
         for shared in (False, True):
             self._own.shared_prompt = shared
             with torch.no_grad():
-                found.append(self._engine(group)["logp"][counted])
+                found.append(self._engine(group)[LOGP][counted])
         gap = (found[0] - found[1]).abs().mean()
         dist.all_reduce(gap, op=dist.ReduceOp.MAX)
         # In bfloat16 two exact ways differ by rounding, as sampler and learner do.

@@ -61,6 +61,26 @@ def _deviation(centred: Tensor, valid: Tensor) -> Tensor:
     return (centred.square().sum(1, keepdim=True) / (valid.sum(1, keepdim=True) - 1).clamp(min=1)).sqrt()
 
 
+def rewards_less_kl(
+    rewards: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, *, kl_coef: float, kl: KLEstimator
+) -> Tensor:
+    """Rewards with the KL to the reference taken off (Ziegler et al. 2019; per token as verl has it).
+
+    Args:
+        rewards: [B] of completions.
+        logp: [B, C] log-probabilities of their tokens under the policy that sampled them.
+        ref_logp: [B, C] under the reference.
+        mask: [B, C] which tokens count.
+        kl_coef: weight of the KL.
+        kl: its estimator, see `grpo_loss`.
+
+    Returns:
+        [B] `rewards - kl_coef * sum over tokens of KL`, detached.
+    """
+    gap = torch.where(mask.bool(), ref_logp.detach().float() - logp.detach().float(), 0.0)
+    return rewards - kl_coef * _divergence(gap, kl).sum(1)
+
+
 def grpo_loss(
     logp: Tensor,
     old_logp: Tensor,

@@ -23,10 +23,14 @@ from afmrl_ray.models.policy import Policy
 from afmrl_ray.models.prompts import generator_row
 from afmrl_ray.models.shared_prefix import pack, use_shared_prefix
 
-ROW, COMPLETION, MASK, OLD_LOGP, ADVANTAGE, WEIGHT, DENOMINATOR, TOKENS = (
-    "row", "completion", "mask", "old_logp", "advantage", "weight", "denominator", "tokens"
+ROW, COMPLETION, MASK, OLD_LOGP, ADVANTAGE, REWARD, WEIGHT, DENOMINATOR, TOKENS = (
+    "row", "completion", "mask", "old_logp", "advantage", "reward", "weight", "denominator", "tokens"
 )  # fmt: skip
 """Columns of a learner's batch, aligned by completion; pictures never travel, only catalogue rows do."""
+LOGP, REF_LOGP = "logp", "ref_logp"
+"""What the module gives."""
+ONLY_REFERENCE = "only_reference"
+"""Set beside the columns where the policy's log-probabilities are not asked for."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +103,11 @@ class AttributePolicy(TorchRLModule):
         """Log-probabilities of completions; with `shared_prompt`, neighbours with equal `row` share their prompt.
 
         Args:
-            batch: columns `row` [B], `completion` [B, C], `mask` [B, C].
+            batch: columns `row` [B], `completion` [B, C], `mask` [B, C], and `ref_logp` [B, C] where it is known.
 
         Returns:
-            `logp` and, with a reference, `ref_logp`: [B, C] float32, 0 where the mask is False.
+            `logp` and, with a reference, `ref_logp`: [B, C] float32, 0 where the mask is False; without `logp` under
+            `only_reference`.
         """
         kept = batch[MASK].bool()
         completions = [ids[keep].cpu().numpy() for ids, keep in zip(batch[COMPLETION], kept, strict=True)]
@@ -125,10 +130,14 @@ class AttributePolicy(TorchRLModule):
             "temperature": self.spec.temperature,
         }
         pad = (0, kept.shape[1] - mask.shape[1])
-        out = {"logp": nn.functional.pad(self.policy(inputs, mask, **options), pad)}
-        if self.reference is not None:
+        out = {}
+        if ONLY_REFERENCE not in batch:
+            out[LOGP] = nn.functional.pad(self.policy(inputs, mask, **options), pad)
+        if REF_LOGP in batch:
+            out[REF_LOGP] = batch[REF_LOGP]
+        elif self.reference is not None:
             with torch.no_grad():
-                out["ref_logp"] = nn.functional.pad(self.reference(inputs, mask, **options), pad)
+                out[REF_LOGP] = nn.functional.pad(self.reference(inputs, mask, **options), pad)
         return out
 
 

@@ -13,7 +13,7 @@ from afmrl_ray.models.listing import ListingProcessor
 from afmrl_ray.models.prompts import prompt_fits
 from afmrl_ray.rar.loss import Aggregation, token_weights
 from afmrl_ray.rar.messages import Group
-from afmrl_ray.rar.module import ADVANTAGE, COMPLETION, DENOMINATOR, MASK, OLD_LOGP, ROW, TOKENS, WEIGHT
+from afmrl_ray.rar.module import ADVANTAGE, COMPLETION, DENOMINATOR, MASK, OLD_LOGP, REWARD, ROW, TOKENS, WEIGHT
 
 
 def usable_rows(
@@ -76,7 +76,7 @@ def group_seeds(seed: int, step: int, count: int, *, draw: int = 0) -> list[int]
 def batch_columns(
     groups: list[Group],
     advantages: np.ndarray,
-    known: np.ndarray,
+    rewards: np.ndarray,
     *,
     aggregation: Aggregation = "token",
     max_tokens: int = 0,
@@ -89,7 +89,7 @@ def batch_columns(
 
     Args:
         advantages: [groups, G].
-        known: [groups, G] bool, False where the reward failed: such a completion counts for nothing, the KL included.
+        rewards: [groups, G], NaN where the reward failed: such a completion counts for nothing, the KL included.
         aggregation: see `rar.loss.token_weights`.
         max_tokens: the same.
         mask_overlong: leave completions that did not end out of the sum, but not out of the number of completions.
@@ -104,7 +104,7 @@ def batch_columns(
     ended = np.array([complete or not mask_overlong for group in groups for _, complete in group.texts])
     lengths = torch.from_numpy(mask.sum(1) * ended)
     weights, denominator = token_weights(
-        lengths, torch.from_numpy(known.reshape(-1)), aggregation=aggregation, max_tokens=max_tokens
+        lengths, torch.from_numpy(~np.isnan(rewards).reshape(-1)), aggregation=aggregation, max_tokens=max_tokens
     )
     weight = weights.numpy() * ended
     return {
@@ -113,6 +113,7 @@ def batch_columns(
         MASK: mask,
         OLD_LOGP: padded("logp", np.float32),
         ADVANTAGE: advantages.reshape(-1).astype(np.float32),
+        REWARD: rewards.reshape(-1).astype(np.float32),
         WEIGHT: weight.astype(np.float32),
         DENOMINATOR: np.full(len(mask), denominator, dtype=np.float32),
         TOKENS: np.full(len(mask), max(1.0, float((mask.sum(1) * (weight > 0)).sum())), dtype=np.float32),

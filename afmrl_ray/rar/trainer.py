@@ -186,7 +186,7 @@ class RARTrainer:
         columns = batch_columns(
             found.groups,
             advantages,
-            ~np.isnan(found.rewards),
+            found.rewards,
             aggregation=rar.grpo.aggregation,
             max_tokens=self._policy.generator.max_new_tokens,
             mask_overlong=rar.grpo.mask_overlong,

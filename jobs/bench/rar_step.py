@@ -71,7 +71,7 @@ class Ours:
         self.rewards.append(float(rewards.mean()))
         advantages = group_advantages(torch.from_numpy(rewards)).numpy()
         update = time.perf_counter()
-        self._learners.update(batch=learner_batch(batch_columns(groups, advantages, ~np.isnan(rewards))))
+        self._learners.update(batch=learner_batch(batch_columns(groups, advantages, rewards)))
         updated = time.perf_counter()
         self._push()
         self._step += 1

@@ -10,6 +10,7 @@ import torch
 from afmrl_ray.config.models import OptimizerConfig
 from afmrl_ray.config.train import RARConfig, RolloutConfig
 from afmrl_ray.rar.learner import build_learners, learner_batch
+from afmrl_ray.rar.loss import group_advantages
 from afmrl_ray.rar.messages import Weights
 from afmrl_ray.rar.module import trained_tensors, weights_fingerprint
 from afmrl_ray.rar.prompts import batch_columns
@@ -17,6 +18,7 @@ from afmrl_ray.rar.rollout import RolloutPool
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 GROUP = 2
+REWARDS = np.array([[1.0, 0.0], [0.5, 0.25], [0.0, 1.0], [0.75, 0.75]])
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_share=0.0, gradient_clip=0.0)
 
 
@@ -29,7 +31,7 @@ def columns(ray_local, policy_spec) -> dict[str, np.ndarray]:
     groups = pool.sample([0, 1, 2, 3], [7, 8, 9, 10], group_size=GROUP)
     pool.close()
     advantages = np.array([[1.0, -1.0], [0.5, -0.5], [2.0, -2.0], [0.0, 0.0]])
-    return batch_columns(groups, advantages, np.ones_like(advantages, dtype=bool))
+    return batch_columns(groups, advantages, REWARDS)
 
 
 def update(
@@ -122,6 +124,27 @@ def test_the_number_of_learners_changes_nothing(policy_spec, columns, whole, lea
     for name in ("loss", "policy_loss", "gradient_norm"):
         assert stats[name] == pytest.approx(whole[1][name], rel=1e-4, abs=1e-6)
     assert_same_direction(policy_spec, tensors, whole[0])
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_learners": 2, "tokens_per_microbatch": 150}, {"zero_stage": 3}])
+def test_a_kl_in_the_reward_is_the_update_of_rewards_made_by_hand(policy_spec, columns, changes):
+    # At the start the policy is its reference, so a sampler that is off by `gap` has exactly that KL.
+    gap = np.where(columns["mask"], np.random.default_rng(0).normal(size=columns["mask"].shape), 0.0)
+    off = columns | {"old_logp": (columns["old_logp"] + gap).astype(np.float32)}
+    rewards = REWARDS - 0.1 * gap.sum(1).reshape(REWARDS.shape)
+    by_hand = group_advantages(torch.from_numpy(rewards), scale="batch").numpy()
+    settings = {"advantage_scale": "batch", "num_learners": 0}
+    theirs, their_stats = update(
+        policy_spec, off | {"advantage": by_hand.reshape(-1).astype(np.float32)}, kl_coef=0.0, **settings
+    )
+    in_reward = {"kl_in_reward": True, "kl": "k1"}
+    ours, stats = update(policy_spec, off, grpo=in_reward, **(settings | changes))
+    assert stats["policy_loss"] == pytest.approx(their_stats["policy_loss"], rel=1e-4)
+    assert stats["loss"] == pytest.approx(stats["policy_loss"]), "the KL counts twice"
+    assert stats["gradient_norm"] == pytest.approx(their_stats["gradient_norm"], rel=1e-4)
+    assert_same_direction(policy_spec, ours, theirs)
+    _, plain = update(policy_spec, off, **settings, kl_coef=0.0)
+    assert abs(plain["policy_loss"] - stats["policy_loss"]) > 1e-2, "the KL changes nothing"
 
 
 def test_the_update_moves_the_policy_and_the_kl_to_the_start_with_it(policy_spec, columns):

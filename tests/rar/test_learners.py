@@ -25,7 +25,7 @@ def columns(step: int) -> dict[str, np.ndarray]:
     shape = (2, 4)
     mask, logp = np.ones(shape, bool), np.full(shape, -4, np.float32)
     groups = [Group(row, step, draw.integers(20, 200, shape), mask, logp, [("", True)] * 2) for row in (0, step + 1)]
-    return batch_columns(groups, draw.normal(size=(2, 2)), np.ones((2, 2), dtype=bool))
+    return batch_columns(groups, draw.normal(size=(2, 2)), np.ones((2, 2)))
 
 
 def settings(**changes) -> RARConfig:

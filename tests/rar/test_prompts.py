@@ -32,7 +32,7 @@ def group(row: int, lengths: list[int], width: int) -> Group:
 
 def test_columns_are_aligned_by_completion_and_share_the_steps_denominator():
     groups, advantages = [group(5, [2, 1], 2), group(6, [3, 3], 3)], np.array([[1.0, -1.0], [2.0, -2.0]])
-    columns = batch_columns(groups, advantages, np.ones((2, 2), dtype=bool))
+    columns = batch_columns(groups, advantages, np.ones((2, 2)))
     assert columns["row"].tolist() == [5, 5, 6, 6]
     assert columns["advantage"].tolist() == [1, -1, 2, -2]
     assert columns["completion"].tolist() == [[5, 5, 0], [5, 0, 0], [6, 6, 6], [6, 6, 6]]
@@ -43,7 +43,7 @@ def test_columns_are_aligned_by_completion_and_share_the_steps_denominator():
 
 def test_a_completion_whose_reward_failed_counts_for_nothing():
     groups, advantages = [group(5, [2, 1], 2), group(6, [3, 3], 3)], np.array([[1.0, -1.0], [0.0, 0.0]])
-    columns = batch_columns(groups, advantages, np.array([[True, True], [True, False]]))
+    columns = batch_columns(groups, advantages, np.array([[0.5, 0.0], [1.0, np.nan]]))
     assert columns["weight"].tolist() == [1, 1, 1, 0]
     assert set(columns["denominator"].tolist()) == {6.0}
 
