@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import sys
@@ -12,13 +13,17 @@ from typing import Any
 
 from afmrl_ray.catalogue import check_positives, open_catalogue
 from afmrl_ray.cit.pipeline import Pipeline
+from afmrl_ray.cit.promotion import converged
 from afmrl_ray.cit.schedule import resources
 from afmrl_ray.cit.stages import RunDirectory
 from afmrl_ray.config import Config
 from afmrl_ray.config.evaluation import RetrievalProtocol
 from afmrl_ray.errors import CatalogueError
 from afmrl_ray.models.backbones import check_checkpoint
+from afmrl_ray.retrieval.evaluate import Value
 from afmrl_ray.training.cluster import ray_session, require_resources
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "rank-bm25", "pyarrow")
 
@@ -55,12 +60,22 @@ def open_run(config: Config) -> Iterator[Pipeline]:
 
 
 def run_cit(pipeline: Pipeline) -> None:
-    """Run every stage that is not committed yet."""
+    """Run every stage that is not committed yet, until all rounds are done, one is refused, or none gains any more."""
+    config = pipeline.config.cit
     _ = pipeline.floor
-    if pipeline.config.cit.baseline:
+    if config.baseline:
         pipeline.evaluate_baseline()
-    for number in range(pipeline.config.cit.rounds):
-        pipeline.evaluate(number)
+    gains: list[Value] = []
+    for number in range(config.rounds):
+        found = pipeline.promotion(number).metrics
+        if not found["promoted"]:
+            log.warning("round %d is refused (cit.gate), the run ends: %s", number, "; ".join(found["why"]))
+            return
+        if "gain" in found:
+            gains.append(Value(**found["gain"]))
+        if converged(gains, config.patience) and number + 1 < config.rounds:
+            log.info("round %d: no sure gain for %d rounds (cit.patience), the run ends", number, config.patience)
+            return
 
 
 def check_sides(config: Config, catalogue: Any) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,13 @@ from afmrl_ray import storage
 from afmrl_ray.attributes.store import read_attributes
 from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue
 from afmrl_ray.cit.bodies import attribute_metrics
-from afmrl_ray.cit.stages import StageOutcome
+from afmrl_ray.cit.promotion import GUARDED, decide
+from afmrl_ray.cit.stages import Stage, StageOutcome
 from afmrl_ray.config import Config
 from afmrl_ray.config.catalogue import SideConfig
 from afmrl_ray.config.evaluation import RetrievalProtocol
 from afmrl_ray.retrieval.embed import EncoderRef, View, embed_rows
-from afmrl_ray.retrieval.evaluate import evaluate, retrieval_protocol, sides
+from afmrl_ray.retrieval.evaluate import Measured, Value, evaluate, paired_gain, retrieval_protocol, sides
 from afmrl_ray.retrieval.floor import chance, pixel_embeddings
 from afmrl_ray.retrieval.ranking import Ranking
 
@@ -55,16 +57,66 @@ def evaluate_body(inputs: EvaluationInputs, directory: str) -> StageOutcome:
         rows, shown = catalogue.rows(side), view(side, enriched)
         return rows, embedded[shown][np.searchsorted(wanted[shown], rows)]
 
-    protocols, ranking = evaluate(config.evaluation, catalogue, embed, seed=config.run.seed)
-    metrics: dict[str, Any] = {"protocols": protocols}
+    measured = evaluate(config.evaluation, catalogue, embed, seed=config.run.seed)
+    metrics: dict[str, Any] = {"protocols": {name: found.record for name, found in measured.items()}}
     store = read_attributes(inputs.attributes) if inputs.attributes is not None else None
     if store is not None:
         metrics["attributes"] = attribute_metrics(store)
     texts = store.text if store is not None else lambda item: ""
+    ranking = measured[config.evaluation.headline].ranking
+    assert ranking is not None  # the config's validator made sure
     storage.write_json(
         storage.join(directory, "examples.json"), examples(ranking, catalogue, texts, seed=config.run.seed)
     )
-    return StageOutcome({"examples": "examples.json"}, metrics)
+    write_per_query(storage.join(directory, "per_query.safetensors"), measured)
+    return StageOutcome({"examples": "examples.json", "per_query": "per_query.safetensors"}, metrics)
+
+
+def promotion_body(config: Config, *, last: Stage | None, before: Stage | None, now: Stage) -> StageOutcome:
+    """Hold a round's evaluation against those of the last promoted round and of the round before.
+
+    Args:
+        last: of the last round that was promoted; none = this is the first.
+        before: of the round before; none = this is the first.
+        now: of the round.
+    """
+
+    def change(since: Stage, protocol: str, metric: str) -> Value:
+        numbers = (read_per_query(stage, protocol, metric) for stage in (since, now))
+        return paired_gain(*numbers, samples=config.evaluation.bootstrap_samples, seed=config.run.seed)
+
+    kinds = {protocol.name: protocol.kind for protocol in config.evaluation.protocols}
+    guarded = config.cit.gate.protocols if last is not None else ()
+    changes = {name: change(last, name, GUARDED[kinds[name]]) for name in guarded if last is not None}
+    decision = decide(changes, config.cit.gate)
+    metrics: dict[str, Any] = {
+        "promoted": decision.promoted,
+        "why": decision.why,
+        "changes": {name: asdict(value) for name, value in changes.items()},
+    }
+    if before is not None:
+        metrics["gain"] = asdict(change(before, config.evaluation.headline, "hit@1"))
+    return StageOutcome({}, metrics)
+
+
+def write_per_query(path: str, measured: Mapping[str, Measured]) -> None:
+    """Keep the numbers of every query, so that evaluations can be compared query by query."""
+    from safetensors.numpy import save
+
+    columns = {
+        f"{name}/{column}": np.ascontiguousarray(values)
+        for name, found in measured.items()
+        for column, values in {"rows": found.rows.astype(np.int64), **found.per_query}.items()
+    }
+    storage.write_bytes(path, save(columns))
+
+
+def read_per_query(stage: Stage, protocol: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Catalogue rows [Q] and numbers [Q] of an evaluation stage."""
+    from safetensors.numpy import load
+
+    columns = load(storage.read_bytes(stage.output("per_query")))
+    return columns[f"{protocol}/rows"], columns[f"{protocol}/{metric}"]
 
 
 def examples(ranking: Ranking, catalogue: StagedCatalogue, texts: Any, *, seed: int) -> list[dict[str, Any]]:
@@ -107,9 +159,11 @@ def floor_body(config: Config, catalogue_ref: CatalogueRef, directory: str) -> S
 
     for protocol in config.evaluation.protocols:
         if isinstance(protocol, RetrievalProtocol):
-            found["pixels"][protocol.name], ranking = retrieval_protocol(
+            pixels = retrieval_protocol(
                 protocol, catalogue, embed, samples=config.evaluation.bootstrap_samples, seed=config.run.seed
             )
-            found["chance"][protocol.name] = {"kind": "retrieval", "metrics": chance(protocol, ranking)}
+            assert pixels.ranking is not None
+            found["pixels"][protocol.name] = pixels.record
+            found["chance"][protocol.name] = {"kind": "retrieval", "metrics": chance(protocol, pixels.ranking)}
     storage.write_json(storage.join(directory, "floor.json"), found)
     return StageOutcome({"floor": "floor.json"}, found)

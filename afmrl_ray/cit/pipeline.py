@@ -11,7 +11,7 @@ from typing import Any
 
 from afmrl_ray.catalogue import Catalogue, CatalogueRef, StagedCatalogue
 from afmrl_ray.cit import bodies
-from afmrl_ray.cit.evaluation import EvaluationInputs, evaluate_body, floor_body
+from afmrl_ray.cit.evaluation import EvaluationInputs, evaluate_body, floor_body, promotion_body
 from afmrl_ray.cit.stages import Body, RunDirectory, Stage
 from afmrl_ray.config import Config
 from afmrl_ray.models.annotate import GeneratorRef
@@ -217,6 +217,24 @@ class Pipeline:
         """All protocols with the encoder of round `number` and the generator after its RAR."""
         agcl, attributes = self.agcl(number), self.attributes(number + 1)
         return self._evaluation(f"evaluate-r{number}", agcl, attributes)
+
+    def promotion(self, number: int) -> Stage:
+        """Whether round `number` is promoted, and what it gained on the round before; see `cit.promotion`."""
+        last = self.promoted(number - 1) if number else None
+        before = self.evaluate(number - 1) if number else None
+        upstream = {stage.name: stage for stage in (last, before, self.evaluate(number)) if stage is not None}
+        inputs = self._inputs((), *upstream.values(), gate=self.config.cit.gate.decisive())
+        return self._stage(
+            f"promotion-r{number}",
+            inputs,
+            lambda _: promotion_body(self.config, last=last, before=before, now=self.evaluate(number)),
+        )
+
+    def promoted(self, number: int) -> Stage:
+        """The evaluation of the last round that was promoted, up to round `number`."""
+        while not self.promotion(number).metrics["promoted"]:
+            number -= 1
+        return self.evaluate(number)
 
     def evaluate_baseline(self) -> Stage:
         """All protocols with the baseline encoder, without attributes."""

@@ -20,12 +20,30 @@ class AnnotateConfig(Section):
     """Ray Data actors that generate."""
 
 
+class GateConfig(Section):
+    """What a round may not lose (the alignment tax): it is measured against the last round that was promoted."""
+
+    protocols: tuple[str, ...] = ()
+    """Names of evaluation protocols that are guarded; none = every round is promoted."""
+    max_loss: float = Field(0.02, ge=0)
+    """Most that a guarded protocol may lose: of hit@1 in retrieval, of the probe's accuracy with labels. A round is
+    refused if the loss is above it for sure, with the whole 95 % interval of the paired difference."""
+    strict: bool = False
+    """Refuse a round whose mean loss is above `max_loss`, sure or not."""
+
+
 class CITConfig(Section):
     """Cyclic iterative training."""
 
     rounds: int = Field(2, ge=1)
-    """Rounds of attributes, AGCL, gallery, RAR and evaluation."""
+    """Rounds of attributes, AGCL, gallery, RAR and evaluation, at most."""
     baseline: bool = False
     """Whether plain InfoNCE without weights, mask and attributes is trained and measured first."""
     encoder_start: Literal["base", "previous"] = "previous"
     """Whether a round's encoder starts from the backbone or from the round before."""
+    gate: GateConfig = GateConfig()
+    """Which rounds are promoted. After a round that is refused the run ends, since what it would go on from has been
+    tried; its result is the last round that was promoted."""
+    patience: int | None = Field(None, ge=1)
+    """End after so many rounds in a row whose gain over the last one, in the headline's hit@1, has an interval that
+    includes zero or lies below it; none = all rounds."""

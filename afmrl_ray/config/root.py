@@ -68,6 +68,17 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _guarded_protocols_are_measured(self) -> Config:
+        measured = [protocol.name for protocol in self.evaluation.protocols]
+        unknown = [name for name in self.cit.gate.protocols if name not in measured]
+        if unknown:
+            raise ValueError(
+                f"cit.gate.protocols: {unknown[0]!r} is no protocol of evaluation.protocols; there are: "
+                f"{', '.join(measured)}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _an_adapter_is_gone_on_with(self) -> Config:
         if self.distill.adapter.kind == "lora" and self.rar.adapter.kind == "full":
             raise ValueError(

@@ -28,6 +28,23 @@ class Value:
     high: float | None = None
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a protocol gave.
+
+    Attributes:
+        record: JSON values: kind, counts, metrics.
+        rows: [Q] catalogue rows of the queries, or of the listings that were classified.
+        per_query: [Q] numbers by metric, where the metric is a mean over queries.
+        ranking: of a retrieval protocol.
+    """
+
+    record: dict[str, Any]
+    rows: np.ndarray
+    per_query: dict[str, np.ndarray]
+    ranking: Ranking | None = None
+
+
 def sides(config: EvaluationConfig) -> list[tuple[SideConfig, bool]]:
     """Every (side, with attributes) that the protocols will ask `Embed` for."""
     found: list[tuple[SideConfig, bool]] = []
@@ -39,31 +56,20 @@ def sides(config: EvaluationConfig) -> list[tuple[SideConfig, bool]]:
     return found
 
 
-def evaluate(
-    config: EvaluationConfig, catalogue: StagedCatalogue, embed: Embed, *, seed: int
-) -> tuple[dict[str, Any], Ranking]:
-    """Run every protocol.
-
-    Returns:
-        JSON values by protocol name (kind, counts, metrics), and the headline protocol's ranking.
-    """
-    results: dict[str, Any] = {}
-    headline: Ranking | None = None
-    for protocol in config.protocols:
-        if isinstance(protocol, RetrievalProtocol):
-            results[protocol.name], ranking = retrieval_protocol(
-                protocol, catalogue, embed, samples=config.bootstrap_samples, seed=seed
-            )
-            headline = ranking if protocol.name == config.headline else headline
-        else:
-            results[protocol.name] = label_protocol(protocol, catalogue, embed, seed=seed)
-    assert headline is not None  # the config's validator made sure
-    return results, headline
+def evaluate(config: EvaluationConfig, catalogue: StagedCatalogue, embed: Embed, *, seed: int) -> dict[str, Measured]:
+    """Run every protocol; results by its name."""
+    samples = config.bootstrap_samples
+    return {
+        protocol.name: retrieval_protocol(protocol, catalogue, embed, samples=samples, seed=seed)
+        if isinstance(protocol, RetrievalProtocol)
+        else label_protocol(protocol, catalogue, embed, samples=samples, seed=seed)
+        for protocol in config.protocols
+    }
 
 
 def retrieval_protocol(
     protocol: RetrievalProtocol, catalogue: StagedCatalogue, embed: Embed, *, samples: int, seed: int
-) -> tuple[dict[str, Any], Ranking]:
+) -> Measured:
     """hit@k, recall@k, both readings of mean average precision, and reciprocal rank, with bootstrap intervals."""
     query_rows, queries = embed(protocol.query, protocol.enriched != "none")
     gallery_rows, gallery = embed(protocol.gallery, protocol.enriched == "both")
@@ -77,7 +83,7 @@ def retrieval_protocol(
     per_query["mrr"] = metrics.reciprocal_rank(ranking)
     values = {name: asdict(interval(value, samples=samples, seed=seed)) for name, value in per_query.items()}
     counts = {"queries": len(ranking.query_rows), "gallery": len(gallery_rows), "without_positive": ranking.excluded}
-    return {"kind": "retrieval", **counts, "metrics": values}, ranking
+    return Measured({"kind": "retrieval", **counts, "metrics": values}, ranking.query_rows, per_query, ranking)
 
 
 def _depth(protocol: RetrievalProtocol) -> int:
@@ -122,8 +128,10 @@ def label_codes(values: Sequence[Any]) -> list[int]:
     return [-1 if value is None else codes.setdefault(value, len(codes)) for value in values]
 
 
-def label_protocol(protocol: LabelProtocol, catalogue: StagedCatalogue, embed: Embed, *, seed: int) -> dict[str, Any]:
-    """Accuracy of a linear probe and of nearest neighbours, and k-means clustering of the test side."""
+def label_protocol(
+    protocol: LabelProtocol, catalogue: StagedCatalogue, embed: Embed, *, samples: int, seed: int
+) -> Measured:
+    """Accuracy of a linear probe and of nearest neighbours, with intervals, and k-means clustering of the test side."""
     codes = np.array(label_codes(catalogue.column(protocol.label)))
     fit_rows, fit = embed(protocol.fit, protocol.enriched)
     test_rows, test = embed(protocol.test, protocol.enriched)
@@ -133,20 +141,25 @@ def label_protocol(protocol: LabelProtocol, catalogue: StagedCatalogue, embed: E
     if not np.isin(test_codes, fit_codes).any():
         raise CatalogueError(f"protocol {protocol.name!r}: no class of the test side occurs on the fit side")
     clusters = metrics.kmeans_labels(test, len(np.unique(test_codes)), seed=seed)
-    values = {
-        "probe_accuracy": metrics.linear_probe_accuracy(fit, fit_codes, test, test_codes, seed=seed),
-        "knn_accuracy": metrics.knn_accuracy(fit, fit_codes, test, test_codes, k=protocol.neighbours),
+    per_query = {
+        "probe_accuracy": metrics.linear_probe_hits(fit, fit_codes, test, test_codes, seed=seed),
+        "knn_accuracy": metrics.knn_hits(fit, fit_codes, test, test_codes, k=protocol.neighbours),
+    }
+    whole = {
         "nmi": metrics.nmi(test_codes, clusters),
         "ari": metrics.ari(test_codes, clusters),
         "purity": metrics.purity(test_codes, clusters),
     }
-    return {
+    values = {name: interval(value, samples=samples, seed=seed) for name, value in per_query.items()}
+    values |= {name: Value(float(value)) for name, value in whole.items()}
+    record = {
         "kind": "labels",
         "queries": len(test_rows),
         "gallery": len(fit_rows),
         "classes": len(np.unique(test_codes)),
-        "metrics": {name: asdict(Value(float(value))) for name, value in values.items()},
+        "metrics": {name: asdict(value) for name, value in values.items()},
     }
+    return Measured(record, test_rows, per_query)
 
 
 def interval(values: np.ndarray, *, samples: int, seed: int) -> Value:
@@ -159,3 +172,21 @@ def interval(values: np.ndarray, *, samples: int, seed: int) -> Value:
     means = np.array([values[draw.integers(len(values), size=len(values))].mean() for _ in range(samples)])
     low, high = np.percentile(means, [2.5, 97.5])
     return Value(float(values.mean()), float(low), float(high))
+
+
+def paired_gain(
+    before: tuple[np.ndarray, np.ndarray], after: tuple[np.ndarray, np.ndarray], *, samples: int, seed: int
+) -> Value:
+    """Mean difference over the queries that both have, with its paired bootstrap interval.
+
+    Args:
+        before: catalogue rows [Q] and numbers [Q] of one evaluation.
+        after: the same of another.
+
+    Raises:
+        ValueError: they have no query in common.
+    """
+    common, first, second = np.intersect1d(before[0], after[0], assume_unique=True, return_indices=True)
+    if not len(common):
+        raise ValueError("paired_gain: the two evaluations have no query in common")
+    return interval(after[1][second] - before[1][first], samples=samples, seed=seed)

@@ -111,10 +111,10 @@ def kmeans_labels(embeddings: np.ndarray, k: int, *, seed: int) -> np.ndarray:
     return KMeans(n_clusters=k, n_init=10, random_state=seed).fit_predict(_unit(embeddings))
 
 
-def linear_probe_accuracy(
+def linear_probe_hits(
     fit: np.ndarray, fit_classes: np.ndarray, test: np.ndarray, test_classes: np.ndarray, *, seed: int
-) -> float:
-    """Accuracy on embeddings `test` [M, D] of a logistic regression fitted to `fit` [N, D], features standardised.
+) -> np.ndarray:
+    """[M] 1.0 where a logistic regression fitted to `fit` [N, D], features standardised, is right about `test` [M, D].
 
     Raises:
         CatalogueError: the fit side has a single class.
@@ -127,18 +127,18 @@ def linear_probe_accuracy(
         raise CatalogueError("linear probe: the fit side has a single class; choose another label or side")
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, random_state=seed))
     probe.fit(_unit(fit), fit_classes)
-    return float((probe.predict(_unit(test)) == test_classes).mean())
+    return (probe.predict(_unit(test)) == test_classes).astype(np.float64)
 
 
-def knn_accuracy(
+def knn_hits(
     fit: np.ndarray, fit_classes: np.ndarray, test: np.ndarray, test_classes: np.ndarray, *, k: int = 5
-) -> float:
-    """Accuracy on `test` [M, D] of a vote of the k nearest of `fit` [N, D] by cosine; ties go to the smaller class."""
+) -> np.ndarray:
+    """[M] 1.0 where a vote of the k nearest of `fit` [N, D] by cosine is right; ties go to the smaller class."""
     from sklearn.neighbors import KNeighborsClassifier
 
     neighbours = KNeighborsClassifier(n_neighbors=min(k, len(fit)), algorithm="brute", metric="cosine")
     neighbours.fit(_unit(fit), fit_classes)
-    return float((neighbours.predict(_unit(test)) == test_classes).mean())
+    return (neighbours.predict(_unit(test)) == test_classes).astype(np.float64)
 
 
 def _unit(embeddings: np.ndarray) -> np.ndarray:

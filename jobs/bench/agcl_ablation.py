@@ -132,7 +132,8 @@ class Bench:
             ]
             return rows, np.concatenate(parts)
 
-        return evaluate(config.evaluation, catalogue, embed, seed=config.run.seed)[0]
+        measured = evaluate(config.evaluation, catalogue, embed, seed=config.run.seed)
+        return {name: found.record for name, found in measured.items()}
 
 
 def run(worlds: Sequence[World], seeds: int, temperatures: Sequence[float], processes: int) -> None:

@@ -6,7 +6,14 @@ import pytest
 from afmrl_ray.config.catalogue import SideConfig
 from afmrl_ray.config.evaluation import EvaluationConfig, LabelProtocol, RetrievalProtocol
 from afmrl_ray.errors import CatalogueError
-from afmrl_ray.retrieval.evaluate import evaluate, interval, label_codes, label_protocol, retrieval_protocol
+from afmrl_ray.retrieval.evaluate import (
+    evaluate,
+    interval,
+    label_codes,
+    label_protocol,
+    paired_gain,
+    retrieval_protocol,
+)
 from afmrl_ray.retrieval.floor import chance, hit_by_chance, pixel_embeddings
 
 
@@ -34,13 +41,13 @@ def perfect(catalogue, column: str, noise: float = 0.01):
 def test_an_encoder_that_knows_the_product_is_right_everywhere(catalogue):
     embed, _ = perfect(catalogue, "product_id")
     config = EvaluationConfig(protocols=(RetrievalProtocol(name="fine"),), bootstrap_samples=20)
-    results, ranking = evaluate(config, catalogue, embed, seed=0)
-    metrics = results["fine"]["metrics"]
+    fine = evaluate(config, catalogue, embed, seed=0)["fine"]
+    metrics = fine.record["metrics"]
     assert metrics["hit@1"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
     assert metrics["recall@1"]["mean"] == pytest.approx(0.5)
     assert metrics["recall@5"]["mean"] == metrics["map@10"]["mean"] == metrics["mrr"]["mean"] == 1.0
-    assert results["fine"]["queries"] == len(ranking.query_rows) == 12
-    assert results["fine"]["gallery"] == 24
+    assert fine.record["queries"] == len(fine.ranking.query_rows) == len(fine.rows) == 12
+    assert fine.record["gallery"] == 24
 
 
 @pytest.mark.parametrize(
@@ -56,7 +63,13 @@ def test_enrichment_is_asked_for_on_the_sides_that_the_protocol_names(catalogue,
 def test_an_encoder_that_knows_the_family_clusters_by_it(catalogue):
     embed, _ = perfect(catalogue, "family_id")
     test = SideConfig(split=("train",))
-    result = label_protocol(LabelProtocol(name="f", label="family_id", fit=test, test=test), catalogue, embed, seed=0)
+    protocol = LabelProtocol(name="f", label="family_id", fit=test, test=test)
+    found = label_protocol(protocol, catalogue, embed, samples=5, seed=0)
+    result = found.record
+    assert {name: len(values) for name, values in found.per_query.items()} == {
+        "probe_accuracy": result["queries"],
+        "knn_accuracy": result["queries"],
+    }
     assert {name: value["mean"] for name, value in result["metrics"].items()} == pytest.approx(
         {"probe_accuracy": 1.0, "knn_accuracy": 1.0, "nmi": 1.0, "ari": 1.0, "purity": 1.0}
     )
@@ -67,7 +80,7 @@ def test_classes_that_never_meet_are_told(catalogue):
     embed, _ = perfect(catalogue, "family_id")
     protocol = LabelProtocol(name="f", label="family_id", fit=SideConfig(split=("train",)), test=SideConfig())
     with pytest.raises(CatalogueError, match="no class of the test side occurs on the fit side"):
-        label_protocol(protocol, catalogue, embed, seed=0)
+        label_protocol(protocol, catalogue, embed, samples=5, seed=0)
 
 
 def test_null_labels_equal_nothing():
@@ -83,6 +96,22 @@ def test_the_interval_covers_the_mean_as_often_as_it_says():
     assert inside / 120 > 0.88
 
 
+def test_a_paired_gain_is_that_of_common_queries_and_surer_than_its_parts():
+    draw = np.random.default_rng(0)
+    rows, before = np.arange(400), (draw.random(400) < 0.5).astype(float)
+    after = np.where(draw.random(400) < 0.05, 1.0, before)
+    shuffled = draw.permutation(400)
+    gain = paired_gain((rows, before), (rows[shuffled], after[shuffled]), samples=300, seed=0)
+    assert gain.mean == pytest.approx((after - before).mean())
+    assert 0 < gain.low < gain.mean < gain.high
+    apart = interval(after, samples=300, seed=0)
+    assert gain.high - gain.low < 0.5 * (apart.high - apart.low)
+    partly = paired_gain((rows[:10], before[:10]), (rows[5:], after[5:]), samples=5, seed=0)
+    assert partly.mean == pytest.approx((after - before)[5:10].mean())
+    with pytest.raises(ValueError, match="no query in common"):
+        paired_gain((rows[:3], before[:3]), (rows[3:], after[3:]), samples=5, seed=0)
+
+
 def test_chance_is_what_random_orders_give():
     draw = np.random.default_rng(0)
     hits = [np.isin(draw.permutation(20)[:5], [0, 1, 2]).any() for _ in range(4000)]
@@ -94,8 +123,7 @@ def test_chance_is_what_random_orders_give():
 def test_chance_of_a_protocol_counts_its_candidates(catalogue):
     embed, _ = perfect(catalogue, "product_id")
     protocol = RetrievalProtocol(name="fine")
-    _, ranking = retrieval_protocol(protocol, catalogue, embed, samples=5, seed=0)
-    values = chance(protocol, ranking)
+    values = chance(protocol, retrieval_protocol(protocol, catalogue, embed, samples=5, seed=0).ranking)
     assert values["recall@5"]["mean"] == pytest.approx(5 / 24)
     assert values["hit@1"]["mean"] == pytest.approx(2 / 24)
 

@@ -1,0 +1,129 @@
+"""Which rounds are promoted and when a run ends: on numbers by hand, and in the driver with evaluations by rule."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+
+from afmrl_ray import storage
+from afmrl_ray.cit.driver import run_cit
+from afmrl_ray.cit.evaluation import read_per_query, write_per_query
+from afmrl_ray.cit.pipeline import Pipeline
+from afmrl_ray.cit.promotion import converged, decide
+from afmrl_ray.cit.stages import RunDirectory, StageOutcome
+from afmrl_ray.config import validate
+from afmrl_ray.config.cit import GateConfig
+from afmrl_ray.errors import ConfigError
+from afmrl_ray.retrieval.evaluate import Measured, Value
+
+SURE, UNSURE, FINE = Value(-0.05, -0.07, -0.03), Value(-0.05, -0.09, -0.01), Value(0.01, -0.01, 0.03)
+
+
+@pytest.mark.parametrize(
+    ("changes", "strict", "refused"),
+    [
+        ({}, False, []),
+        ({"a": FINE, "b": UNSURE}, False, []),
+        ({"a": FINE, "b": UNSURE}, True, ["b"]),
+        ({"a": SURE, "b": SURE, "c": FINE}, False, ["a", "b"]),
+        ({"a": Value(-0.03)}, False, ["a"]),
+    ],
+)
+def test_a_round_that_surely_loses_too_much_is_refused(changes, strict, refused):
+    found = decide(changes, GateConfig(protocols=tuple(changes), max_loss=0.02, strict=strict))
+    assert found.promoted == (not refused)
+    assert [line.split()[0] for line in found.why] == refused
+
+
+def test_a_run_has_converged_when_the_last_rounds_gained_nothing_for_sure():
+    gain, none, loss = Value(0.05, 0.01, 0.09), Value(0.05, -0.01, 0.11), Value(-0.05, -0.09, -0.01)
+    assert not converged([none, none], None)
+    assert not converged([none], 2)
+    assert converged([gain, none, loss], 2)
+    assert not converged([none, gain], 1)
+    assert not converged([none, gain, none], 2)
+
+
+class ByRule(Pipeline):
+    """Evaluations whose numbers are given: share of right answers by round, for every protocol."""
+
+    def __init__(self, config, run, shares):
+        super().__init__(config, run)
+        self._shares, self.evaluated = shares, []
+
+    floor = None
+
+    def evaluate(self, number):
+        def body(directory):
+            self.evaluated.append(number)
+            right = {name: np.arange(1000) < 1000 * shares[number] for name, shares in self._shares.items()}
+            names = {"fine": "hit@1", "families": "probe_accuracy"}
+            measured = {
+                name: Measured({}, np.arange(1000), {names[name]: values.astype(float)})
+                for name, values in right.items()
+            }
+            write_per_query(storage.join(directory, "per_query.safetensors"), measured)
+            return StageOutcome({"per_query": "per_query.safetensors"}, {})
+
+        return self._stage(f"evaluate-r{number}", {"shares": str(self._shares), "number": number}, body)
+
+
+def make(tmp_path, shares, **cit) -> ByRule:
+    labels = {"kind": "labels", "name": "families", "label": "family_id"}
+    config = validate(
+        {
+            "evaluation": {"protocols": [{"kind": "retrieval", "name": "fine"}, labels], "bootstrap_samples": 200},
+            "cit": {"rounds": 4, **cit},
+        }
+    )
+    run = RunDirectory(str(tmp_path), "t")
+    run.create()
+    return ByRule(config, run, shares)
+
+
+def test_a_refused_round_ends_the_run_and_the_last_good_one_stays_its_result(tmp_path, caplog):
+    shares = {"fine": [0.5, 0.6, 0.9, 0.9], "families": [0.8, 0.79, 0.6, 0.9]}
+    pipeline = make(tmp_path, shares, gate={"protocols": ["families"], "max_loss": 0.05})
+    run_cit(pipeline)
+    assert pipeline.evaluated == [0, 1, 2]
+    assert "round 2 is refused" in caplog.text
+    assert "families changes by -0.1900" in caplog.text
+    assert pipeline.promoted(2).name == "evaluate-r1"
+    assert pipeline.promotion(2).metrics["gain"]["mean"] == pytest.approx(0.3)
+    again = make(tmp_path, shares, gate={"protocols": ["families"], "max_loss": 0.05})
+    run_cit(again)
+    assert again.evaluated == [], "what is committed was run again"
+    free = make(tmp_path, shares)
+    run_cit(free)
+    assert free.evaluated == [3]
+    assert free.promoted(3).name == "evaluate-r3"
+
+
+def test_losses_are_counted_from_the_last_promoted_round(tmp_path):
+    shares = {"fine": [0.5] * 4, "families": [0.8, 0.77, 0.74, 0.7]}
+    pipeline = make(tmp_path, shares, gate={"protocols": ["families"], "max_loss": 0.05})
+    run_cit(pipeline)
+    assert pipeline.evaluated == [0, 1, 2, 3]
+    assert [pipeline.promotion(number).metrics["promoted"] for number in range(4)] == [True] * 4
+
+
+def test_a_run_ends_when_rounds_gain_nothing(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    pipeline = make(tmp_path, {"fine": [0.5, 0.6, 0.6, 0.7], "families": [0.5] * 4}, patience=1)
+    run_cit(pipeline)
+    assert pipeline.evaluated == [0, 1, 2]
+    assert "no sure gain for 1 rounds" in caplog.text
+
+
+def test_numbers_of_queries_survive_the_disk(tmp_path):
+    pipeline = make(tmp_path, {"fine": [0.25], "families": [0.5]})
+    rows, values = read_per_query(pipeline.evaluate(0), "fine", "hit@1")
+    assert rows.tolist() == list(range(1000))
+    assert values.sum() == 250
+
+
+def test_a_guard_of_what_is_not_measured_is_refused():
+    with pytest.raises(ConfigError, match=r"cit\.gate\.protocols: 'coarse' is no protocol"):
+        validate({"cit": {"gate": {"protocols": ["coarse"]}}})
