@@ -27,7 +27,7 @@ GROUP_SIZE, TOKENS, PAIRS = 8, 128, 12
 class Sleeper:
     """A rollout engine that sleeps; needs no torch."""
 
-    def __init__(self, spec: Any, threads: int) -> None:
+    def __init__(self, spec: Any, config: Any, threads: int) -> None:
         self._version = -1
 
     def set_weights(self, weights: Weights) -> tuple[int, str]:
