@@ -27,6 +27,7 @@ from afmrl_ray.cit.pipeline import Pipeline
 from afmrl_ray.cit.stages import Stage, StageOutcome
 from afmrl_ray.cli import job_main
 from afmrl_ray.config import Config, with_values
+from afmrl_ray.config.evaluation import RetrievalProtocol
 from afmrl_ray.models.annotate import GeneratorRef
 from afmrl_ray.retrieval.embed import EncoderRef
 from afmrl_ray.training.metrics_log import read_metrics
@@ -101,9 +102,10 @@ class Cells:
 
     def _queries_anew(self, attributes: Stage, directory: str) -> StageOutcome:
         """Attributes of the headline's queries by the reinforced generator, of all other listings from before."""
-        catalogue, (protocol,) = self._pipeline.catalogue, self._evaluation.protocols
+        catalogue = self._pipeline.catalogue
         items = catalogue.column("item_id")
-        asked = {items[row] for row in catalogue.rows(protocol.query).tolist()}
+        sides = [p.query for p in self._evaluation.protocols if isinstance(p, RetrievalProtocol)]
+        asked = {items[row] for side in sides for row in catalogue.rows(side).tolist()}
         old, new = (read_attributes(stage.output("attributes")) for stage in (self._pipeline.attributes(0), attributes))
         rows = []
         for row in catalogue.rows(self._config.annotate.items).tolist():
