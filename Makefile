@@ -6,7 +6,7 @@ CATALOGUE ?= ../shared/data/grocery/products.parquet
 export RAY_ENABLE_AUTO_CONNECT := 0
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch-extensions
 
-.PHONY: help demo demo-grocery test test-bench lint format bench bench-agcl bench-rar record-trl ablation ladder chaos clean
+.PHONY: help demo demo-grocery test test-bench lint format bench bench-agcl bench-rar rar-depth record-trl ablation ladder chaos clean
 
 help: ## show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -56,6 +56,10 @@ bench-agcl: .venv-bench/.installed ## stage 1 side by side with sentence-transfo
 
 bench-rar: .venv-bench/.installed ## stage 2 side by side with TRL, stock generation and plain loops (about 15 minutes)
 	.venv-bench/bin/python jobs/bench/rar.py
+
+rar-depth: $(VENV)/.installed ## RAR with recall@1 to recall@50 as its reward, 3 seeds, two catalogues, resumable (about an hour on 2 cores)
+	$(BIN)/python jobs/bench/rar_depth.py --config jobs/configs/demo.yaml run.name=depth-demo
+	$(BIN)/python jobs/bench/rar_depth.py --config jobs/configs/grocery.yaml run.name=depth-grocery catalogue.path=$(CATALOGUE)
 
 record-trl: .venv-bench/.installed ## losses and gradients as TRL computes them, for tests that need no TRL
 	PYTHONPATH=jobs/bench .venv-bench/bin/python jobs/bench/record_trl_golden.py

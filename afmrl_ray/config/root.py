@@ -87,6 +87,22 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _vllm_applies_the_adapter(self) -> Config:
+        adapter = self.rar.adapter
+        if self.rar.rollout.engine != "vllm" or adapter.kind != "lora":
+            return self
+        if adapter.dora:
+            raise ValueError(
+                "rar.adapter.dora: rar.rollout.engine vllm does not apply DoRA; set one of them back to its default"
+            )
+        if self.generator.dtype == "float32":
+            raise ValueError(
+                "rar.rollout.engine vllm applies adapters in 16 bits only; set generator.dtype=bfloat16, or "
+                "rar.rollout.engine=transformers"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _only_a_frozen_tower_is_cached(self) -> Config:
         if not self.encoder.vision_cache.enabled:
             return self

@@ -181,19 +181,53 @@ class RewardConfig(Section):
     """Share of a step's rewards that may fail for reasons of infrastructure before the job stops."""
 
 
+class VLLMConfig(Section):
+    """vLLM inside a rollout actor; what else it needs to know follows from the policy."""
+
+    operational = frozenset({"gpu_memory_utilization", "tensor_parallel_size", "enforce_eager"})
+
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    """Share of each GPU's memory that an actor takes; actors that share a GPU must share this too."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    """GPUs of one node that an actor spreads the model over; then `rollout.pool.gpus_per_worker` is the same number."""
+    enforce_eager: bool = False
+    """Run without CUDA graphs: begins sooner, takes less memory, samples more slowly."""
+
+
 class RolloutConfig(Section):
     """Sampling of completions by Ray actors."""
 
     operational = frozenset({"timeout_s", "max_restarts"})
 
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What samples: `transformers`, on CPUs or GPUs; or `vllm`, on GPUs (`pip install .[vllm]`), made for large models,
+    whose rollouts are a function of weights, prompt and seed only up to rounding."""
+    vllm: VLLMConfig = VLLMConfig()
+    """For engine `vllm`."""
     pool: PoolConfig = PoolConfig(batch_size=8)
-    """Rollout actors; `batch_size` counts prompts (groups) sampled at once."""
+    """Rollout actors; `batch_size` counts prompts (groups) sampled at once, of which vLLM wants many."""
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature; log-probabilities are those at this temperature."""
     timeout_s: float = Field(600, gt=0)
     """Deadline of one rollout call and of one weight push."""
     max_restarts: int = Field(5, ge=0)
     """Times that a dead actor is replaced before the job stops."""
+
+    @model_validator(mode="after")
+    def _within_what_vllm_takes(self) -> RolloutConfig:
+        if self.engine != "vllm":
+            return self
+        gpus, parallel = self.pool.gpus_per_worker, self.vllm.tensor_parallel_size
+        if not 0 < gpus <= 1 if parallel == 1 else gpus != parallel:
+            raise ValueError(
+                f"rollout.engine vllm with vllm.tensor_parallel_size {parallel} does not run on {gpus:g} GPUs; set "
+                f"rollout.pool.gpus_per_worker={parallel}{', or a share of one' if parallel == 1 else ''}"
+            )
+        if not 0.01 <= self.temperature <= 2:
+            raise ValueError(
+                f"rollout.temperature {self.temperature:g}: rollout.engine vllm samples at 0.01 to 2; use such a one"
+            )
+        return self
 
 
 class GRPOConfig(Section):

@@ -184,7 +184,7 @@ class ListingProcessor:
         self._image_processor = image_processor
         self._size = {"shortest_edge": picture.min_pixels, "longest_edge": picture.max_pixels}
         self._budget = {"min_pixels": picture.min_pixels, "max_pixels": picture.max_pixels}
-        self._merge_size = int(image_processor.merge_size)
+        self.merge_size = int(image_processor.merge_size)
         self._pixels = PixelFormat.of(image_processor)
         self._image_id = self._special("<|image_pad|>")
         self._vision_start, self._vision_end = self._special("<|vision_start|>"), self._special("<|vision_end|>")
@@ -245,11 +245,11 @@ class ListingProcessor:
             body = body[: max(room, 0)]
         input_ids = np.concatenate([self._prefix, tokens, body, self._suffix])
         token_types = (input_ids == self._image_id).astype(np.int64)
-        positions = mrope_positions(token_types, [visual.grid for visual in visuals], self._merge_size)
+        positions = mrope_positions(token_types, [visual.grid for visual in visuals], self.merge_size)
         return Row(input_ids, token_types, positions, visuals)
 
     def _visual_tokens(self, visual: Visual) -> list[int]:
-        count = visual.grid[1] * visual.grid[2] // self._merge_size**2
+        count = visual.grid[1] * visual.grid[2] // self.merge_size**2
         return [self._vision_start, *[self._image_id] * count, self._vision_end]
 
     def length(self, picture_size: tuple[int, int] | None, text: str) -> int:
@@ -258,7 +258,7 @@ class ListingProcessor:
         if picture_size is not None:
             width, height = picture_size
             patches = self._image_processor.get_number_of_image_patches(height, width, self._budget)
-            visual = patches // self._merge_size**2 + 2
+            visual = patches // self.merge_size**2 + 2
         return len(self._prefix) + visual + len(self._encode(text)) + len(self._suffix)
 
     def completion_ids(self, text: str) -> np.ndarray:

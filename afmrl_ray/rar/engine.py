@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import ray
 import torch
 
-from afmrl_ray.errors import WeightSyncError
+from afmrl_ray.config.train import RolloutConfig
+from afmrl_ray.errors import ConfigError, WeightSyncError
 from afmrl_ray.models.generation import generate
 from afmrl_ray.models.prompts import generator_row
 from afmrl_ray.models.shared_prefix import use_shared_prefix
 from afmrl_ray.rar.messages import Group, Weights
-from afmrl_ray.rar.module import PolicySpec, load_tensors, trained_tensors, weights_fingerprint
+from afmrl_ray.rar.module import PolicySpec
+from afmrl_ray.rar.weights import load_tensors, trained_tensors, weights_fingerprint
 
 
 class RolloutEngine(Protocol):
@@ -30,15 +33,38 @@ class RolloutEngine(Protocol):
         """
 
 
+MakeEngine = Callable[[PolicySpec, RolloutConfig, int], RolloutEngine]
+"""A class whose instances are engines, called with the policy, `rar.rollout` and torch's threads."""
+
+
+def engine_class(config: RolloutConfig) -> MakeEngine:
+    """What `rar.rollout.engine` names; vLLM is imported only where it is chosen.
+
+    Raises:
+        ConfigError: vLLM is chosen and not installed.
+    """
+    if config.engine == "transformers":
+        return TransformersEngine
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "rar.rollout.engine is vllm, which is not installed; pip install .[vllm], or set "
+            "rar.rollout.engine=transformers"
+        )
+    from afmrl_ray.rar.vllm_engine import VLLMEngine
+
+    return VLLMEngine
+
+
 class TransformersEngine:
     """Sampling by `models.generation`: a prompt computed once per group, each group with its own random numbers.
 
     Args:
         spec: the policy.
+        config: `rar.rollout`.
         threads: of torch.
     """
 
-    def __init__(self, spec: PolicySpec, threads: int) -> None:
+    def __init__(self, spec: PolicySpec, config: RolloutConfig, threads: int) -> None:
         torch.set_num_threads(threads)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._spec = spec

@@ -44,9 +44,8 @@ from afmrl_ray.rar.module import (
     WEIGHT,
     AttributePolicy,
     PolicySpec,
-    trained_tensors,
-    weights_fingerprint,
 )  # fmt: skip
+from afmrl_ray.rar.weights import trained_tensors, weights_fingerprint
 from afmrl_ray.training.cluster import torch_threads
 from afmrl_ray.training.engine import Engine
 

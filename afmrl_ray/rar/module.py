@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-import numpy as np
 import torch
 from ray.rllib.core.rl_module.torch import TorchRLModule
 from torch import Tensor, nn
 
 from afmrl_ray.catalogue import CatalogueRef
 from afmrl_ray.config.models import AdapterConfig, GeneratorConfig
-from afmrl_ray.errors import CheckpointError
 from afmrl_ray.models.adapters import load_start, load_trained
 from afmrl_ray.models.listing import ListingProcessor, Row
 from afmrl_ray.models.logprobs import completion_batch
@@ -139,35 +136,3 @@ class AttributePolicy(TorchRLModule):
             with torch.no_grad():
                 out[REF_LOGP] = nn.functional.pad(self.reference(inputs, mask, **options), pad)
         return out
-
-
-def trained_tensors(policy: nn.Module) -> dict[str, Tensor]:
-    """What training changes, by name: under LoRA the adapter only."""
-    return {name: parameter.detach() for name, parameter in policy.named_parameters() if parameter.requires_grad}
-
-
-def load_tensors(policy: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put pushed weights into a policy, strictly.
-
-    Raises:
-        CheckpointError: a tensor is missing, unexpected or of another shape.
-    """
-    own = trained_tensors(policy)
-    if own.keys() != tensors.keys():
-        differing = sorted(own.keys() ^ tensors.keys())
-        raise CheckpointError(f"pushed weights do not fit the policy: {len(differing)} names differ ({differing[0]})")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            if own[name].shape != tensor.shape:
-                raise CheckpointError(f"pushed weights do not fit the policy: {name} is {tuple(tensor.shape)}")
-            own[name].copy_(tensor)
-
-
-def weights_fingerprint(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and bytes."""
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous().cpu()
-        total.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
-        total.update(np.ascontiguousarray(tensor.view(torch.uint8).numpy()).data)
-    return total.hexdigest()

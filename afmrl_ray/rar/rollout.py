@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
@@ -11,7 +11,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from afmrl_ray.config.train import RolloutConfig
 from afmrl_ray.errors import WeightSyncError
-from afmrl_ray.rar.engine import RolloutEngine, TransformersEngine
+from afmrl_ray.rar.engine import MakeEngine, engine_class
 from afmrl_ray.rar.messages import Group, Weights
 from afmrl_ray.rar.module import PolicySpec
 from afmrl_ray.training.cluster import torch_threads
@@ -25,16 +25,14 @@ class RolloutPool:
     Args:
         spec: the policy.
         config: `rar.rollout`.
-        engine: what each actor is made of, called with the policy and torch's threads.
+        engine: what each actor is made of; none = what `config` names.
+
+    Raises:
+        ConfigError: see `rar.engine.engine_class`.
     """
 
-    def __init__(
-        self,
-        spec: PolicySpec,
-        config: RolloutConfig,
-        engine: Callable[[PolicySpec, int], RolloutEngine] = TransformersEngine,
-    ) -> None:
-        self._spec, self._config, self._engine = spec, config, engine
+    def __init__(self, spec: PolicySpec, config: RolloutConfig, engine: MakeEngine | None = None) -> None:
+        self._spec, self._config, self._engine = spec, config, engine or engine_class(config)
         self._weights: Weights | None = None
         self._restarts = 0
         self._made = 0
@@ -44,7 +42,7 @@ class RolloutPool:
         pool = self._config.pool
         self._made += 1
         actor = ray.remote(num_cpus=pool.cpus_per_worker, num_gpus=pool.gpus_per_worker, max_restarts=0)(self._engine)
-        return actor.remote(self._spec, torch_threads(pool.cpus_per_worker))
+        return actor.remote(self._spec, self._config, torch_threads(pool.cpus_per_worker))
 
     @property
     def restarts(self) -> int:
@@ -56,6 +54,7 @@ class RolloutPool:
 
         Raises:
             WeightSyncError: an actor holds something else, or does not answer in time.
+            RuntimeError: an actor cannot be made, or more died than `max_restarts`.
         """
         self._weights = weights
         for index in range(len(self.actors)):
@@ -73,6 +72,12 @@ class RolloutPool:
                 f"rollout actor {index} did not take weights {self._weights.version} within "
                 f"rar.rollout.timeout_s {self._config.timeout_s:g} s"
             ) from error
+        except RayActorError as error:
+            if error.actor_init_failed:
+                # Its replacements would fail alike.
+                reason = str(error).strip().splitlines()[-1]
+                raise RuntimeError(f"rollout actor {index} cannot be made: {reason}") from error
+            raise
         if echo != (self._weights.version, self._weights.fingerprint):
             raise WeightSyncError(f"rollout actor {index} holds {echo}, pushed was version {self._weights.version}")
 
@@ -106,7 +111,7 @@ class RolloutPool:
 
         Raises:
             TimeoutError: an actor does not answer; named.
-            RuntimeError: more actors died than `max_restarts`.
+            RuntimeError: more actors died than `max_restarts`, or one cannot be made.
         """
         assert self._weights is not None, "push weights before sampling"
         size = self._config.pool.batch_size

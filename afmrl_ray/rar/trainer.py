@@ -25,6 +25,7 @@ from afmrl_ray.config import Config
 from afmrl_ray.models.annotate import GeneratorRef
 from afmrl_ray.rar.ahead import StepAhead
 from afmrl_ray.rar.checkpoint import Checkpoints
+from afmrl_ray.rar.engine import engine_class
 from afmrl_ray.rar.experience import Ask, Collector, Experience
 from afmrl_ray.rar.heldout import HeldOut, compare, summarise
 from afmrl_ray.rar.learners import Learners
@@ -84,6 +85,7 @@ def train_rar(config: Config, job: RARJob, on_step: OnStep | None = None) -> dic
 
     Raises:
         CatalogueError: no query can be used.
+        ConfigError: `rar.rollout.engine` is not installed.
         RewardServiceError, WeightSyncError: see `rar.reward` and `rar.rollout`.
         LearnerLostError: learners died more often than they are replaced.
         RuntimeError: the sampler's and the learner's log-probabilities differ by more than `rar.logprob_gap_limit`.
@@ -100,6 +102,7 @@ class RARTrainer:
 
     def __init__(self, config: Config, job: RARJob) -> None:
         self._config, self._rar, self._job = config, config.rar, job
+        self._engine = engine_class(config.rar.rollout)
         catalogue = job.catalogue.open()
         galleries = {
             "train": load_embeddings(job.gallery),
@@ -155,7 +158,7 @@ class RARTrainer:
         name = f"{self._config.run.name}-{self._job.name}-{uuid.uuid4().hex[:8]}"
         self._learners = Learners(self._rar, self._policy, self._checkpoints)
         self._rewards = RewardPool(self._rewards_spec, self._rar.reward, name=name)
-        self._rollouts = RolloutPool(self._policy, self._rar.rollout)
+        self._rollouts = RolloutPool(self._policy, self._rar.rollout, self._engine)
         self._collector = Collector(self._rollouts, self._rewards)
         manifest = {"next": None, **(self._checkpoints.latest() or {"step": 0, "tail": []})}
         self.step, self._tail = int(manifest["step"]), manifest["tail"]

@@ -19,13 +19,15 @@ from typing import Any
 from scipy import stats
 
 from afmrl_ray import storage
+from afmrl_ray.attributes.store import AttributeRow, read_attributes, write_attributes
 from afmrl_ray.cit import bodies
 from afmrl_ray.cit.driver import open_run
 from afmrl_ray.cit.evaluation import EvaluationInputs, evaluate_body
 from afmrl_ray.cit.pipeline import Pipeline
-from afmrl_ray.cit.stages import Stage
+from afmrl_ray.cit.stages import Stage, StageOutcome
 from afmrl_ray.cli import job_main
 from afmrl_ray.config import Config, with_values
+from afmrl_ray.config.evaluation import RetrievalProtocol
 from afmrl_ray.models.annotate import GeneratorRef
 from afmrl_ray.retrieval.embed import EncoderRef
 from afmrl_ray.training.metrics_log import read_metrics
@@ -35,7 +37,8 @@ COLUMNS = {
     "heldout_before": "reward before",
     "heldout_gain": "its gain",
     "hit1_before": "hit@1 % before",
-    "hit1_gain": "its gain",
+    "hit1_gain": "its gain, all listings annotated anew",
+    "hit1_gain_queries": "its gain, queries alone",
     "pairs_before": "pairs before",
     "pairs_after": "after",
     "invalid_before": "invalid % before",
@@ -79,17 +82,37 @@ class Cells:
         )
         found = rar.metrics
         hit = self._hit(f"{name}-evaluate", attributes)
+        # The gallery as RAR searched it, with the attributes from before.
+        queries = run.run_stage(
+            f"{name}-queries", {"upstream": attributes.fingerprint}, lambda at: self._queries_anew(attributes, at)
+        )
+        hit_queries = self._hit(f"{name}-evaluate-queries", queries)
         return {
             "heldout_before": found["heldout_before"]["mean"],
             "heldout_gain": found["heldout_gain"]["mean"],
             "hit1_before": 100 * self._before,
             "hit1_gain": 100 * (hit - self._before),
+            "hit1_gain_queries": 100 * (hit_queries - self._before),
             "pairs_before": found["heldout_pairs_before"],
             "pairs_after": found["heldout_pairs_after"],
             "invalid_before": 100 * found["heldout_invalid_before"],
             "invalid_after": 100 * found["heldout_invalid_after"],
             "zero_variance": 100 * found["zero_variance"],
         }
+
+    def _queries_anew(self, attributes: Stage, directory: str) -> StageOutcome:
+        """Attributes of the headline's queries by the reinforced generator, of all other listings from before."""
+        catalogue = self._pipeline.catalogue
+        items = catalogue.column("item_id")
+        sides = [p.query for p in self._evaluation.protocols if isinstance(p, RetrievalProtocol)]
+        asked = {items[row] for side in sides for row in catalogue.rows(side).tolist()}
+        old, new = (read_attributes(stage.output("attributes")) for stage in (self._pipeline.attributes(0), attributes))
+        rows = []
+        for row in catalogue.rows(self._config.annotate.items).tolist():
+            text = (new if items[row] in asked else old).text(items[row])
+            rows.append(AttributeRow(items[row], text, None if text else "invalid"))
+        write_attributes(storage.join(directory, "attributes.parquet"), rows, fingerprint=attributes.fingerprint)
+        return StageOutcome({"attributes": "attributes.parquet"}, {})
 
     def _hit(self, name: str, attributes: Stage) -> float:
         config = self._config.model_copy(update={"evaluation": self._evaluation})

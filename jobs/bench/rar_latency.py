@@ -37,8 +37,8 @@ TIMELESS = RewardConfig(k=5, pool={"num_workers": 1, "batch_size": CHUNK * GROUP
 class Napper(Sleeper):
     """Sleeps for a short time."""
 
-    def __init__(self, spec: Any, threads: int) -> None:
-        super().__init__(spec, threads, CHUNK_S)
+    def __init__(self, spec: Any, config: Any, threads: int) -> None:
+        super().__init__(spec, config, threads, CHUNK_S)
 
 
 class SlowPool(RewardPool):

@@ -27,7 +27,7 @@ GROUP_SIZE, TOKENS, PAIRS = 8, 128, 12
 class Sleeper:
     """A rollout engine that sleeps, and writes another text for every completion; needs no torch."""
 
-    def __init__(self, spec: Any, threads: int, seconds: float = SECONDS) -> None:
+    def __init__(self, spec: Any, config: Any, threads: int, seconds: float = SECONDS) -> None:
         self._version, self._seconds = -1, seconds
 
     def set_weights(self, weights: Weights) -> tuple[int, str]:

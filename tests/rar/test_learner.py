@@ -12,9 +12,9 @@ from afmrl_ray.config.train import RARConfig, RolloutConfig
 from afmrl_ray.rar.learner import build_learners, learner_batch
 from afmrl_ray.rar.loss import group_advantages
 from afmrl_ray.rar.messages import Weights
-from afmrl_ray.rar.module import trained_tensors, weights_fingerprint
 from afmrl_ray.rar.prompts import batch_columns
 from afmrl_ray.rar.rollout import RolloutPool
+from afmrl_ray.rar.weights import trained_tensors, weights_fingerprint
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 GROUP = 2

@@ -11,8 +11,8 @@ import torch
 from afmrl_ray.config.train import RolloutConfig
 from afmrl_ray.errors import WeightSyncError
 from afmrl_ray.rar.messages import Weights
-from afmrl_ray.rar.module import trained_tensors, weights_fingerprint
 from afmrl_ray.rar.rollout import RolloutPool
+from afmrl_ray.rar.weights import trained_tensors, weights_fingerprint
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 ROWS, SEEDS = list(range(6)), list(range(100, 106))

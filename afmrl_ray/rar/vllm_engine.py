@@ -1,0 +1,130 @@
+"""Sampling by vLLM (0.30 and later); imported only where `rar.rollout.engine` is vllm."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from safetensors.torch import save_file
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+from afmrl_ray.config.train import RolloutConfig
+from afmrl_ray.errors import WeightSyncError
+from afmrl_ray.models.backbones import fetch
+from afmrl_ray.models.prompts import generator_row
+from afmrl_ray.rar.messages import Group, Weights
+from afmrl_ray.rar.module import PolicySpec
+from afmrl_ray.rar.vllm_requests import completion_seeds, groups_of, prompt_of, sampling_options
+from afmrl_ray.rar.vllm_weights import Trained, write_adapter
+from afmrl_ray.rar.weights import check_fit, weights_fingerprint
+
+
+def engine_options(spec: PolicySpec, config: RolloutConfig, trained: Trained) -> dict[str, Any]:
+    """Arguments of vLLM's `LLM`: sequences as long as the generator's longest, pictures of the generator's budget."""
+    options: dict[str, Any] = {
+        "model": fetch(trained.base),
+        "dtype": spec.generator.dtype,
+        "max_model_len": spec.generator.max_prompt_tokens + spec.generator.max_new_tokens,
+        "mm_processor_kwargs": spec.generator.picture.model_dump(),
+        "limit_mm_per_prompt": {"image": 1, "video": 0},
+        # Log-probabilities of the distribution that is drawn from: at the temperature, without the forbidden tokens.
+        "logprobs_mode": "processed_logprobs",
+        **config.vllm.model_dump(),
+    }
+    if config.vllm.tensor_parallel_size > 1:
+        # The actor has its GPUs; vLLM would else ask Ray for others.
+        options["distributed_executor_backend"] = "mp"
+    if trained.lora is None:
+        options["worker_extension_cls"] = "afmrl_ray.rar.vllm_worker.TrainedTensors"
+    else:
+        options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": trained.max_rank()}
+    return options
+
+
+class VLLMEngine:
+    """Sampling by vLLM: every completion is a request with a seed of its own; the prefix cache holds a group's prompt.
+
+    A completion is a function of weights, prompt and seed up to rounding, which depends on what else is sampled then.
+
+    Args:
+        spec: the policy.
+        config: `rar.rollout`.
+        threads: of torch.
+    """
+
+    def __init__(self, spec: PolicySpec, config: RolloutConfig, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._spec = spec
+        self._processor = spec.load_processor()
+        self._catalogue = spec.catalogue.open()
+        self._trained = Trained.of(spec)
+        self._llm = LLM(**engine_options(spec, config, self._trained))
+        self._adapter: LoRARequest | None = None
+        self._pushes = 0
+        self._version = -1
+
+    def set_weights(self, weights: Weights) -> tuple[int, str]:
+        tensors = ray.get(weights.reference[0])
+        check_fit(self._trained.tensors, tensors)
+        # Until all of it is done no version is held, so that what failed halfway is never sampled from.
+        self._version = -1
+        self._pushes += 1
+        held = self._load(tensors) if self._trained.lora is None else self._adapt(tensors)
+        if not self._llm.reset_prefix_cache():
+            raise WeightSyncError("vLLM did not reset its prefix cache, which holds keys and values of older weights")
+        self._version = weights.version
+        return self._version, held
+
+    def _load(self, tensors: dict[str, torch.Tensor]) -> str:
+        """Through a file, since vLLM's workers are processes of their own; returns their fingerprint."""
+        with tempfile.TemporaryDirectory(prefix="afmrl-weights-") as folder:
+            path = str(Path(folder) / "trained.safetensors")
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+            held = set(self._llm.collective_rpc("load_trained_tensors", args=(path,)))
+        if len(held) != 1:
+            raise WeightSyncError(f"vLLM's workers hold {len(held)} different weights")
+        # With a trained vision tower its cached outputs are old too.
+        self._llm.llm_engine.reset_encoder_cache()
+        return held.pop()
+
+    def _adapt(self, tensors: dict[str, torch.Tensor]) -> str:
+        """As a new adapter each time: vLLM reads one that it knows by its number never again."""
+        folder = Path(tempfile.mkdtemp(prefix="afmrl-adapter-"))
+        write_adapter(folder / "adapter", self._trained.lora, tensors)
+        adapter = LoRARequest(f"push-{self._pushes}", self._pushes, str(folder / "adapter"))
+        self._llm.llm_engine.add_lora(adapter)
+        if self._pushes not in self._llm.llm_engine.list_loras():
+            raise WeightSyncError(f"vLLM did not take the adapter in {folder}")
+        if self._adapter is not None:
+            shutil.rmtree(Path(self._adapter.lora_path).parent)
+        self._adapter = adapter
+        return weights_fingerprint(tensors)
+
+    def sample(self, rows: Sequence[int], seeds: Sequence[int], *, group_size: int, version: int) -> list[Group]:
+        if version != self._version:
+            raise WeightSyncError(f"asked for rollouts of version {version}, the worker holds {self._version}")
+        prompts = [generator_row(self._processor, self._catalogue, row, config=self._spec.generator) for row in rows]
+        asked = [prompt_of(prompt, self._processor.merge_size) for prompt in prompts]
+        outputs = self._llm.generate(
+            [prompt for prompt in asked for _ in range(group_size)],
+            [self._sampling(one) for seed in seeds for one in completion_seeds(seed, group_size)],
+            lora_request=self._adapter,
+            use_tqdm=False,
+        )
+        return groups_of(rows, prompts, outputs, self._processor, group_size=group_size, version=version)
+
+    def _sampling(self, seed: int) -> SamplingParams:
+        return SamplingParams(
+            **sampling_options(
+                self._processor,
+                seed=seed,
+                max_new_tokens=self._spec.generator.max_new_tokens,
+                temperature=self._spec.temperature,
+            )
+        )

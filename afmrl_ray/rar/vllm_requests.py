@@ -1,0 +1,121 @@
+"""What vLLM is asked, and what is made of its answers; nothing here imports vLLM."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from afmrl_ray.models.listing import ListingProcessor, Row, Visual
+from afmrl_ray.rar.messages import Group
+
+
+def shown_picture(visual: Visual, merge_size: int) -> Image.Image:
+    """The picture as the tower is shown it, at the size of its grid.
+
+    vLLM resizes with another library, whose pixels differ from ours; a picture that has its size already is left alone.
+
+    Args:
+        merge_size: patches per visual token along each axis.
+    """
+    assert visual.patches is not None, "the picture went through the tower already"
+    _, height, width = visual.grid
+    _, channels, area = visual.patches.shape
+    side = math.isqrt(area)
+    # Patches come by visual tokens, merge x merge of them each.
+    tiles = visual.patches.reshape(
+        height // merge_size, width // merge_size, merge_size, merge_size, channels, side, side
+    )
+    return Image.fromarray(tiles.transpose(0, 2, 5, 1, 3, 6, 4).reshape(height * side, width * side, channels))
+
+
+def prompt_of(row: Row, merge_size: int) -> dict[str, Any]:
+    """vLLM's tokens prompt: one placeholder for each picture, which vLLM repeats as often as it has visual tokens."""
+    visual = row.token_types == 1
+    first = visual & ~np.append(False, visual[:-1])
+    prompt: dict[str, Any] = {"prompt_token_ids": row.input_ids[~visual | first].tolist()}
+    if row.visuals:
+        prompt["multi_modal_data"] = {"image": [shown_picture(one, merge_size) for one in row.visuals]}
+    return prompt
+
+
+def completion_seeds(seed: int, group_size: int) -> list[int]:
+    """[G] a seed for each completion of a group.
+
+    vLLM's own `n` gives the completions the seeds that follow `seed`, so that groups with near seeds would share draws.
+    """
+    return (np.random.SeedSequence(seed).generate_state(group_size, np.uint64) >> np.uint64(1)).tolist()
+
+
+def sampling_options(
+    processor: ListingProcessor, *, seed: int, max_new_tokens: int, temperature: float
+) -> dict[str, Any]:
+    """Arguments of vLLM's `SamplingParams` for one completion, drawn as `models.generation` draws.
+
+    The end of turn is a stop token and no other end is heeded. Forbidden tokens are biased, since vLLM does not take a
+    list as long as that of all the others.
+    """
+    return {
+        "seed": seed,
+        "temperature": temperature,
+        "max_tokens": max_new_tokens,
+        "stop_token_ids": [processor.end_id],
+        "ignore_eos": True,
+        "logit_bias": dict.fromkeys(processor.forbidden_ids, -math.inf),
+        "logprobs": 0,
+        "detokenize": False,
+    }
+
+
+def groups_of(
+    rows: Sequence[int],
+    prompts: Sequence[Row],
+    outputs: Sequence[Any],
+    processor: ListingProcessor,
+    *,
+    group_size: int,
+    version: int,
+) -> list[Group]:
+    """Groups from vLLM's `RequestOutput`s, padded to the longest completion of all.
+
+    Args:
+        rows: [B] catalogue rows.
+        prompts: [B] what was asked.
+        outputs: [B*G] of one completion each, groups in the order of the prompts.
+
+    Raises:
+        RuntimeError: vLLM read other tokens than the prompt's, or a completion ended for a reason of vLLM's own.
+    """
+    longest = max(len(output.outputs[0].token_ids) for output in outputs)
+    groups = []
+    for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        ids = np.full((group_size, longest), processor.pad_id, dtype=np.int64)
+        mask = np.zeros((group_size, longest), dtype=bool)
+        logp = np.zeros((group_size, longest), dtype=np.float32)
+        texts = []
+        for place, output in enumerate(outputs[index * group_size : (index + 1) * group_size]):
+            _check(output, prompt, row)
+            completion = output.outputs[0]
+            tokens = list(completion.token_ids)
+            ids[place, : len(tokens)] = tokens
+            mask[place, : len(tokens)] = True
+            steps = zip(tokens, completion.logprobs, strict=True)
+            logp[place, : len(tokens)] = [step[token].logprob for token, step in steps]
+            texts.append(processor.decode(tokens))
+        groups.append(Group(row, version, ids, mask, logp, texts))
+    return groups
+
+
+def _check(output: Any, prompt: Row, row: int) -> None:
+    read = np.asarray(output.prompt_token_ids)
+    if not np.array_equal(read, prompt.input_ids):
+        raise RuntimeError(
+            f"catalogue row {row}: vLLM read {len(read)} tokens that are not the {len(prompt)} of the prompt; its "
+            "processor makes other visual tokens of the picture"
+        )
+    reason = output.outputs[0].finish_reason
+    if reason not in ("stop", "length"):
+        raise RuntimeError(f"catalogue row {row}: vLLM ended a completion by {reason!r}")
