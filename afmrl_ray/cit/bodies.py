@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from afmrl_ray import storage
 from afmrl_ray.agcl.train import AGCLJob, plain_infonce, train_agcl
+from afmrl_ray.attributes.quality import quality
 from afmrl_ray.attributes.store import AttributeRow, AttributeStore, read_attributes, write_attributes
 from afmrl_ray.attributes.teachers import Listing, make_teacher
-from afmrl_ray.attributes.text import InvalidAttributes, format_attributes
-from afmrl_ray.catalogue import Catalogue, CatalogueRef, make_catalogue, open_catalogue, write_catalogue
+from afmrl_ray.attributes.text import InvalidAttributes, format_attributes, normalise_attributes
+from afmrl_ray.catalogue import (
+    Catalogue,
+    CatalogueRef,
+    StagedCatalogue,
+    make_catalogue,
+    open_catalogue,
+    write_catalogue,
+)
 from afmrl_ray.cit.stages import Stage, StageOutcome
 from afmrl_ray.config import Config
 from afmrl_ray.distill.train import DistillJob, train_distill
@@ -107,7 +116,18 @@ def attributes_body(
     found = annotate_rows(rows, generator, catalogue_ref, pool=pool)
     path = storage.join(directory, "attributes.parquet")
     write_attributes(path, attribute_rows(catalogue.column("item_id"), rows, found), fingerprint=fingerprint)
-    return StageOutcome({"attributes": "attributes.parquet"}, attribute_metrics(read_attributes(path)))
+    return StageOutcome(
+        {"attributes": "attributes.parquet"}, generated_metrics(read_attributes(path), catalogue, config)
+    )
+
+
+def generated_metrics(store: AttributeStore, catalogue: StagedCatalogue, config: Config) -> dict[str, Any]:
+    """`attribute_metrics`, and `quality` over the listings that are never trained on, against the catalogue's own."""
+    items = [catalogue.item(row) for row in catalogue.rows(config.annotate.items).tolist()]
+    held_out = [item for item in items if item.split != "train"]
+    written = [store.get(item.item_id) for item in held_out]
+    source = [normalise_attributes(item.attributes) for item in held_out]
+    return {**attribute_metrics(store), "quality": quality(written, source)}
 
 
 def baseline_config(config: Config) -> Config:

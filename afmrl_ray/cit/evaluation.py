@@ -11,7 +11,7 @@ import numpy as np
 from afmrl_ray import storage
 from afmrl_ray.attributes.store import read_attributes
 from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue
-from afmrl_ray.cit.bodies import attribute_metrics
+from afmrl_ray.cit.bodies import generated_metrics
 from afmrl_ray.cit.promotion import GUARDED, decide
 from afmrl_ray.cit.stages import Stage, StageOutcome
 from afmrl_ray.config import Config
@@ -61,7 +61,7 @@ def evaluate_body(inputs: EvaluationInputs, directory: str) -> StageOutcome:
     metrics: dict[str, Any] = {"protocols": {name: found.record for name, found in measured.items()}}
     store = read_attributes(inputs.attributes) if inputs.attributes is not None else None
     if store is not None:
-        metrics["attributes"] = attribute_metrics(store)
+        metrics["attributes"] = generated_metrics(store, catalogue, config)
     texts = store.text if store is not None else lambda item: ""
     ranking = measured[config.evaluation.headline].ranking
     assert ranking is not None  # the config's validator made sure

@@ -19,7 +19,8 @@ import torch
 from tqdm.auto import tqdm
 
 from afmrl_ray import storage
-from afmrl_ray.attributes.text import Attributes, InvalidAttributes, format_attributes
+from afmrl_ray.attributes.quality import NAME_SHARE, common_names, name_shares
+from afmrl_ray.attributes.text import Attributes, InvalidAttributes, format_attributes, normalise_attributes
 from afmrl_ray.catalogue import CatalogueRef
 from afmrl_ray.config import Config
 from afmrl_ray.models.annotate import GeneratorRef
@@ -40,6 +41,7 @@ from afmrl_ray.retrieval.embed import EncoderRef, load_embeddings
 from afmrl_ray.training.metrics_log import MetricsLog
 
 _TAIL = 10
+_NAMES = 12
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,11 @@ class RARTrainer:
         self.prompts = {
             name: usable_rows(catalogue, job.generator, sides[name], galleries[name][0]) for name in galleries
         }
+        # Which of the catalogue's attribute names survive is logged; completions may have others.
+        self._names = common_names(
+            (normalise_attributes(catalogue.item(row).attributes) for row in self.prompts["train"][0].tolist()),
+            most=_NAMES,
+        )
         self._policy = PolicySpec(
             start=job.generator.path,
             generator=job.generator.config,
@@ -204,7 +211,7 @@ class RARTrainer:
             self._rollouts.push(self._learners.weights())
         self.step += 1
         values = {
-            **numbers_of(found),
+            **numbers_of(found, self._names),
             **self._service_log.step(self._rewards),
             **stats,
             "staleness": float(step - found.groups[0].version),
@@ -285,8 +292,8 @@ class RARTrainer:
         return summarise(found.rewards.reshape(-1), found.parsed, group_size=samples)
 
 
-def numbers_of(found: Experience) -> dict[str, float]:
-    """Of the rollouts and rewards of a step."""
+def numbers_of(found: Experience, names: Sequence[str] = ()) -> dict[str, float]:
+    """Of the rollouts and rewards of a step; `names` = attribute names whose shares are wanted."""
     valid = [attributes for attributes in found.parsed if not isinstance(attributes, InvalidAttributes)]
     complete = ~np.isnan(found.rewards).any(1)
     return {
@@ -297,6 +304,7 @@ def numbers_of(found: Experience) -> dict[str, float]:
         "attribute_pairs": float(np.mean([len(attributes) for attributes in valid])) if valid else 0.0,
         "attribute_words": mean_words(valid),
         "completion_tokens": float(np.mean([group.mask.sum(1).mean() for group in found.groups])),
+        **{f"{NAME_SHARE}{name}": share for name, share in name_shares(valid, names).items()},
         **found.numbers,
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from afmrl_ray import storage
@@ -50,11 +50,25 @@ class ProtocolResult:
 
 @dataclass(frozen=True)
 class AttributeSizes:
-    """Attributes of a table of listings: mean pairs and words of the valid ones, share of invalid ones."""
+    """Attributes of a table of listings.
+
+    Attributes:
+        mean_pairs: of the valid ones.
+        mean_words: of the valid ones.
+        invalid_share: share of invalid ones.
+        precision: share of pairs that the catalogue has too, over listings that are never trained on.
+        recall: share of the catalogue's pairs that are among them.
+        f1: of both.
+        names: share of those listings that have an attribute name, by name.
+    """
 
     mean_pairs: float | None
     mean_words: float | None
     invalid_share: float | None
+    precision: float | None = None
+    recall: float | None = None
+    f1: float | None = None
+    names: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,12 +110,22 @@ class Rung:
 
 
 @dataclass(frozen=True)
+class Promotion:
+    """Whether a round was promoted, why not, and what it gained on the round before in the headline's hit@1."""
+
+    promoted: bool
+    why: list[str]
+    gain: Estimate | None
+
+
+@dataclass(frozen=True)
 class Round:
     """What the trainings of a round logged; empty or none where the stage is not committed.
 
     Attributes:
         attributes: of the generator before this round's RAR.
         rar: the metrics of the RAR stage.
+        promotion: what became of the round.
     """
 
     number: int
@@ -110,6 +134,7 @@ class Round:
     rar: dict[str, Any]
     agcl_log: Log
     rar_log: Log
+    promotion: Promotion | None = None
 
     def reward(self, name: str) -> Estimate | None:
         """A held-out or training reward of the RAR."""
@@ -259,13 +284,30 @@ def _round(found: dict[str, Stage], number: int) -> Round:
         rar=rar.metrics if rar is not None else {},
         agcl_log=_log(agcl),
         rar_log=_log(rar),
+        promotion=_promotion(found.get(f"promotion-r{number}")),
     )
+
+
+def _promotion(stage: Stage | None) -> Promotion | None:
+    if stage is None:
+        return None
+    gain = Estimate.of(stage.metrics["gain"]) if "gain" in stage.metrics else None
+    return Promotion(stage.metrics["promoted"], stage.metrics["why"], gain)
 
 
 def _sizes(metrics: dict[str, Any] | None) -> AttributeSizes | None:
     if not metrics:
         return None
-    return AttributeSizes(*(_finite(metrics.get(name)) for name in ("mean_pairs", "mean_words", "invalid_share")))
+    found = metrics.get("quality") or {}
+    return AttributeSizes(
+        mean_pairs=_finite(metrics.get("mean_pairs")),
+        mean_words=_finite(metrics.get("mean_words")),
+        invalid_share=_finite(metrics.get("invalid_share")),
+        precision=_finite(found.get("precision")),
+        recall=_finite(found.get("recall")),
+        f1=_finite(found.get("f1")),
+        names={name: share["written"] for name, share in found.get("names", {}).items()},
+    )
 
 
 def _log(stage: Stage | None) -> Log:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
+from afmrl_ray.attributes.quality import NAME_SHARE
 from afmrl_ray.report.collect import Estimate, Log, RunSummary
 from afmrl_ray.report.table import metric_label, metric_order
 
@@ -103,7 +104,19 @@ def rar_panels(summary: RunSummary) -> list[Panel]:
         ("completion_tokens", "tokens of a completion"),
         ("logprob_gap", "sampler against learner, nats a token"),
     )
-    return _step_panels(logs, keys)
+    named = [
+        Panel(f"share of completions that name it, {label}", _over_steps_by_key(log, _name_keys(log)))
+        for label, log in logs
+        if _name_keys(log)
+    ]
+    return _step_panels(logs, keys) + named
+
+
+def _name_keys(log: Log) -> dict[str, str]:
+    """Labels of the most frequent attribute names at the first steps, as many as there are colours."""
+    keys = [key for key in log[0] if key.startswith(NAME_SHARE)] if log else []
+    most = sorted(keys, key=lambda key: -sum(record.get(key) or 0.0 for record in log[:5]))[: len(LIGHT.series)]
+    return {key: key.removeprefix(NAME_SHARE) for key in most}
 
 
 def agcl_panels(summary: RunSummary) -> list[Panel]:
@@ -131,8 +144,18 @@ def _step_panels(logs: Series, keys: Sequence[tuple[str, str]]) -> list[Panel]:
 
 
 def _over_steps(logs: Series, key: str) -> Draw:
+    return _lines([(label, log, key) for label, log in logs])
+
+
+def _over_steps_by_key(log: Log, labels: dict[str, str]) -> Draw:
+    return _lines([(label, log, key) for key, label in labels.items()])
+
+
+def _lines(lines: Sequence[tuple[str, Log, str]]) -> Draw:
+    """A line for each (label, log, key): the mean of its last values, and the values behind it."""
+
     def draw(axes: Axes, theme: Theme) -> None:
-        for index, (label, log) in enumerate(logs):
+        for index, (label, log, key) in enumerate(lines):
             points = [(record["step"], record[key]) for record in log if record.get(key) is not None]
             steps, values = np.array(points, dtype=float).T
             colour, dash = theme.series[index % len(theme.series)], _LINES[index % len(_LINES)]
@@ -143,7 +166,9 @@ def _over_steps(logs: Series, key: str) -> Draw:
             axes.plot(steps, _smooth(values, window), color=colour, linestyle=dash, marker=marker, label=label)
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if len(logs) > 1 or logs[0][0].startswith("round"):
+        if len(lines) > 3:
+            _legend_below(axes)
+        elif len(lines) > 1 or lines[0][0].startswith("round"):
             axes.legend()
 
     return draw

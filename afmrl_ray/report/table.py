@@ -103,7 +103,8 @@ def column_names(summary: RunSummary) -> list[str]:
 def sections(summary: RunSummary) -> list[Section]:
     """Protocols (headline first), attributes and rewards: a row for each metric measured, a cell for each rung."""
     found = [_protocol_section(summary, name) for name in summary.protocols]
-    found += [_attribute_section(summary), _reward_section(summary)]
+    found += [_attribute_section(summary), _names_section(summary), _reward_section(summary)]
+    found.append(_promotion_section(summary))
     measured = [
         replace(section, rows=[row for row in section.rows if any(cell.text for cell in row.cells)])
         for section in found
@@ -155,10 +156,44 @@ def _attribute_section(summary: RunSummary) -> Section:
         return Cell(_change(_size(before, name, scale), _size(rung.attributes, name, scale)))
 
     rows = [("words", "mean_words", 1.0), ("pairs", "mean_pairs", 1.0), ("invalid %", "invalid_share", 100.0)]
+    rows += [(f"{name} %", name, 100.0) for name in ("precision", "recall", "f1")]
     return Section(
         "attributes",
-        "of a listing, before -> after the round's RAR",
-        [Row(label, [cell(rung, name, scale) for rung in summary.rungs]) for label, name, scale in rows],
+        "of a listing, before -> after the round's RAR; precision, recall and F1 of pairs against the catalogue's",
+        [Row(label.replace("f1", "F1"), [cell(rung, n, scale) for rung in summary.rungs]) for label, n, scale in rows],
+    )
+
+
+def _names_section(summary: RunSummary) -> Section:
+    """Which attribute names survive, as often as the first generator wrote them."""
+    rounds = {each.number: each for each in summary.rounds}
+    first = next((each.attributes.names for each in summary.rounds if each.attributes is not None), {})
+
+    def cell(rung: Rung, name: str) -> Cell:
+        before = rounds[rung.number].attributes if rung.number in rounds else None
+        sizes = (before, rung.attributes)
+        shares = [f"{100 * each.names[name]:.0f}" if each is not None and name in each.names else "" for each in sizes]
+        return Cell(_change(*shares))
+
+    return Section(
+        "attribute names",
+        "% of listings that have it, before -> after the round's RAR",
+        [Row(name, [cell(rung, name) for rung in summary.rungs]) for name in sorted(first, key=lambda n: -first[n])],
+    )
+
+
+def _promotion_section(summary: RunSummary) -> Section:
+    rounds = {each.number: each.promotion for each in summary.rounds}
+    found = [rounds.get(rung.number) if rung.number is not None else None for rung in summary.rungs]
+    why = [line for each in found if each is not None for line in each.why]
+    gains = [each.gain if each is not None else None for each in found]
+    return Section(
+        "promotion",
+        "; ".join(why),
+        [
+            Row("promoted", [Cell(("yes" if each.promoted else "no") if each is not None else "") for each in found]),
+            Row("gain in hit@1, points", [_share(gain, "+") for gain in gains], intervals=True),
+        ],
     )
 
 
@@ -190,12 +225,13 @@ def _reward(each: Round | None, name: str, sign: str) -> Cell:
     return Cell(f"{found.mean:{sign}.3f}", interval)
 
 
-def _share(value: Estimate | None) -> Cell:
+def _share(value: Estimate | None, sign: str = "") -> Cell:
     if value is None or value.mean is None:
         return Cell()
+    text = f"{100 * value.mean:{sign}.1f}"
     if value.low is None or value.high is None:
-        return Cell(f"{100 * value.mean:.1f}")
-    return Cell(f"{100 * value.mean:.1f}", f"{100 * value.low:.1f} to {100 * value.high:.1f}")
+        return Cell(text)
+    return Cell(text, f"{100 * value.low:{sign}.1f} to {100 * value.high:{sign}.1f}")
 
 
 def _change(before: str, after: str) -> str:

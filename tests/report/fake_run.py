@@ -95,10 +95,14 @@ class FakeRun:
             "logprob_gap": math.nan,
         }
         keys = ["reward_mean", "kl", "invalid_share", "zero_variance_share", "attribute_pairs", "logprob_gap"]
+        keys += [f"name_share/{name}" for name in ("color", "size", "material", "neckline")]
         self.stage(f"rar-r{n}", rar, f"gallery-r{n}", log=keys)
         self.stage(f"attributes-r{n + 1}", self.sizes(7.3 - n))
         metrics = {"protocols": self.protocols(0.444 + 0.06 * n), "attributes": self.sizes(7.3 - n)}
         self.stage(f"evaluate-r{n}", metrics, f"agcl-r{n}", f"attributes-r{n + 1}", examples=True)
+        promotion = {"promoted": n != 1, "why": ["labels changes by -0.0310"] if n == 1 else []}
+        gain = {"gain": interval(0.06, 0.011)} if n else {}
+        self.stage(f"promotion-r{n}", {**promotion, **gain}, f"evaluate-r{n}")
 
     def stage(
         self, name: str, metrics: dict[str, Any], *upstream: str, log: list[str] | None = None, examples: bool = False
@@ -177,8 +181,12 @@ class FakeRun:
         return {"fine": {"kind": "retrieval", "metrics": metrics}}
 
     @staticmethod
-    def sizes(words: float) -> dict[str, float]:
-        return {"mean_words": words, "mean_pairs": words / 2.1, "invalid_share": words / 300}
+    def sizes(words: float) -> dict[str, Any]:
+        names = {
+            name: {"written": words / 10 - shift, "source": 1.0} for name, shift in (("size", 0.3), ("color", 0.01))
+        }
+        quality = {"precision": words / 11, "recall": words / 13, "f1": words / 12, "names": names}
+        return {"mean_words": words, "mean_pairs": words / 2.1, "invalid_share": words / 300, "quality": quality}
 
 
 def interval(mean: float, half: float) -> dict[str, float]:

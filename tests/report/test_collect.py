@@ -61,7 +61,7 @@ def test_stages_with_other_settings_or_changed_foundations_are_outdated(tmp_path
     fake = FakeRun(str(tmp_path))
     run = fake.everything(rounds=1, baseline=False)
     fake.stage("attributes-r0", fake.sizes(5.0), "distill")
-    assert collect(run).outdated == {"agcl-r0", "gallery-r0", "rar-r0", "evaluate-r0"}
+    assert collect(run).outdated == {"agcl-r0", "gallery-r0", "rar-r0", "evaluate-r0", "promotion-r0"}
     record = run.read_run()
     run.write_run({**record, "config": {**record["config"], "agcl": {"steps": 61}}})
     assert collect(run).outdated == {stage.name for stage in run.stages()}

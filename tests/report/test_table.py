@@ -70,6 +70,15 @@ def test_every_cell_is_the_number_of_its_stage(whole: RunDirectory) -> None:
     assert found["attributes"]["invalid %"][3:] == [
         f"{percent(a['invalid_share'])} -> {percent(b['invalid_share'])}" for a, b in sizes
     ]
+    for name, label in (("precision", "precision %"), ("recall", "recall %"), ("f1", "F1 %")):
+        pairs = [[percent(each["quality"][name]) for each in both] for both in sizes]
+        assert found["attributes"][label][3:] == [f"{a} -> {b}" for a, b in pairs]
+    assert list(found["attribute names"]) == ["color", "size"], "the name written most often stands first"
+    assert found["attribute names"]["size"][3:] == ["53 -> 43", "43 -> 33"]
+    assert found["promotion"]["promoted"][3:] == ["yes", "no"]
+    assert found["promotion"]["gain in hit@1, points"] == ["-"] * 4 + ["+6.0"]
+    assert found["promotion"]["gain in hit@1, points interval"] == ["+4.9 to +7.2"]
+    assert "labels changes by -0.0310" in text
     rar = [metrics[f"rar-r{r}"] for r in (0, 1)]
     for when in ("before", "after"):
         values = [each[f"heldout_{when}"] for each in rar]
@@ -86,7 +95,9 @@ def test_every_cell_is_the_number_of_its_stage(whole: RunDirectory) -> None:
 def test_the_headline_stands_first_and_text_is_ascii(whole: RunDirectory) -> None:
     text = run_table(whole)
     assert text.isascii()
-    assert list(cells(text.split("\n\n")[0].split("\n", 1)[1])) == ["fine", "coarse", "labels", "attributes", "reward"]
+    assert list(cells(text.split("\n\n")[0].split("\n", 1)[1])) == [
+        *("fine", "coarse", "labels", "attributes", "attribute names", "reward", "promotion")
+    ]
 
 
 def test_metrics_are_ordered_by_kind_then_depth() -> None:

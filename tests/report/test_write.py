@@ -86,6 +86,8 @@ def test_panels_follow_the_logged_keys(report: dict[str, Any]) -> None:
         "KL to the round's start, nats a token",
         "pairs of valid attributes",
         "sampler against learner, nats a token",
+        "share of completions that name it, round 0",
+        "share of completions that name it, round 1",
     ]
     assert "masked negatives, share" in [panel.title for panel in panels["agcl"]]
     pictures = [Image.open(io.BytesIO(draw_png(panels["rar"][:1], theme))) for theme in (LIGHT, DARK)]

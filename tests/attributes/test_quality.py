@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from afmrl_ray.attributes.quality import common_names, name_shares, pair_scores, quality
+
+RED, BLUE, LARGE, ROUND = ("color", "red"), ("color", "blue"), ("size", "large"), ("neckline", "round")
+
+
+def test_pairs_are_counted_over_all_listings():
+    written = [(RED, LARGE), (BLUE,), ()]
+    source = [(RED, ROUND), (RED,), (LARGE,)]
+    found = pair_scores(written, source)
+    assert found.precision == pytest.approx(1 / 3)
+    assert found.recall == pytest.approx(1 / 4)
+    assert found.f1 == pytest.approx(2 * 1 / (3 + 4))
+    assert found.names_right == pytest.approx(2 / 3), "a wrong value under a right name is half right"
+
+
+def test_nothing_written_is_no_division_by_zero():
+    assert pair_scores([()], [(RED,)]).f1 == 0
+    assert pair_scores([(RED,)], [()]).recall == 0
+
+
+PAIRS = st.dictionaries(st.sampled_from("abcd"), st.sampled_from("xyz")).map(lambda found: tuple(found.items()))
+
+
+@given(st.lists(st.tuples(PAIRS, PAIRS), min_size=1))
+def test_f1_is_that_of_the_set_of_all_pairs(listings):
+    written, source = zip(*listings, strict=True)
+    ours = {(index, pair) for index, own in enumerate(written) for pair in own}
+    theirs = {(index, pair) for index, own in enumerate(source) for pair in own}
+    found = pair_scores(written, source)
+    assert found.f1 == pytest.approx(2 * len(ours & theirs) / max(1, len(ours) + len(theirs)))
+    swapped = pair_scores(source, written)
+    assert (found.precision, found.recall) == (swapped.recall, swapped.precision)
+
+
+def test_names_are_counted_by_listing_and_the_most_frequent_come_first():
+    source = [(RED, LARGE), (BLUE, ROUND), (RED,)]
+    assert name_shares(source, ["size", "color", "fit"]) == {"size": 1 / 3, "color": 1.0, "fit": 0.0}
+    assert common_names(source, most=2) == ["color", "neckline"]
+    shares = [name_shares(source, [name])[name] for name in common_names(source, most=9)]
+    assert all(one >= other for one, other in pairwise(shares))
+
+
+def test_listings_that_the_source_says_nothing_about_do_not_count():
+    found = quality([(RED,), (LARGE,)], [(RED, LARGE), ()])
+    assert (found["precision"], found["recall"], found["listings"]) == (1.0, 0.5, 1)
+    assert found["names"] == {"color": {"written": 1.0, "source": 1.0}, "size": {"written": 0.0, "source": 1.0}}
+    assert quality([(RED,)], [()]) == {}
