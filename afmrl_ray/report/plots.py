@@ -167,7 +167,7 @@ def _lines(lines: Sequence[tuple[str, Log, str]]) -> Draw:
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(lines) > 3:
-            _legend_below(axes)
+            _legend_below(axes, 0.22)
         elif len(lines) > 1 or lines[0][0].startswith("round"):
             axes.legend()
 
@@ -263,8 +263,9 @@ def _name_rungs(axes: Axes, names: list[str]) -> None:
     axes.set_xlim(-0.5, len(names) - 0.5)
 
 
-def _legend_below(axes: Axes) -> None:
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
+def _legend_below(axes: Axes, distance: float = 0.1) -> None:
+    """`distance` is in heights of the axes; a label of the axis needs room."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -distance), ncols=3)
 
 
 def _stage_bars(summary: RunSummary) -> Draw:
