@@ -17,6 +17,8 @@ def body(config: Config, options: argparse.Namespace) -> None:
     with open_run(config) as pipeline:
         run_cit(pipeline)
         index = write_report(pipeline.run, listings=pipeline.catalogue)
+        if pipeline.tracker is not None:
+            pipeline.tracker.report(index)
         print(run_table(pipeline.run))
         print(f"report: {index}")
 

@@ -12,6 +12,7 @@ from typing import Any
 from afmrl_ray.catalogue import Catalogue, CatalogueRef, StagedCatalogue
 from afmrl_ray.cit import bodies
 from afmrl_ray.cit.evaluation import EvaluationInputs, evaluate_body, floor_body, promotion_body
+from afmrl_ray.cit.mlflow_tracker import MLflowTracker
 from afmrl_ray.cit.stages import Body, RunDirectory, Stage
 from afmrl_ray.config import Config
 from afmrl_ray.models.annotate import GeneratorRef
@@ -27,11 +28,19 @@ class Pipeline:
         config: the whole config.
         run: the run's directory, which must exist.
         given: the catalogue of `catalogue.path`, opened; none for the synthetic one.
+        tracker: is told of every stage.
     """
 
-    def __init__(self, config: Config, run: RunDirectory, given: Catalogue | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run: RunDirectory,
+        given: Catalogue | None = None,
+        tracker: MLflowTracker | None = None,
+    ) -> None:
         self.config = config
         self.run = run
+        self.tracker = tracker
         self._given = given
         self._done: dict[str, Stage] = {}
 
@@ -39,6 +48,8 @@ class Pipeline:
         """The stage, run or skipped once; what stands on it asks again and again."""
         if name not in self._done:
             self._done[name] = self.run.run_stage(name, inputs, body, resumable=resumable)
+            if self.tracker is not None:
+                self.tracker.stage(self._done[name])
         return self._done[name]
 
     def _inputs(self, sections: tuple[str, ...], *upstream: Stage | None, **more: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from afmrl_ray.config.cluster import RayConfig, RunConfig
 from afmrl_ray.config.evaluation import EvaluationConfig
 from afmrl_ray.config.models import EncoderConfig, GeneratorConfig, TinyConfig
 from afmrl_ray.config.teacher import ColumnTeacherConfig, TeacherConfig
+from afmrl_ray.config.tracking import TrackingConfig
 from afmrl_ray.config.train import AGCLConfig, DistillConfig, RARConfig
 
 
@@ -47,6 +48,8 @@ class Config(Section):
     """Evaluation."""
     cit: CITConfig = CITConfig()
     """The loop."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Where numbers go."""
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Config:

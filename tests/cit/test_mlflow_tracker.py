@@ -1,0 +1,118 @@
+"""Stages in MLflow's own local store, read back with its own client."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from afmrl_ray import storage
+from afmrl_ray.cit.mlflow_tracker import MLflowTracker, key_of
+from afmrl_ray.cit.stages import RunDirectory, StageOutcome
+from afmrl_ray.config import validate
+from afmrl_ray.errors import ConfigError
+from afmrl_ray.training.metrics_log import MetricsLog
+
+pytest.importorskip("mlflow", reason="MLflow is not installed (pip install .[mlflow]): ITS TRACKER IS NOT TESTED")
+METRICS = {"protocols": {"fine": {"metrics": {"hit@1": {"mean": 0.5, "low": None}}}}, "why": ["no number"], "ok": True}
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """Config, run, and MLflow's client of a local store."""
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    from mlflow import MlflowClient
+
+    uri = f"file://{tmp_path}/mlruns"
+    config = validate({"run": {"name": "mugs"}, "tracking": {"mlflow_uri": uri, "mlflow_experiment": "shop"}})
+    run = RunDirectory(str(tmp_path), "mugs")
+    run.create()
+    return config, run, MlflowClient(tracking_uri=uri)
+
+
+def commit(run, name, metrics, steps=0, seed=0):
+    def body(directory):
+        if steps:
+            log = MetricsLog(storage.join(directory, "log"))
+            for step in range(steps):
+                log.log(step, {"reward_mean": step / 10, "kl": float("nan"), "name_share/size (cm)": 1.0})
+            log.close()
+        return StageOutcome({}, metrics)
+
+    return run.run_stage(name, {"seed": seed}, body)
+
+
+def test_metrics_steps_and_settings_are_found_in_mlflow(world):
+    config, run, client = world
+    tracker = MLflowTracker(config, run)
+    tracker.stage(commit(run, "rar-r0", {"reward_mean": 0.25}, steps=1200))
+    tracker.stage(commit(run, "evaluate-r0", METRICS))
+    tracker.close(finished=True)
+    (experiment,) = (each for each in client.search_experiments() if each.name == "shop")
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert found.info.run_name == "mugs"
+    assert found.info.status == "FINISHED"
+    assert found.data.params["rar/group_size"] == str(config.rar.group_size)
+    assert found.data.metrics["rar-r0/reward_mean"] == 0.25
+    assert found.data.metrics["evaluate-r0/protocols/fine/metrics/hit_at_1/mean"] == 0.5
+    assert not [name for name in found.data.metrics if name.endswith(("/low", "/ok", "/kl")) or "why" in name]
+    steps = client.get_metric_history(found.info.run_id, "rar-r0/step/reward_mean")
+    assert [(each.step, each.value) for each in steps] == [(step, step / 10) for step in range(1200)]
+    assert "rar-r0/step/name_share/size _cm_" in found.data.metrics
+
+
+def test_a_resumed_job_goes_on_in_the_same_mlflow_run_and_logs_nothing_twice(world, monkeypatch):
+    config, run, client = world
+    first = MLflowTracker(config, run)
+    stage = commit(run, "rar-r0", {"reward_mean": 0.25}, steps=3)
+    first.stage(stage)
+    first.close(finished=False)
+    again = MLflowTracker(config, run)
+    again.stage(stage)
+    (experiment,) = (each for each in client.search_experiments() if each.name == "shop")
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert len(client.get_metric_history(found.info.run_id, "rar-r0/step/reward_mean")) == 3
+    again.stage(commit(run, "rar-r0", {"reward_mean": 0.5}, steps=2, seed=1))
+    assert client.get_run(found.info.run_id).data.metrics["rar-r0/reward_mean"] == 0.5
+
+
+def test_a_server_that_goes_away_costs_no_training_and_is_told_later(world, monkeypatch, caplog):
+    from mlflow.exceptions import MlflowException
+
+    config, run, client = world
+    tracker = MLflowTracker(config, run)
+    stage = commit(run, "rar-r0", {"reward_mean": 0.25})
+
+    def away(*_, **__):
+        raise MlflowException("connection refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracker._client, "log_batch", away)
+        tracker.stage(stage)
+    assert "did not take stage rar-r0, the next job tries again: connection refused" in caplog.text
+    MLflowTracker(config, run).stage(stage)
+    run_id = storage.read_json(storage.join(run.path, "mlflow.json"))["run_id"]
+    assert client.get_run(run_id).data.metrics["rar-r0/reward_mean"] == 0.25
+
+
+def test_the_report_is_an_artifact(world, tmp_path):
+    config, run, client = world
+    page = tmp_path / "index.html"
+    page.write_text("<h1>mugs ü</h1>")
+    MLflowTracker(config, run).report(str(page))
+    run_id = storage.read_json(storage.join(run.path, "mlflow.json"))["run_id"]
+    assert [each.path for each in client.list_artifacts(run_id, "report")] == ["report/index.html"]
+
+
+def test_what_cannot_work_is_told_at_the_start_in_one_line(world, monkeypatch):
+    _, run, _ = world
+    with pytest.raises(ConfigError, match=r"tracking\.mlflow_uri nonsense://x"):
+        MLflowTracker(validate({"tracking": {"mlflow_uri": "nonsense://x"}}), run)
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install \.\[mlflow\]"):
+        MLflowTracker(validate({"tracking": {"mlflow_uri": "http://x"}}), run)
+
+
+def test_names_are_made_fit():
+    assert key_of("fine/hit@1: % (all)") == "fine/hit_at_1_ _ _all_"
