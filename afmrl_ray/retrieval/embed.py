@@ -21,7 +21,7 @@ from afmrl_ray.models.listing import ListingProcessor, Row, collate
 from afmrl_ray.models.microbatches import cut_by_tokens
 from afmrl_ray.models.pool import map_rows
 from afmrl_ray.models.prefix_groups import embed_groups
-from afmrl_ray.models.prompts import encoder_row, encoder_rows
+from afmrl_ray.models.prompts import encoder_rows
 from afmrl_ray.models.shared_prefix import use_shared_prefix
 from afmrl_ray.models.vision_cache import VisionCache
 
@@ -113,16 +113,7 @@ class Encoder:
             [B, D] float32, of unit length.
         """
         built = [
-            encoder_row(
-                self._processor,
-                self._catalogue,
-                row,
-                config=self._config,
-                inputs=inputs,
-                title_columns=title_columns,
-                attributes=text,
-                cache=self._cache,
-            )
+            self.listing_rows(row, [text], inputs=inputs, title_columns=title_columns)[0]
             for row, text in zip(rows, texts, strict=True)
         ]
         return self._model(**collate(built, self._processor.pad_id, self._model.device)).cpu().numpy()

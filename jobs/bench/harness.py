@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import importlib.util
 import json
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+
+import torch
 
 FOLDER = Path("runs/bench")
 
@@ -92,6 +99,43 @@ def seconds(work: Callable[[], Any]) -> Callable[[], float]:
         return time.perf_counter() - began
 
     return measure
+
+
+def run_parts(
+    name: str,
+    description: str,
+    parts: Sequence[str],
+    *,
+    peers: Sequence[str] = (),
+    needed: Mapping[str, str] = MappingProxyType({}),
+) -> int:
+    """Command line of a set of benchmarks: run all parts or those of `--only`, and print one table.
+
+    Args:
+        name: of the set; the JSON is `runs/bench/<name>.json`.
+        description: first line of `--help`.
+        parts: modules, each with `comparisons()`.
+        peers: packages without which parts run with fewer comparisons.
+        needed: package without which a part cannot run, by part.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--only", choices=parts, action="append", help="run this part alone; may be repeated")
+    asked = parser.parse_args().only or parts
+    torch.set_num_threads(2)
+    for peer in [peer for peer in peers if importlib.util.find_spec(peer) is None]:
+        print(f"{peer} is not installed: nothing is compared with it (make bench-{name} installs it)", file=sys.stderr)
+    found: list[Comparison] = []
+    for part in asked:
+        if part in needed and importlib.util.find_spec(needed[part]) is None:
+            print(f"{needed[part]} is not installed: {part} is left out (make bench-{name})", file=sys.stderr)
+            continue
+        print(f"{part} ...", file=sys.stderr)
+        found += importlib.import_module(part).comparisons()
+        # After every part, so that one that fails does not lose what the others measured.
+        write(name, found, ["torch", "transformers", "deepspeed", "ray"])
+    show(found)
+    print(f"-> {FOLDER / f'{name}.json'}")
+    return 0
 
 
 def write(name: str, comparisons: Sequence[Comparison], packages: Sequence[str]) -> Path:
