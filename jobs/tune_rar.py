@@ -54,7 +54,8 @@ def body(config: Config, options: argparse.Namespace) -> None:
         trainable = tune.with_parameters(RARTrainable, base=config, job=job)
         # Trials start their own actors, so a second one would wait for what the first holds.
         results = tune.Tuner(
-            tune.with_resources(trainable, {"cpu": 0}),
+            # A trial must ask for something, and its actors may need every CPU.
+            tune.with_resources(trainable, {"memory": 1}),
             param_space={field: tune.grid_search(values) for field, values in space.items()},
             tune_config=tune.TuneConfig(metric="heldout_gain", mode="max", max_concurrent_trials=1),
             run_config=tune.RunConfig(name="trials", storage_path=directory, verbose=1),
