@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from afmrl_ray.models.inner import inner_model
-from afmrl_ray.models.listing import Row, collate, continuation
+from afmrl_ray.models.rows import Row, collate, continuation
 
 NAME = "afmrl_shared_prefix_sdpa"
 
