@@ -12,7 +12,7 @@ from yaml import safe_load
 
 from afmrl_ray import storage
 from afmrl_ray.cit.driver import open_run
-from afmrl_ray.cit.schedule import dry_run
+from afmrl_ray.cit.schedule import dry_run, resources
 from afmrl_ray.cli import job_main, round_argument
 from afmrl_ray.config import Config, with_values
 from afmrl_ray.errors import ConfigError
@@ -46,18 +46,23 @@ def grid(text: str, config: Config) -> tuple[str, list[Any]]:
     return field, found
 
 
+def trial_resources(config: Config) -> tune.PlacementGroupFactory:
+    """What a trial's actors and learners hold; as many trials run at once as there is room for."""
+    asked = [demand.each for demand in resources(config)["rar"] for _ in range(demand.count)]
+    # The trial itself needs nothing, but one that asks for nothing never starts.
+    return tune.PlacementGroupFactory([{"memory": 1}, *({name: n for name, n in each.items() if n} for each in asked)])
+
+
 def body(config: Config, options: argparse.Namespace) -> None:
     space = dict(grid(text, config) for text in options.grid or ["rar.kl_coef=0.0,0.01"])
     with open_run(config) as pipeline:
         directory = storage.join(pipeline.run.path, "tune", f"rar-r{options.round}")
         job = pipeline.rar_job(options.round, directory)
         trainable = tune.with_parameters(RARTrainable, base=config, job=job)
-        # Trials start their own actors, so a second one would wait for what the first holds.
         results = tune.Tuner(
-            # A trial must ask for something, and its actors may need every CPU.
-            tune.with_resources(trainable, {"memory": 1}),
+            tune.with_resources(trainable, lambda changes: trial_resources(with_values(config, changes))),
             param_space={field: tune.grid_search(values) for field, values in space.items()},
-            tune_config=tune.TuneConfig(metric="heldout_gain", mode="max", max_concurrent_trials=1),
+            tune_config=tune.TuneConfig(metric="heldout_gain", mode="max"),
             run_config=tune.RunConfig(name="trials", storage_path=directory, verbose=1),
         ).fit()
     for error in results.errors:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import ray
 import torch
+from deepspeed.utils import safe_get_full_fp32_param
 
 from afmrl_ray.config.models import OptimizerConfig
 from afmrl_ray.config.train import RARConfig, RolloutConfig
@@ -14,7 +17,7 @@ from afmrl_ray.rar.loss import group_advantages
 from afmrl_ray.rar.messages import Weights
 from afmrl_ray.rar.prompts import batch_columns
 from afmrl_ray.rar.rollout import RolloutPool
-from afmrl_ray.rar.weights import trained_tensors, weights_fingerprint
+from afmrl_ray.rar.weights import load_tensors, trained_tensors, weights_fingerprint
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 GROUP = 2
@@ -118,12 +121,42 @@ def test_a_shared_prompt_that_gives_other_numbers_is_found_at_first_use(policy_s
         update(policy_spec, columns, num_learners=0, shared_prompt="on")
 
 
-@pytest.mark.parametrize("learners", [1, 2])
-def test_the_number_of_learners_changes_nothing(policy_spec, columns, whole, learners):
-    tensors, stats = update(policy_spec, columns, num_learners=learners, tokens_per_microbatch=150)
+@pytest.mark.parametrize(("learners", "zero_stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
+def test_the_number_of_learners_changes_nothing(policy_spec, columns, whole, learners, zero_stage):
+    settings = {"num_learners": learners, "zero_stage": zero_stage, "tokens_per_microbatch": 150}
+    tensors, stats = update(policy_spec, columns, **settings)
     for name in ("loss", "policy_loss", "gradient_norm"):
         assert stats[name] == pytest.approx(whole[1][name], rel=1e-4, abs=1e-6)
     assert_same_direction(policy_spec, tensors, whole[0])
+
+
+def test_in_bfloat16_samplers_get_the_rounded_masters(policy_spec, columns):
+    spec = replace(policy_spec, generator=policy_spec.generator.model_copy(update={"dtype": "bfloat16"}))
+    rar = RARConfig(
+        group_size=GROUP, prompts_per_step=4, optimizer=OPTIMIZER, steps=4, num_learners=0, zero_stage=2,
+        cpus_per_learner=0.5,
+    )  # fmt: skip
+    learners = build_learners(rar, spec)
+    try:
+        for _ in range(2):
+            learners.update(batch=learner_batch(columns))
+        [masters] = learners.foreach_learner(
+            lambda learner: {
+                name: safe_get_full_fp32_param(parameter)
+                for name, parameter in learner._own.policy.named_parameters()
+                if parameter.requires_grad
+            }
+        )
+        [exported] = learners.foreach_learner(lambda learner: learner.export_weights())
+        masters, tensors = masters.get(), ray.get(exported.get()[2][0])
+    finally:
+        learners.shutdown()
+    assert masters.keys() == tensors.keys()
+    for name, master in masters.items():
+        assert (master.dtype, tensors[name].dtype) == (torch.float32, torch.bfloat16)
+        assert torch.equal(tensors[name], master.bfloat16()), name
+    assert any(not torch.equal(tensors[name].float(), master) for name, master in masters.items())
+    load_tensors(spec.load_policy(), tensors)
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_learners": 2, "tokens_per_microbatch": 150}, {"zero_stage": 3}])

@@ -69,6 +69,56 @@ def test_cut_workers_stages_and_resume_give_the_weights_of_plain_torch(tmp_path,
         torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)
 
 
+class Scaled(nn.Module):
+    """Its gradient is its input, so every step of Adam moves each weight by the learning rate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(1 + torch.rand(5, 7, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, signs: torch.Tensor) -> torch.Tensor:
+        return (self.weight * signs).sum()
+
+
+TINY_STEP, TINY_STEPS, SIGNS = 5e-4, 14, torch.randn(5, 7, generator=torch.Generator().manual_seed(1)).sign()
+
+
+def train_by_tiny_steps(rank: int, world: int, stage: int, folder: str) -> None:
+    constant = OptimizerConfig(learning_rate=TINY_STEP, schedule="constant", warmup_share=0.0, gradient_clip=0.0)
+
+    def fresh() -> tuple[Scaled, Engine]:
+        net = Scaled().bfloat16()
+        return net, Engine(net, constant, steps=TINY_STEPS, zero_stage=stage, bf16=True)
+
+    net, engine = fresh()
+    for step in range(TINY_STEPS):
+        if step == TINY_STEPS // 2:
+            engine.save(folder)
+            dist.barrier()
+            engine.close()
+            net, engine = fresh()
+            engine.load(folder)
+        engine.backward(engine(SIGNS.bfloat16()))
+        norm = engine.step()["gradient_norm"]
+    with engine.whole_parameters():
+        if rank == 0:
+            torch.save((net.weight.detach().clone(), norm), f"{folder}/weights.pt")
+
+
+@pytest.mark.parametrize(("world", "stage"), [(1, 0), (1, 1), (2, 0), (2, 2), (2, 3)])
+@pytest.mark.timeout(180)
+def test_in_bfloat16_steps_below_its_resolution_add_up_and_survive_a_checkpoint(tmp_path, world, stage):
+    run_workers(train_by_tiny_steps, stage, str(tmp_path), world=world)
+    start = Scaled().weight.detach().bfloat16()
+    lost = (start - TINY_STEP * TINY_STEPS / 2 * SIGNS).bfloat16()
+    assert torch.equal(lost, start), "half of the steps together would round to something already"
+    found, norm = torch.load(tmp_path / "weights.pt")
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, (start.float() - TINY_STEP * TINY_STEPS * SIGNS).bfloat16())
+    assert not torch.isclose(found, start).any()
+    assert norm == pytest.approx(SIGNS.numel() ** 0.5, rel=1e-5)
+
+
 def test_schedules():
     linear = schedule_factor(OptimizerConfig(schedule="linear", warmup_share=0.2), 10)
     assert [linear(step) for step in range(3)] == [0.5, 1.0, 1.0]
