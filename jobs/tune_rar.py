@@ -62,7 +62,6 @@ def body(config: Config, options: argparse.Namespace) -> None:
         results = tune.Tuner(
             tune.with_resources(trainable, lambda changes: trial_resources(with_values(config, changes))),
             param_space={field: tune.grid_search(values) for field, values in space.items()},
-            tune_config=tune.TuneConfig(metric="heldout_gain", mode="max"),
             run_config=tune.RunConfig(name="trials", storage_path=directory, verbose=1),
         ).fit()
     for error in results.errors:
@@ -72,7 +71,7 @@ def body(config: Config, options: argparse.Namespace) -> None:
     for result in results:
         values = [result.config[field] for field in fields] + [f"{result.metrics[name]:.4f}" for name in COLUMNS]
         print(" ".join(f"{value!s:>18}" for value in values))
-    best = results.get_best_result()
+    best = results.get_best_result("heldout_gain", "max")
     print("best: " + " ".join(f"{field}={best.config[field]}" for field in fields))
 
 
