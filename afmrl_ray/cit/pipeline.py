@@ -252,7 +252,9 @@ class Pipeline:
         return self._evaluation("evaluate-baseline", self.baseline, None)
 
     def _evaluation(self, name: str, encoder: Stage, attributes: Stage | None) -> Stage:
-        inputs = self._inputs(("encoder", "evaluation"), self.catalogue_stage, encoder, attributes)
+        # What it writes is among its inputs, so that runs from before `per_query` are measured again.
+        outputs = ["examples", "per_query"]
+        inputs = self._inputs(("encoder", "evaluation"), self.catalogue_stage, encoder, attributes, outputs=outputs)
         evaluation = EvaluationInputs(
             self.config,
             self.catalogue_ref,
