@@ -21,7 +21,7 @@ from afmrl_ray.training.metrics_log import read_metrics
 from tests.cit.conftest import run_values
 
 ROOT = Path(__file__).resolve().parents[2]
-ROUND = ("attributes-r0", "agcl-r0", "gallery-r0", "rar-r0", "attributes-r1", "evaluate-r0")
+ROUND = ("attributes-r0", "agcl-r0", "gallery-r0", "rar-r0", "attributes-r1", "evaluate-r0", "promotion-r0")
 
 
 def fingerprints(run: RunDirectory) -> dict[str, str]:
@@ -68,7 +68,7 @@ def test_a_run_commits_every_stage_skips_them_next_time_and_reruns_what_a_change
     with open_run(changed) as pipeline:
         run_cit(pipeline)
     again = commits(run)
-    assert {name for name in again if again[name] != first[name]} == {"floor", "evaluate-r0"}
+    assert {name for name in again if again[name] != first[name]} == {"floor", "evaluate-r0", "promotion-r0"}
 
 
 def start_driver(config_file: Path, log: Path) -> subprocess.Popen:
