@@ -20,9 +20,10 @@ from afmrl_ray.attributes.lexical import BM25
 from afmrl_ray.attributes.store import AttributeStore
 from afmrl_ray.catalogue import StagedCatalogue
 from afmrl_ray.config import Config
-from afmrl_ray.models.listing import ListingProcessor, Row
+from afmrl_ray.models.listing import ListingProcessor
 from afmrl_ray.models.microbatches import cut_by_tokens
 from afmrl_ray.models.prompts import encoder_row
+from afmrl_ray.models.rows import Row
 from afmrl_ray.models.vision_cache import VisionCache
 
 

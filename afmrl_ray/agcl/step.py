@@ -23,7 +23,7 @@ from afmrl_ray.agcl.loss import (
 from afmrl_ray.agcl.prepare import Ahead, Prepared, Preparer, Task
 from afmrl_ray.config.train import AGCLConfig
 from afmrl_ray.models.flops import EncoderFlops
-from afmrl_ray.models.listing import collate
+from afmrl_ray.models.rows import collate
 from afmrl_ray.training.engine import Engine
 from afmrl_ray.training.stopwatch import Stopwatch
 

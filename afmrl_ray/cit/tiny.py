@@ -15,8 +15,9 @@ from afmrl_ray.attributes.text import format_attributes, normalise_attributes
 from afmrl_ray.catalogue import CatalogueRef, make_catalogue
 from afmrl_ray.config import Config
 from afmrl_ray.config.catalogue import SyntheticConfig
-from afmrl_ray.models.listing import ListingProcessor, Row
+from afmrl_ray.models.listing import ListingProcessor
 from afmrl_ray.models.pretrain import caption, pretrain
+from afmrl_ray.models.rows import Row
 from afmrl_ray.models.tiny import build_encoder, build_generator, save_checkpoint, train_tokenizer
 
 # Far from any seed a user would pick; the few products that recur by chance are left out.

@@ -161,7 +161,7 @@ class DistillStep:
             generator_row(self._processor, self._catalogue, row, config=self._config.generator)
             for row, _ in batch[local]
         ]
-        inputs, mask = completion_batch(self._processor, prompts, completions[local], self._engine.device)
+        inputs, mask = completion_batch(prompts, completions[local], self._processor.pad_id, self._engine.device)
         logp = self._engine(inputs, mask, forbidden_ids=self._processor.forbidden_ids)
         # The engine averages over workers, so each counts its sum once per worker.
         loss = -logp.sum() * self._world / tokens

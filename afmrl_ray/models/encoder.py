@@ -31,7 +31,7 @@ class EmbeddingModel(nn.Module):
         self.log_temperature = nn.Parameter(torch.tensor([temperature]).log()) if temperature is not None else None
 
     def forward(self, **batch: Tensor) -> Tensor:
-        """Embed a left-padded batch of `models.listing.collate`, with pictures before or after the vision tower.
+        """Embed a left-padded batch of `models.rows.collate`, with pictures before or after the vision tower.
 
         Returns:
             [B, D] float32, of unit length; with a learned temperature [B, D + 1], its logarithm in the last column, so

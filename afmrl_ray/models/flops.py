@@ -27,7 +27,7 @@ PEAK_TFLOPS_BF16 = {
 
 
 class Picture(Protocol):
-    """What decides the work on a picture; `models.listing.Visual` is one."""
+    """What decides the work on a picture; `models.rows.Visual` is one."""
 
     @property
     def grid(self) -> tuple[int, int, int]: ...
@@ -37,7 +37,7 @@ class Picture(Protocol):
 
 
 class Tokens(Protocol):
-    """What decides the work on a sequence; `models.listing.Row` is one."""
+    """What decides the work on a sequence; `models.rows.Row` is one."""
 
     def __len__(self) -> int: ...
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from afmrl_ray.models.inner import inner_model
-from afmrl_ray.models.listing import ListingProcessor, Row, collate
+from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.logprobs import token_logprobs
+from afmrl_ray.models.rows import Row, collate
 from afmrl_ray.models.shared_prefix import Decoding, takes_shared_prefix
 
 
@@ -31,19 +33,6 @@ class Completions:
     def texts(self, processor: ListingProcessor) -> list[tuple[str, bool]]:
         """Text of every completion and whether it ended by itself."""
         return [processor.decode(row[keep].tolist()) for row, keep in zip(self.ids, self.mask, strict=True)]
-
-
-def token_logprobs(logits: Tensor, *, temperature: float, forbidden_ids: Sequence[int]) -> Tensor:
-    """Log-probabilities that sampler and learner agree on: float32, tempered, special tokens excluded.
-
-    Args:
-        logits: [..., V].
-    """
-    logits = logits.float() / temperature
-    if len(forbidden_ids):
-        index = torch.tensor(forbidden_ids, device=logits.device)
-        logits = logits.index_fill(-1, index, float("-inf"))
-    return torch.log_softmax(logits, dim=-1)
 
 
 @torch.no_grad()

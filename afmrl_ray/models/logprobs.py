@@ -10,23 +10,37 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from afmrl_ray.models.generation import token_logprobs
 from afmrl_ray.models.inner import inner_model
-from afmrl_ray.models.listing import ListingProcessor, Row, append_completion, collate
+from afmrl_ray.models.rows import Row, append_completion, collate
 from afmrl_ray.models.shared_prefix import Packed
 
 _CHUNK = 1024
 """Tokens that go through the language-model head at once."""
 
 
+def token_logprobs(logits: Tensor, *, temperature: float, forbidden_ids: Sequence[int]) -> Tensor:
+    """Log-probabilities that sampler and learner agree on: float32, tempered, special tokens excluded.
+
+    Args:
+        logits: [..., V].
+    """
+    logits = logits.float() / temperature
+    if len(forbidden_ids):
+        index = torch.tensor(forbidden_ids, device=logits.device)
+        logits = logits.index_fill(-1, index, float("-inf"))
+    return torch.log_softmax(logits, dim=-1)
+
+
 def completion_batch(
-    processor: ListingProcessor, prompts: Sequence[Row], completions: Sequence[np.ndarray], device: torch.device | str
+    prompts: Sequence[Row], completions: Sequence[np.ndarray], pad_id: int, device: torch.device | str = "cpu"
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Collate prompts followed by their completions.
 
     Args:
         prompts: B prompts.
         completions: B arrays of token ids, at least one token each.
+        pad_id: of the tokenizer.
+        device: of the tensors.
 
     Returns:
         The batch of `collate`, and [B, C] bool: True at the tokens of each completion, counted from its start.
@@ -34,7 +48,7 @@ def completion_batch(
     rows = [append_completion(prompt, tokens) for prompt, tokens in zip(prompts, completions, strict=True)]
     lengths = torch.tensor([len(tokens) for tokens in completions], device=device)
     mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
-    return collate(rows, processor.pad_id, device), mask
+    return collate(rows, pad_id, device), mask
 
 
 def completion_logprobs(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from afmrl_ray.models.encoder import EmbeddingModel
-from afmrl_ray.models.listing import Row
 from afmrl_ray.models.microbatches import cut_shared_prefix
+from afmrl_ray.models.rows import Row
 from afmrl_ray.models.shared_prefix import pack
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from afmrl_ray.models.listing import ListingProcessor, Row
+from afmrl_ray.models.listing import ListingProcessor
 from afmrl_ray.models.logprobs import completion_batch, completion_logprobs
+from afmrl_ray.models.rows import Row
 
 
 def caption(category: str, attributes: Iterable[tuple[str, str]]) -> str:
@@ -60,7 +61,7 @@ def caption_loss(model: Any, processor: ListingProcessor, examples: Sequence[tup
     """Mean negative log-likelihood per completion token, nats."""
     completions = [processor.completion_ids(text) for _, text in examples]
     batch, mask = completion_batch(
-        processor, [row for row, _ in examples], completions, next(model.parameters()).device
+        [row for row, _ in examples], completions, processor.pad_id, next(model.parameters()).device
     )
     logp = completion_logprobs(model, batch, mask, forbidden_ids=processor.forbidden_ids)
     return -logp.sum() / mask.sum()

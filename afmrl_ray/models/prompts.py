@@ -10,7 +10,8 @@ from PIL import Image
 
 from afmrl_ray.config.catalogue import Inputs
 from afmrl_ray.config.models import EncoderConfig, GeneratorConfig
-from afmrl_ray.models.listing import ListingProcessor, Picture, Row
+from afmrl_ray.models.listing import ListingProcessor, Picture
+from afmrl_ray.models.rows import Row
 from afmrl_ray.models.vision_cache import VisionCache
 
 

@@ -8,6 +8,11 @@ Attention does not build the [N, N] mask of such a sequence. Tokens are moved in
 continuations [K, C]: prompts attend causally, continuations to their prompt's keys and their own. That is as much
 arithmetic as rows of their own would spend on the continuations alone, on every device that has scaled dot-product
 attention.
+
+On CUDA a fused kernel is expected for both: flash attention for the prompts in 16 bits, whose only mask is causality;
+for the continuations the memory-efficient kernel (or cuDNN's), since flash attention takes no mask. Their mask
+[K, 1, C, P + C] is the largest tensor of its kind: it is stretched over heads without a copy, and no kernel of these
+holds attention weights.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from afmrl_ray.models.inner import inner_model
-from afmrl_ray.models.listing import Row, collate, continuation
+from afmrl_ray.models.rows import Row, collate, continuation
 
 NAME = "afmrl_shared_prefix_sdpa"
 

@@ -26,7 +26,8 @@ from safetensors.torch import save
 from afmrl_ray.config.models import VisionCacheConfig
 from afmrl_ray.errors import ConfigError
 from afmrl_ray.models.inner import inner_model
-from afmrl_ray.models.listing import ListingProcessor, Visual
+from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.rows import Visual
 
 log = logging.getLogger(__name__)
 

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from afmrl_ray.catalogue import CatalogueRef
 from afmrl_ray.config.models import AdapterConfig, GeneratorConfig
 from afmrl_ray.models.adapters import load_start, load_trained
-from afmrl_ray.models.listing import ListingProcessor, Row
+from afmrl_ray.models.listing import ListingProcessor
 from afmrl_ray.models.logprobs import completion_batch
 from afmrl_ray.models.policy import Policy
 from afmrl_ray.models.prompts import generator_row
+from afmrl_ray.models.rows import Row
 from afmrl_ray.models.shared_prefix import pack, use_shared_prefix
 
 ROW, COMPLETION, MASK, OLD_LOGP, ADVANTAGE, REWARD, WEIGHT, DENOMINATOR, TOKENS = (
@@ -121,7 +122,7 @@ class AttributePolicy(TorchRLModule):
             )
             mask = inputs.mask
         else:
-            inputs, mask = completion_batch(self.processor, prompts, completions, device)
+            inputs, mask = completion_batch(prompts, completions, self.processor.pad_id, device)
         options: dict[str, Any] = {
             "forbidden_ids": self.processor.forbidden_ids,
             "temperature": self.spec.temperature,

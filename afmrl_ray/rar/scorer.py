@@ -11,8 +11,8 @@ import torch
 
 from afmrl_ray.config.train import RewardConfig
 from afmrl_ray.errors import CatalogueError
-from afmrl_ray.models.listing import Row
 from afmrl_ray.models.prefix_groups import group_tokens
+from afmrl_ray.models.rows import Row
 from afmrl_ray.rar.reward_spec import KINDS, Query, RewardSpec
 from afmrl_ray.retrieval import metrics
 from afmrl_ray.retrieval.embed import Encoder

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from afmrl_ray.models.listing import ListingProcessor, Row, Visual
+from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.rows import Row, Visual
 from afmrl_ray.rar.messages import Group
 
 

@@ -17,11 +17,12 @@ from afmrl_ray.config.cluster import PoolConfig
 from afmrl_ray.config.models import EncoderConfig
 from afmrl_ray.models.adapters import load_trained
 from afmrl_ray.models.encoder import EmbeddingModel
-from afmrl_ray.models.listing import ListingProcessor, Row, collate
+from afmrl_ray.models.listing import ListingProcessor
 from afmrl_ray.models.microbatches import cut_by_tokens
 from afmrl_ray.models.pool import map_rows
 from afmrl_ray.models.prefix_groups import embed_groups
 from afmrl_ray.models.prompts import encoder_row, encoder_rows
+from afmrl_ray.models.rows import Row, collate
 from afmrl_ray.models.shared_prefix import use_shared_prefix
 from afmrl_ray.models.vision_cache import VisionCache
 

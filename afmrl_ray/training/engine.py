@@ -87,7 +87,9 @@ class Engine:
         rate = float(self._engine.get_lr()[0])
         # DeepSpeed tells the norm only where it partitions; without partitions the gradients are whole here.
         grads = [p.grad for p in self.parameters if p.grad is not None] if self._zero_stage == 0 else []
-        norm = torch.nn.utils.get_total_norm(grads) if grads else None
+        # Norms in the gradients' own bfloat16 would be rounded to two digits.
+        norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
+        norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else None
         self._engine.step()
         norm = norm if norm is not None else self._engine.get_global_grad_norm()
         return {"learning_rate": rate, "gradient_norm": float(norm) if norm is not None else float("nan")}

@@ -10,14 +10,14 @@ import argparse
 import json
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from gpu import device_name, timed
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from tqdm import tqdm
@@ -204,24 +204,6 @@ class Step:
         return found
 
 
-def timed(step: Callable[[], None], device: torch.device, repeats: int) -> list[float]:
-    """Seconds of each step after two to warm up."""
-    found = []
-    for repeat in range(repeats + 2):
-        _wait(device)
-        began = time.perf_counter()
-        step()
-        _wait(device)
-        if repeat >= 2:
-            found.append(time.perf_counter() - began)
-    return found
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -238,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shape = TINY if options.tiny else PUBLISHED
     model = make_model(shape, torch.device(options.device), getattr(torch, options.dtype))
     flops = EncoderFlops(model.backbone)
-    name = torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU"
+    name = device_name(model.device)
     peak = peak_tflops(name) if options.dtype == "bfloat16" else None
     found = []
     for pairs in tqdm(options.pairs, desc="sizes"):

@@ -23,9 +23,9 @@ def child(pairs: int) -> dict[str, float]:
     from afmrl_ray.agcl.layout import Batch
     from afmrl_ray.agcl.loss import agcl_loss, false_negative_keep
     from afmrl_ray.models.encoder import EmbeddingModel
-    from afmrl_ray.models.listing import collate
     from afmrl_ray.models.microbatches import cut_by_tokens
     from afmrl_ray.models.prompts import encoder_row
+    from afmrl_ray.models.rows import collate
 
     bench = make_bench(pairs, max(SIZES))
     catalogue, processor = bench.catalogue, bench.processor()

@@ -20,9 +20,9 @@ from afmrl_ray.agcl.gradcache import backward_in_parts
 from afmrl_ray.agcl.layout import Batch
 from afmrl_ray.agcl.loss import agcl_loss
 from afmrl_ray.models.encoder import EmbeddingModel
-from afmrl_ray.models.listing import Row, collate
 from afmrl_ray.models.microbatches import cut_by_tokens
 from afmrl_ray.models.prompts import encoder_row
+from afmrl_ray.models.rows import Row, collate
 
 PAIRS, TEMPERATURE, PART = 64, 0.05, 16
 

@@ -16,9 +16,11 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, Qwen2_5_VLForConditionalGeneration
 
 from afmrl_ray.models.backbones import load_backbone
-from afmrl_ray.models.generation import Completions, generate, token_logprobs
-from afmrl_ray.models.listing import ListingProcessor, Row, collate
+from afmrl_ray.models.generation import Completions, generate
+from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.logprobs import token_logprobs
 from afmrl_ray.models.prompts import generator_row
+from afmrl_ray.models.rows import Row, collate
 from afmrl_ray.models.shared_prefix import use_shared_prefix
 
 PROMPTS, GROUP, NEW_TOKENS = 4, 8, 32

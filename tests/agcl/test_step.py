@@ -16,7 +16,8 @@ from afmrl_ray.attributes.text import format_attributes, normalise_attributes
 from afmrl_ray.config import validate
 from afmrl_ray.models.adapters import load_start
 from afmrl_ray.models.encoder import EmbeddingModel
-from afmrl_ray.models.listing import ListingProcessor, collate
+from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.rows import collate
 from afmrl_ray.training.engine import Engine
 from afmrl_ray.training.fit import seed_step
 from afmrl_ray.training.stopwatch import Stopwatch

@@ -14,6 +14,7 @@ ABSENT = ("ray", "deepspeed", "pyarrow", "pydantic", "omegaconf", "PIL", "scipy"
 RUN = f"""
 import runpy, sys
 sys.modules.update(dict.fromkeys({ABSENT!r}))
+sys.path.insert(0, {str(SCRIPT.parent)!r})
 sys.argv = ["agcl_gpu.py", *sys.argv[1:]]
 runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 """

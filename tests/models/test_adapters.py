@@ -13,7 +13,8 @@ from afmrl_ray.models.adapters import ADAPTER_FILE, load_start, load_trained, ma
 from afmrl_ray.models.backbones import load_backbone
 from afmrl_ray.models.encoder import EmbeddingModel
 from afmrl_ray.models.export import export_merged
-from afmrl_ray.models.listing import ListingProcessor, collate
+from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.rows import collate
 from tests.models.test_listing import noise
 
 LORA = AdapterConfig(kind="lora", r=4)

@@ -13,7 +13,8 @@ from afmrl_ray.config.models import AdapterConfig, PictureConfig, VisionCacheCon
 from afmrl_ray.models.adapters import load_start
 from afmrl_ray.models.encoder import EmbeddingModel
 from afmrl_ray.models.flops import EncoderFlops, peak_tflops
-from afmrl_ray.models.listing import ListingProcessor, collate
+from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.rows import collate
 from afmrl_ray.models.vision_cache import VisionCache
 from tests.models.test_listing import noise
 

@@ -6,9 +6,9 @@ import torch
 
 from afmrl_ray.config.models import PictureConfig
 from afmrl_ray.models.backbones import load_backbone
-from afmrl_ray.models.generation import generate, token_logprobs
+from afmrl_ray.models.generation import generate
 from afmrl_ray.models.listing import ListingProcessor
-from afmrl_ray.models.logprobs import completion_batch, completion_logprobs
+from afmrl_ray.models.logprobs import completion_batch, completion_logprobs, token_logprobs
 from afmrl_ray.models.shared_prefix import Decoding, use_shared_prefix
 from tests.models.test_listing import noise
 
@@ -35,7 +35,7 @@ def test_sampled_logprobs_are_those_of_a_forward_pass(generator, prompts):
     out = generate(model, processor, prompts, max_new_tokens=12, group_size=3, seeds=[1, 2, 3], temperature=0.8)
     completions = [ids[keep].numpy() for ids, keep in zip(out.ids, out.mask, strict=True)]
     repeated = [prompt for prompt in prompts for _ in range(3)]
-    batch, mask = completion_batch(processor, repeated, completions, "cpu")
+    batch, mask = completion_batch(repeated, completions, processor.pad_id)
     with torch.no_grad():
         logp = completion_logprobs(model, batch, mask, forbidden_ids=processor.forbidden_ids, temperature=0.8)
     assert torch.equal(mask, out.mask[:, : mask.shape[1]])
@@ -57,7 +57,7 @@ def test_greedy_decoding_takes_the_likeliest_token_of_every_step(generator, prom
     out = generate(model, processor, prompts[:1], max_new_tokens=6)
     tokens: list[int] = []
     for expected in out.ids[0][out.mask[0]].tolist():
-        batch, _ = completion_batch(processor, prompts[:1], [np.array([*tokens, 0])], "cpu")
+        batch, _ = completion_batch(prompts[:1], [np.array([*tokens, 0])], processor.pad_id)
         hidden = model.model(**batch).last_hidden_state[:, -2]
         logp = token_logprobs(model.lm_head(hidden), temperature=1.0, forbidden_ids=processor.forbidden_ids)
         assert int(logp.argmax()) == expected
@@ -75,7 +75,7 @@ def test_sampling_follows_the_distribution(generator, prompts):
     model, processor = generator
     out = generate(model, processor, prompts[:1], max_new_tokens=1, group_size=4000, seeds=[3])
     with torch.no_grad():
-        batch, _ = completion_batch(processor, prompts[:1], [np.array([0])], "cpu")
+        batch, _ = completion_batch(prompts[:1], [np.array([0])], processor.pad_id)
         hidden = model.model(**batch).last_hidden_state[:, -2]
         expected = token_logprobs(model.lm_head(hidden), temperature=1.0, forbidden_ids=processor.forbidden_ids).exp()[
             0

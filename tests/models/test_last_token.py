@@ -9,7 +9,8 @@ from transformers import Qwen2VLForConditionalGeneration
 from afmrl_ray.config.models import AdapterConfig, PictureConfig
 from afmrl_ray.models.adapters import make_trainable
 from afmrl_ray.models.encoder import EmbeddingModel
-from afmrl_ray.models.listing import ListingProcessor, collate
+from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.rows import collate
 from tests.models.test_listing import noise
 
 

@@ -11,7 +11,8 @@ from transformers import AutoImageProcessor
 from afmrl_ray.config.models import PictureConfig
 from afmrl_ray.errors import CheckpointError
 from afmrl_ray.models.backbones import check_checkpoint, load_backbone
-from afmrl_ray.models.listing import ListingProcessor, append_completion, collate, mrope_positions
+from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.rows import append_completion, collate, mrope_positions
 
 PICTURE = PictureConfig(min_pixels=28 * 28, max_pixels=84 * 84)
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from afmrl_ray.config.models import EncoderConfig, PictureConfig
 from afmrl_ray.models.backbones import load_backbone
 from afmrl_ray.models.encoder import EmbeddingModel
-from afmrl_ray.models.listing import ListingProcessor, collate
+from afmrl_ray.models.listing import ListingProcessor
 from afmrl_ray.models.prefix_groups import embed_groups, group_tokens, split_at_common_prefix
+from afmrl_ray.models.rows import collate
 from afmrl_ray.models.shared_prefix import use_shared_prefix
 from afmrl_ray.retrieval.embed import Encoder, EncoderRef
 from tests.models.test_listing import noise

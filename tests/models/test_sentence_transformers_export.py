@@ -16,8 +16,9 @@ from afmrl_ray.config.models import AdapterConfig, EncoderConfig, PictureConfig
 from afmrl_ray.errors import CheckpointError, ConfigError
 from afmrl_ray.models.adapters import load_start, load_trained, save_trained
 from afmrl_ray.models.encoder import EmbeddingModel
-from afmrl_ray.models.listing import ListingProcessor, collate
+from afmrl_ray.models.listing import ListingProcessor
 from afmrl_ray.models.prompts import encoder_row
+from afmrl_ray.models.rows import collate
 from afmrl_ray.models.sentence_transformers_export import export_sentence_transformers
 from afmrl_ray.models.tiny import train_tokenizer
 

@@ -11,9 +11,10 @@ from PIL import Image
 
 from afmrl_ray.config.models import AdapterConfig, PictureConfig
 from afmrl_ray.models.adapters import load_start
-from afmrl_ray.models.listing import ListingProcessor, collate, continuation
+from afmrl_ray.models.listing import ListingProcessor
 from afmrl_ray.models.logprobs import completion_batch
 from afmrl_ray.models.policy import Policy
+from afmrl_ray.models.rows import collate, continuation
 from afmrl_ray.models.shared_prefix import NAME, pack, use_shared_prefix
 
 PICTURE = PictureConfig(min_pixels=784, max_pixels=20_000)
@@ -48,7 +49,7 @@ def policies(path: str, role: str, kind: str) -> Policy:
 def both_ways(policy: Policy, processor: ListingProcessor, prompts, completions):
     """Log-probabilities and gradients of a weighted sum of them, from rows of their own and packed."""
     repeated = [prompt for prompt, own in zip(prompts, completions, strict=True) for _ in own]
-    rows = completion_batch(processor, repeated, [ids for own in completions for ids in own], "cpu")
+    rows = completion_batch(repeated, [ids for own in completions for ids in own], processor.pad_id)
     packed = pack(prompts, completions, processor.pad_id)
     assert torch.equal(rows[1], packed.mask)
     found = []

@@ -11,7 +11,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForCondition
 
 from afmrl_ray.config.models import PictureConfig
 from afmrl_ray.models.backbones import load_backbone
-from afmrl_ray.models.listing import ListingProcessor, collate
+from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.rows import collate
 from afmrl_ray.models.vision_attention import NAME
 from tests.models.test_listing import noise
 

@@ -19,7 +19,8 @@ from afmrl_ray.errors import ConfigError
 from afmrl_ray.models.adapters import load_start
 from afmrl_ray.models.backbones import load_backbone
 from afmrl_ray.models.encoder import EmbeddingModel
-from afmrl_ray.models.listing import ListingProcessor, collate
+from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.rows import collate
 from afmrl_ray.models.vision_cache import VisionCache, fingerprint
 from afmrl_ray.retrieval.embed import Encoder, EncoderRef
 from tests.models.test_listing import noise

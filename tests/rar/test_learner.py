@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from deepspeed.utils import safe_get_full_fp32_param
 
 from afmrl_ray.config.models import AdapterConfig, OptimizerConfig
 from afmrl_ray.config.train import RARConfig, RolloutConfig
@@ -121,9 +122,10 @@ def test_a_shared_prompt_that_gives_other_numbers_is_found_at_first_use(policy_s
         update(policy_spec, columns, num_learners=0, shared_prompt="on")
 
 
-@pytest.mark.parametrize("learners", [1, 2])
-def test_the_number_of_learners_changes_nothing(policy_spec, columns, whole, learners):
-    tensors, stats = update(policy_spec, columns, num_learners=learners, tokens_per_microbatch=150)
+@pytest.mark.parametrize(("learners", "zero_stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
+def test_the_number_of_learners_changes_nothing(policy_spec, columns, whole, learners, zero_stage):
+    settings = {"num_learners": learners, "zero_stage": zero_stage, "tokens_per_microbatch": 150}
+    tensors, stats = update(policy_spec, columns, **settings)
     for name in ("loss", "policy_loss", "gradient_norm"):
         assert stats[name] == pytest.approx(whole[1][name], rel=1e-4, abs=1e-6)
     assert_same_direction(policy_spec, tensors, whole[0])
@@ -171,8 +173,6 @@ def test_one_learner_goes_on_where_two_stopped(policy_spec, columns, tmp_path, z
 
 def masters(learner: GRPOLearner) -> dict[str, torch.Tensor]:
     """The float32 weights behind the trained ones."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
     trained = {name: p for name, p in learner._own.policy.named_parameters() if p.requires_grad}
     if learner.config.rar.zero_stage:
         return {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in trained.items()}

@@ -66,7 +66,7 @@ def test_logprobs_are_those_of_the_policy_whose_weights_were_pushed(ray_local, p
         assert not set(group.ids[group.mask].tolist()) & set(processor.forbidden_ids)
         prompt = generator_row(processor, catalogue, group.row, config=spec.generator)
         completions = [ids[keep] for ids, keep in zip(group.ids, group.mask, strict=True)]
-        batch, mask = completion_batch(processor, [prompt] * GROUP, completions, "cpu")
+        batch, mask = completion_batch([prompt] * GROUP, completions, processor.pad_id)
         with torch.no_grad():
             expected = policy(batch, mask, forbidden_ids=processor.forbidden_ids, temperature=spec.temperature)
         gap = (torch.from_numpy(group.logp)[:, : mask.shape[1]] - expected).abs()[mask]

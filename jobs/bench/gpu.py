@@ -1,0 +1,30 @@
+"""Timing on a device whose work goes on after the call that asked for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def timed(step: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
+    """Seconds of each step after two to warm up."""
+    found = []
+    for repeat in range(repeats + 2):
+        _wait(device)
+        began = time.perf_counter()
+        step()
+        _wait(device)
+        if repeat >= 2:
+            found.append(time.perf_counter() - began)
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
