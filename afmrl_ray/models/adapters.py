@@ -32,6 +32,9 @@ PROCESSOR_FILES = (
 def make_trainable(model: Any, config: AdapterConfig) -> Any:
     """Freeze what `config` does not train and return the model, wrapped by PEFT where it asks for LoRA.
 
+    An adapter has the dtype of the weights beside it: whoever trains keeps float32 masters, and everybody who is given
+    the adapter computes with the same numbers.
+
     Raises:
         CheckpointError: `targets` matches no module.
     """
@@ -52,7 +55,7 @@ def make_trainable(model: Any, config: AdapterConfig) -> Any:
         bias="none",
     )
     try:
-        return get_peft_model(model, lora)
+        return get_peft_model(model, lora, autocast_adapter_dtype=False)
     except ValueError as error:
         raise CheckpointError(f"adapter.targets {config.targets!r} matches no module of the model") from error
 
@@ -118,7 +121,8 @@ def load_trained(
 
     base = str(PeftConfig.from_pretrained(local).base_model_name_or_path)
     backbone = load_backbone(base, role, dtype=dtype, device=device)
-    model = PeftModel.from_pretrained(backbone, local, is_trainable=trainable)
+    # An adapter that is merged is added in float32, see `make_trainable` for one that is trained.
+    model = PeftModel.from_pretrained(backbone, local, is_trainable=trainable, autocast_adapter_dtype=not trainable)
     check_adapter(model, local)
     return model if trainable else model.merge_and_unload()
 

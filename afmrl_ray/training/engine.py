@@ -64,6 +64,8 @@ class Engine:
             lr_scheduler=lambda inner: torch.optim.lr_scheduler.LambdaLR(inner, factor),
             dist_init_required=False,
         )
+        if bf16 and zero_stage == 0:
+            _forget_first_step(self._engine.optimizer)
 
     @property
     def device(self) -> torch.device:
@@ -163,6 +165,18 @@ def _deepspeed_config(optimizer: OptimizerConfig, zero_stage: int, bf16: bool) -
         "zero_optimization": {"stage": zero_stage, "stage3_param_persistence_threshold": 0},
         "bf16": {"enabled": bf16},
     }
+
+
+def _forget_first_step(optimizer: Any) -> None:
+    """Undo the step without gradients by which DeepSpeed allocates the state behind its float32 masters.
+
+    Only its optimizer without partitions does so. Adam would count that step, and take the first real ones too small.
+    """
+    optimizer.optimizer.state.clear()
+    with torch.no_grad():
+        for masters, weights in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
+            for master, weight in zip(masters, weights, strict=True):
+                master.copy_(weight)
 
 
 def _import_deepspeed() -> Any:

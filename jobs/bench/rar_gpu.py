@@ -2,9 +2,10 @@
 
 Qwen2.5-VL-3B's shape, random weights. Needs torch and transformers alone (peft with `--adapter lora`), so that it runs
 on a machine without Ray. Equality comes first: log-probabilities and gradients of both ways at a tiny shape in float32,
-then of one group at the shape and in the type that are timed. Then completion tokens per second and peak memory of
-both, with and without gradient checkpointing, each in micro-batches of as many tokens as a learner's; a way that runs
-out of memory is told so in its line. The optimizer is AdamW on the weights as they are: no float32 masters in memory.
+then of one group at the shape and in the type that are timed. Then tokens per second and peak memory of both, with and
+without gradient checkpointing, each in micro-batches of as many tokens as a learner's; a way that runs out of memory is
+told so in its line. All tokens are those of rows of their own, whichever way they were computed. The
+optimizer is AdamW on the weights as they are: no float32 masters in memory.
 """
 
 from __future__ import annotations
@@ -167,8 +168,8 @@ class Update:
         self._completions = [ids for group in groups for ids in group.completions]
         self._advantages = torch.cat([group.advantages for group in groups]).to(self._device)
         lengths = [len(ids) for ids in self._completions]
-        self.tokens = sum(lengths)
         prefixes = [len(prompt) for prompt in self._prompts]
+        self.tokens, self.all_tokens = sum(lengths), sum(lengths) + sum(prefixes)
         if packed:
             owners = [index for index, group in enumerate(groups) for _ in group.completions]
             self.parts = cut_shared_prefix(owners, prefixes, lengths, part_tokens)
@@ -217,10 +218,11 @@ def forget_gradients(policy: Policy) -> None:
 
 def set_checkpointing(policy: Policy, on: bool) -> None:
     model = inner_model(policy.backbone)
+    # By the names that transformers before 5.23 has too: a machine with a GPU may have an older one than the package.
     if on:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     else:
-        model.activation_checkpointing_disable()
+        model.gradient_checkpointing_disable()
 
 
 def equality(policy: Policy, groups: Sequence[Group], part_tokens: int, dtype: str) -> dict[str, float]:
@@ -281,7 +283,8 @@ def line(row: dict[str, Any]) -> str:
         return f"{head} out of memory"
     spread = f"{min(row['seconds']):.3f} to {max(row['seconds']):.3f} s of {len(row['seconds'])}"
     faster = f", {row['times_plain']:.2f} times plain" if row["times_plain"] else ""
-    return f"{head} {row['tokens_per_second']:>9.1f} tokens/s, {row['median']:.3f} s ({spread}){memory}{faster}"
+    rates = f"{row['tokens_per_second']:>9.1f} completion, {row['all_tokens_per_second']:>9.1f} all tokens/s"
+    return f"{head} {rates}, {row['median']:.3f} s ({spread}){memory}{faster}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -330,8 +333,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 optimizer.zero_grad(set_to_none=False)
 
             row = {"way": way, "group_size": size, "checkpointing": checkpointing, "parts": len(update.parts)}
-            row |= {"completion_tokens": update.tokens, **measure(step, policy, device, options.repeats)}
+            row |= {"completion_tokens": update.tokens, "all_tokens": update.all_tokens}
+            row |= measure(step, policy, device, options.repeats)
             row["tokens_per_second"] = update.tokens / row["median"] if row["median"] else None
+            row["all_tokens_per_second"] = update.all_tokens / row["median"] if row["median"] else None
             rows.append(row)
         plain, packed = rows
         both = plain["median"] and packed["median"]

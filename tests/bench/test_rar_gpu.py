@@ -49,6 +49,9 @@ def test_it_measures_both_ways_after_an_equality_check(tmp_path, adapter):
     assert [row["times_plain"] is not None for row in updates] == [False, True] * 4
     for plain, packed in zip(updates[::2], updates[1::2], strict=True):
         assert plain["completion_tokens"] == packed["completion_tokens"] >= 2 * plain["group_size"] * 3
+        # Every completion's prompt has 20 tokens, and an update two groups.
+        assert {row["all_tokens"] - row["completion_tokens"] for row in (plain, packed)} == {40 * plain["group_size"]}
+    assert all(row["all_tokens_per_second"] > row["tokens_per_second"] for row in updates)
     assert (updates[4]["parts"], updates[5]["parts"]) == (3, 2), "both ways cut by the tokens that they compute"
     assert out.stdout.count("tokens/s") == 8
 

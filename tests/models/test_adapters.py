@@ -171,3 +171,9 @@ def test_a_new_adapter_is_a_function_of_the_seed(tiny_checkpoints):
     torch.set_rng_state(state)
     drawn(0)
     assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_a_trained_adapter_has_the_dtype_of_its_base(adapter, tiny_checkpoints):
+    for path in (tiny_checkpoints["encoder"], adapter[0]):
+        model = load_start(path, "encoder", LORA, seed=0, dtype="bfloat16")
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

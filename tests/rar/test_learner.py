@@ -10,14 +10,15 @@ import ray
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
-from afmrl_ray.config.models import OptimizerConfig
+from afmrl_ray.config.models import AdapterConfig, OptimizerConfig
 from afmrl_ray.config.train import RARConfig, RolloutConfig
-from afmrl_ray.rar.learner import build_learners, learner_batch
+from afmrl_ray.rar.engine import TransformersEngine
+from afmrl_ray.rar.learner import GRPOLearner, build_learners, learner_batch
 from afmrl_ray.rar.loss import group_advantages
 from afmrl_ray.rar.messages import Weights
 from afmrl_ray.rar.prompts import batch_columns
 from afmrl_ray.rar.rollout import RolloutPool
-from afmrl_ray.rar.weights import load_tensors, trained_tensors, weights_fingerprint
+from afmrl_ray.rar.weights import trained_tensors, weights_fingerprint
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 GROUP = 2
@@ -130,35 +131,6 @@ def test_the_number_of_learners_changes_nothing(policy_spec, columns, whole, lea
     assert_same_direction(policy_spec, tensors, whole[0])
 
 
-def test_in_bfloat16_samplers_get_the_rounded_masters(policy_spec, columns):
-    spec = replace(policy_spec, generator=policy_spec.generator.model_copy(update={"dtype": "bfloat16"}))
-    rar = RARConfig(
-        group_size=GROUP, prompts_per_step=4, optimizer=OPTIMIZER, steps=4, num_learners=0, zero_stage=2,
-        cpus_per_learner=0.5,
-    )  # fmt: skip
-    learners = build_learners(rar, spec)
-    try:
-        for _ in range(2):
-            learners.update(batch=learner_batch(columns))
-        [masters] = learners.foreach_learner(
-            lambda learner: {
-                name: safe_get_full_fp32_param(parameter)
-                for name, parameter in learner._own.policy.named_parameters()
-                if parameter.requires_grad
-            }
-        )
-        [exported] = learners.foreach_learner(lambda learner: learner.export_weights())
-        masters, tensors = masters.get(), ray.get(exported.get()[2][0])
-    finally:
-        learners.shutdown()
-    assert masters.keys() == tensors.keys()
-    for name, master in masters.items():
-        assert (master.dtype, tensors[name].dtype) == (torch.float32, torch.bfloat16)
-        assert torch.equal(tensors[name], master.bfloat16()), name
-    assert any(not torch.equal(tensors[name].float(), master) for name, master in masters.items())
-    load_tensors(spec.load_policy(), tensors)
-
-
 @pytest.mark.parametrize("changes", [{}, {"num_learners": 2, "tokens_per_microbatch": 150}, {"zero_stage": 3}])
 def test_a_kl_in_the_reward_is_the_update_of_rewards_made_by_hand(policy_spec, columns, changes):
     # At the start the policy is its reference, so a sampler that is off by `gap` has exactly that KL.
@@ -197,3 +169,56 @@ def test_one_learner_goes_on_where_two_stopped(policy_spec, columns, tmp_path, z
     for name in ("loss", "kl", "gradient_norm", "learning_rate"):
         assert one_stats[name] == pytest.approx(two_stats[name], rel=1e-4, abs=1e-6)
     assert_same_direction(policy_spec, one, two)
+
+
+def masters(learner: GRPOLearner) -> dict[str, torch.Tensor]:
+    """The float32 weights behind the trained ones."""
+    trained = {name: p for name, p in learner._own.policy.named_parameters() if p.requires_grad}
+    if learner.config.rar.zero_stage:
+        return {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in trained.items()}
+    (found,) = learner._engine._engine.optimizer.fp32_groups
+    return {name: master.detach().clone() for name, master in zip(trained, found, strict=True)}
+
+
+@pytest.mark.parametrize(("kind", "zero_stage"), [("full", 0), ("lora", 0), ("lora", 1), ("full", 2), ("lora", 3)])
+def test_in_bfloat16_rollouts_get_the_rounded_masters_and_a_checkpoint_has_them_whole(
+    policy_spec, columns, tmp_path, kind, zero_stage
+):
+    spec = replace(
+        policy_spec,
+        generator=policy_spec.generator.model_copy(update={"dtype": "bfloat16"}),
+        adapter=AdapterConfig(kind=kind, r=4),
+    )
+    rar = RARConfig(
+        group_size=GROUP, prompts_per_step=4, optimizer=OPTIMIZER, num_learners=0, cpus_per_learner=0.5, steps=4,
+        zero_stage=zero_stage,
+    )  # fmt: skip
+    path = str(tmp_path / "engine")
+
+    def updated(load: bool) -> tuple[dict[str, torch.Tensor], Weights]:
+        learners = build_learners(rar, spec)
+        try:
+            if load:
+                learners.foreach_learner(lambda learner: learner.load_engine(path, 2))
+            else:
+                for _ in range(2):
+                    learners.update(batch=learner_batch(columns))
+                learners.foreach_learner(lambda learner: learner.save_engine(path))
+            (found,) = learners.foreach_learner(lambda learner: (masters(learner), Weights(*learner.export_weights())))
+            return found.get()
+        finally:
+            learners.shutdown()
+
+    whole, weights = updated(load=False)
+    exported = ray.get(weights.reference[0])
+    start = trained_tensors(spec.load_policy())
+    assert {tensor.dtype for tensor in (*start.values(), *exported.values())} == {torch.bfloat16}
+    assert any(not torch.equal(exported[name], start[name]) for name in start)
+    assert any(not torch.equal(master.bfloat16().float(), master) for master in whole.values()), "masters were rounded"
+    for name, master in whole.items():
+        assert torch.equal(exported[name], master.bfloat16()), name
+    sampler = TransformersEngine(spec, RolloutConfig(), threads=1)
+    assert sampler.set_weights(weights) == (weights.version, weights.fingerprint)
+    loaded, again = updated(load=True)
+    assert (again.version, again.fingerprint) == (weights.version, weights.fingerprint)
+    assert all(torch.equal(loaded[name], master) for name, master in whole.items())
