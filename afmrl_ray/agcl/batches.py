@@ -78,14 +78,15 @@ class PairSampler:
             raise CatalogueError(
                 "agcl.pairs: no product has two different listings on the two sides, nothing is positive"
             )
-        if len(paired) < config.batch_size:
+        # Products with pairs come first, so that their codes are places in the epoch's order.
+        self._products = _share_of(sorted(paired), config.product_share, seed)
+        if len(self._products) < config.batch_size:
+            cut = f" after agcl.product_share {config.product_share:g}" if config.product_share < 1 else ""
             raise ConfigError(
-                f"agcl.batch_size {config.batch_size} exceeds the {len(paired)} products that have pairs; "
+                f"agcl.batch_size {config.batch_size} exceeds the {len(self._products)} products that have pairs{cut}; "
                 "lower it, since a batch holds each product once"
             )
-        # Products with pairs come first, so that their codes are places in the epoch's order.
-        self._products = sorted(paired)
-        others = sorted({product for product in products if product is not None} - paired)
+        others = sorted({product for product in products if product is not None} - set(self._products))
         codes = {product: code for code, product in enumerate([*self._products, *others])}
         self._code_of_row = [codes[product] if product is not None else -1 for product in products]
         self._curated = _curated(catalogue, self._code_of_row) if config.curated_negatives else {}
@@ -174,6 +175,14 @@ class PairSampler:
                     batch.append(code)
             made.extend(batch)
         return np.array(made)
+
+
+def _share_of(products: list[str], share: float, seed: int) -> list[str]:
+    """That share of the products, drawn by the seed; a smaller share of the same seed is a part of a larger one."""
+    if share == 1:
+        return products
+    order = np.random.default_rng([seed, 17]).permutation(len(products))
+    return sorted(products[place] for place in order[: max(1, round(share * len(products)))])
 
 
 def _by_product(rows: np.ndarray, products: Sequence[str | None]) -> dict[str, list[int]]:

@@ -22,6 +22,7 @@ from afmrl_ray.catalogue import (
     open_catalogue,
     write_catalogue,
 )
+from afmrl_ray.catalogue.schema import parse_source_attributes
 from afmrl_ray.cit.stages import Stage, StageOutcome
 from afmrl_ray.config import Config
 from afmrl_ray.distill.train import DistillJob, train_distill
@@ -121,12 +122,32 @@ def attributes_body(
     )
 
 
+def oracle_body(config: Config, catalogue_ref: CatalogueRef, directory: str) -> StageOutcome:
+    """What a generator that is never wrong would write: the attributes of `annotate.truth_column`."""
+    catalogue = catalogue_ref.open()
+    rows = catalogue.rows(config.annotate.items)
+    truth = catalogue.column(config.annotate.truth_column)
+    found = [format_attributes(normalise_attributes(parse_source_attributes(truth[row]))) for row in rows.tolist()]
+    path = storage.join(directory, "attributes.parquet")
+    items = catalogue.column("item_id")
+    written = attribute_rows(items, rows, [(text, "" if text else "empty") for text in found])
+    write_attributes(path, written, fingerprint=storage.digest({"truth": config.annotate.truth_column}))
+    return StageOutcome(
+        {"attributes": "attributes.parquet"}, generated_metrics(read_attributes(path), catalogue, config)
+    )
+
+
 def generated_metrics(store: AttributeStore, catalogue: StagedCatalogue, config: Config) -> dict[str, Any]:
-    """`attribute_metrics`, and `quality` over the listings that are never trained on, against the catalogue's own."""
-    items = [catalogue.item(row) for row in catalogue.rows(config.annotate.items).tolist()]
-    held_out = [item for item in items if item.split != "train"]
-    written = [store.get(item.item_id) for item in held_out]
-    source = [normalise_attributes(item.attributes) for item in held_out]
+    """`attribute_metrics`, and `quality` over the listings that are never trained on, against the truth.
+
+    Raises:
+        CatalogueError: there is no column `annotate.truth_column`.
+    """
+    annotate = config.annotate
+    truth, items, splits = (catalogue.column(name) for name in (annotate.truth_column, "item_id", "split"))
+    held_out = [row for row in catalogue.rows(annotate.items).tolist() if splits[row] != "train"]
+    written = [store.get(items[row]) for row in held_out]
+    source = [normalise_attributes(parse_source_attributes(truth[row])) for row in held_out]
     return {**attribute_metrics(store), "quality": quality(written, source)}
 
 

@@ -14,7 +14,7 @@ from afmrl_ray.cit import bodies
 from afmrl_ray.cit.evaluation import EvaluationInputs, evaluate_body, floor_body, promotion_body
 from afmrl_ray.cit.mlflow_tracker import MLflowTracker
 from afmrl_ray.cit.stages import Body, RunDirectory, Stage
-from afmrl_ray.config import Config
+from afmrl_ray.config import Config, with_values
 from afmrl_ray.models.annotate import GeneratorRef
 from afmrl_ray.rar.trainer import RARJob
 from afmrl_ray.retrieval.embed import EncoderRef
@@ -41,7 +41,7 @@ class Pipeline:
         self.config = config
         self.run = run
         self.tracker = tracker
-        self._given = given
+        self.given = given
         self._done: dict[str, Stage] = {}
 
     def _stage(self, name: str, inputs: dict[str, Any], body: Body, *, resumable: bool = False) -> Stage:
@@ -66,11 +66,11 @@ class Pipeline:
         """The catalogue as a file: the synthetic one made, or the given one checked."""
         config = self.config
         inputs: dict[str, Any]
-        if self._given is None:
+        if self.given is None:
             inputs = {"synthetic": config.synthetic.decisive()}
         else:
-            inputs = {"fingerprint": self._given.fingerprint}
-        return self._stage("catalogue", inputs, lambda at: bodies.catalogue_body(config, self._given, at))
+            inputs = {"fingerprint": self.given.fingerprint}
+        return self._stage("catalogue", inputs, lambda at: bodies.catalogue_body(config, self.given, at))
 
     @cached_property
     def catalogue_ref(self) -> CatalogueRef:
@@ -141,6 +141,13 @@ class Pipeline:
             resumable=True,
         )
 
+    @cached_property
+    def oracle(self) -> Stage:
+        """The true attributes (`annotate.truth_column`) of the listings that the generator would annotate."""
+        annotate = self.config.annotate
+        inputs = self._inputs((), self.catalogue_stage, items=annotate.items.decisive(), column=annotate.truth_column)
+        return self._stage("oracle", inputs, lambda at: bodies.oracle_body(self.config, self.catalogue_ref, at))
+
     def _generator(self, path: str) -> GeneratorRef:
         return GeneratorRef(path, self.config.generator)
 
@@ -175,17 +182,38 @@ class Pipeline:
     def agcl(self, number: int) -> Stage:
         """The encoder trained with the attributes of round `number`."""
         previous = self.agcl(number - 1) if number and self.config.cit.encoder_start == "previous" else None
-        attributes = self.attributes(number)
+        share = self.config.cit.product_share if number else None
+        return self.encoder(f"agcl-r{number}", self.attributes(number), previous=previous, product_share=share)
+
+    def encoder(
+        self,
+        name: str,
+        attributes: Stage | None,
+        *,
+        previous: Stage | None = None,
+        product_share: float | None = None,
+    ) -> Stage:
+        """A training of the encoder.
+
+        Args:
+            name: of the stage.
+            attributes: stage that wrote them, or none for training without attributes.
+            previous: the encoder to go on from; none = the backbone.
+            product_share: over `agcl.product_share`.
+        """
+        config = self.config
+        if product_share is not None:
+            config = with_values(config, {"agcl.product_share": product_share})
         inputs = self._inputs(("encoder", "agcl"), self.catalogue_stage, self.models_stage, attributes, previous)
-        name = f"agcl-r{number}"
+        inputs["config"]["agcl"] = config.agcl.decisive()
         return self._stage(
             name,
             inputs,
             lambda at: bodies.agcl_body(
-                self.config,
+                config,
                 self.catalogue_ref,
                 previous.output("model") if previous is not None else self.encoder_base,
-                attributes.output("attributes"),
+                attributes.output("attributes") if attributes is not None else None,
                 name,
                 at,
             ),
@@ -227,7 +255,7 @@ class Pipeline:
     def evaluate(self, number: int) -> Stage:
         """All protocols with the encoder of round `number` and the generator after its RAR."""
         agcl, attributes = self.agcl(number), self.attributes(number + 1)
-        return self._evaluation(f"evaluate-r{number}", agcl, attributes)
+        return self.evaluation(f"evaluate-r{number}", agcl, attributes)
 
     def promotion(self, number: int) -> Stage:
         """Whether round `number` is promoted, and what it gained on the round before; see `cit.promotion`."""
@@ -249,9 +277,10 @@ class Pipeline:
 
     def evaluate_baseline(self) -> Stage:
         """All protocols with the baseline encoder, without attributes."""
-        return self._evaluation("evaluate-baseline", self.baseline, None)
+        return self.evaluation("evaluate-baseline", self.baseline, None)
 
-    def _evaluation(self, name: str, encoder: Stage, attributes: Stage | None) -> Stage:
+    def evaluation(self, name: str, encoder: Stage, attributes: Stage | None) -> Stage:
+        """All protocols with an encoder and, where they ask for attributes and there are some, with attributes."""
         # What it writes is among its inputs, so that runs from before `per_query` are measured again.
         outputs = ["examples", "per_query"]
         inputs = self._inputs(("encoder", "evaluation"), self.catalogue_stage, encoder, attributes, outputs=outputs)

@@ -16,6 +16,8 @@ class AnnotateConfig(Section):
 
     items: SideConfig = SideConfig(split=("train", "val", "test", "gallery"))
     """Listings that get attributes."""
+    truth_column: str = "attributes"
+    """Column that holds what a listing's attributes truly are, by which written ones are judged."""
     pool: PoolConfig = PoolConfig()
     """Ray Data actors that generate."""
 
@@ -41,6 +43,8 @@ class CITConfig(Section):
     """Whether plain InfoNCE without weights, mask and attributes is trained and measured first."""
     encoder_start: Literal["base", "previous"] = "previous"
     """Whether a round's encoder starts from the backbone or from the round before."""
+    product_share: float | None = Field(None, gt=0, le=1)
+    """Share of the products that rounds after the first train the encoder on; none = `agcl.product_share`."""
     gate: GateConfig = GateConfig()
     """Which rounds are promoted. After a round that is refused the run ends, since what it would go on from has been
     tried; its result is the last round that was promoted."""

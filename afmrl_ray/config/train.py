@@ -81,6 +81,8 @@ class AGCLConfig(Section):
 
     pairs: tuple[PairConfig, ...] = (PairConfig(),)
     """Sources of positive pairs."""
+    product_share: float = Field(1.0, gt=0, le=1)
+    """Share of the products that are trained on, drawn by the run's seed; the number of steps stays the same."""
     steps: int = Field(1000, gt=0)
     """Optimizer steps of a round."""
     batch_size: int = Field(64, gt=1)

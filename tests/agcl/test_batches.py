@@ -137,3 +137,21 @@ def test_columns_of_a_batch_know_their_owners(curated_catalogue_ref):
     assert texts[0] == texts[1] == texts[2]
     gathered = [row for rows in seen for row in rows[2:6]] + [row for rows in seen for row in rows[6:]]
     assert [str(row) for row in gathered] == texts[0], "columns stand as the gather concatenates them"
+
+
+def test_a_share_of_the_products_is_drawn_by_the_seed_and_nested(catalogue):
+    def drawn(share: float, seed: int = 0) -> set[int]:
+        sampler = sampler_of(catalogue, seed=seed, product_share=share, batch_size=4)
+        pairs = [pair for step in range(40) for pair in sampler.batch(step)]
+        products = catalogue.column("product_id")
+        return {products[pair.query.row] for pair in pairs}
+
+    everything, half, third = drawn(1.0), drawn(0.5), drawn(0.3)
+    assert len(half) == round(0.5 * len(everything))
+    assert third < half < everything
+    assert drawn(0.5, seed=1) != half
+
+
+def test_a_share_too_small_for_a_batch_names_both_settings(catalogue):
+    with pytest.raises(ConfigError, match=r"agcl.batch_size 6 exceeds the \d products .* agcl.product_share 0.1"):
+        sampler_of(catalogue, product_share=0.1)

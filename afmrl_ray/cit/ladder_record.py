@@ -1,0 +1,161 @@
+"""The runs of several seeds folded into one record of the ladder: means and intervals over seeds, paired gains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from afmrl_ray import storage
+from afmrl_ray.cit.evaluation import read_per_query
+from afmrl_ray.cit.ladder import RUNGS, Rung
+from afmrl_ray.cit.stages import RECORD, RunDirectory, Stage
+from afmrl_ray.config import Config
+from afmrl_ray.retrieval.evaluate import Value
+from afmrl_ray.retrieval.seeds import over_seeds, paired_gain_over_seeds
+
+_FREE = frozenset({"catalogue", "models", "floor"})
+"""Stages that every rung shares, or that measure."""
+_SIZES = ("mean_pairs", "mean_words", "invalid_share")
+_QUALITY = ("precision", "recall", "f1")
+_HELD_OUT = (
+    "heldout_before", "heldout_after", "heldout_gain", "heldout_pairs_before", "heldout_pairs_after",
+    "heldout_invalid_before", "heldout_invalid_after",
+)  # fmt: skip
+
+
+def ladder_record(config: Config, runs: Sequence[RunDirectory], *, title: str) -> dict[str, Any]:
+    """What `ladder.json` holds: every rung that all seeds have measured; shares between 0 and 1, seconds.
+
+    Args:
+        config: of the ladder.
+        runs: one for each seed.
+        title: of tables and charts.
+    """
+    found = {rung.key: [run.committed(rung.evaluation) for run in runs] for rung in RUNGS}
+    measured: dict[str, list[Stage]] = {
+        key: [stage for stage in stages if stage is not None] for key, stages in found.items() if None not in stages
+    }
+    rungs = [rung for rung in RUNGS if rung.key in measured]
+    return {
+        "title": title,
+        "protocols": [protocol.name for protocol in config.evaluation.protocols],
+        "headline": config.evaluation.headline,
+        "seeds": len(runs),
+        "floor": _floor(runs),
+        "rungs": [_rung(rung, config, runs, measured) for rung in rungs],
+        "reinforcement": [_reinforcement(number, runs) for number in range(config.cit.rounds)],
+    }
+
+
+def _floor(runs: Sequence[RunDirectory]) -> dict[str, Any]:
+    stage = runs[0].committed("floor") if runs else None
+    if stage is None:
+        return {}
+    return {
+        name: {protocol: record["metrics"] for protocol, record in records.items()}
+        for name, records in stage.metrics.items()
+    }
+
+
+def _rung(
+    rung: Rung, config: Config, runs: Sequence[RunDirectory], measured: Mapping[str, list[Stage]]
+) -> dict[str, Any]:
+    stages = measured[rung.key]
+    costs = [sum(seconds for _, seconds in stands_on(run, rung.evaluation)) for run in runs]
+    trainings = [run.committed(rung.training) for run in runs]
+    record: dict[str, Any] = {
+        "key": rung.key,
+        "name": rung.title,
+        "below": rung.below if rung.below in measured else None,
+        "ladder": rung.ladder,
+        "note": rung.note,
+        "encoder_steps": config.agcl.steps,
+        "cost_seconds": asdict(over_seeds(costs)),
+        "training_seconds": asdict(over_seeds([stage.seconds for stage in trainings if stage is not None])),
+        "metrics": _metrics([stage.metrics["protocols"] for stage in stages]),
+        "attributes": _attributes([stage.metrics.get("attributes") for stage in stages]),
+        "gain": {},
+    }
+    if rung.below is not None and rung.below in measured:
+        for protocol in record["metrics"]:
+            record["gain"][protocol] = _gains(measured[rung.below], stages, protocol, config)
+    return record
+
+
+def stands_on(run: RunDirectory, name: str) -> list[tuple[str, float]]:
+    """Names and seconds of the stages that a stage stands on, but for those that every rung shares or that measure."""
+    found: dict[str, float] = {}
+    waiting = [name]
+    while waiting:
+        current = waiting.pop()
+        path = storage.join(run.path, "stages", current, RECORD)
+        if current in found or current in _FREE or not storage.exists(path):
+            continue
+        record = storage.read_json(path)
+        found[current] = record["seconds"]
+        waiting += list(record["inputs"].get("upstream", {}))
+    return [(stage, seconds) for stage, seconds in found.items() if not stage.startswith("evaluate-")]
+
+
+def _metrics(protocols: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {
+        name: {
+            metric: asdict(over_seeds([of_seed[name]["metrics"][metric]["mean"] for of_seed in protocols]))
+            for metric in record["metrics"]
+        }
+        for name, record in protocols[0].items()
+    }
+
+
+def _attributes(tables: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
+    there = [table for table in tables if table is not None]
+    if len(there) < len(tables):
+        return {}
+    record = {name: asdict(over_seeds([table[name] for table in there])) for name in _SIZES}
+    if all(table.get("quality") for table in there):
+        record |= {name: asdict(over_seeds([table["quality"][name] for table in there])) for name in _QUALITY}
+        shares = [table["quality"]["names"] for table in there]
+        record["names"] = {name: asdict(over_seeds([of[name]["written"] for of in shares])) for name in shares[0]}
+    return record
+
+
+def _gains(below: Sequence[Stage], above: Sequence[Stage], protocol: str, config: Config) -> dict[str, Any]:
+    """Paired gain of every metric that is a mean over queries."""
+    metrics = [
+        name for name, value in above[0].metrics["protocols"][protocol]["metrics"].items() if value["low"] is not None
+    ]
+    found = {}
+    for metric in metrics:
+        sides = [[read_per_query(stage, protocol, metric) for stage in stages] for stages in (below, above)]
+        rows = sides[0][0][0]
+        if not all(np.array_equal(rows, of_seed) for side in sides for of_seed, _ in side):
+            raise ValueError(f"ladder: the rungs do not answer the same queries of protocol {protocol!r}")
+        before, after = (np.stack([values for _, values in side]) for side in sides)
+        samples, seed = config.evaluation.bootstrap_samples, config.run.seed
+        found[metric] = asdict(paired_gain_over_seeds(before, after, samples=samples, seed=seed))
+    return found
+
+
+def _reinforcement(number: int, runs: Sequence[RunDirectory]) -> dict[str, Any]:
+    """Held-out reward of a round's RAR, over seeds; empty where a seed lacks it."""
+    stages = [run.committed(f"rar-r{number}") for run in runs]
+    if any(stage is None for stage in stages):
+        return {}
+
+    def mean(name: str) -> dict[str, Any]:
+        values = [stage.metrics[name] for stage in stages if stage is not None]
+        return asdict(over_seeds([value["mean"] if isinstance(value, dict) else value for value in values]))
+
+    return {"round": number, **{name: mean(name) for name in _HELD_OUT}}
+
+
+def headline(record: Mapping[str, Any], metric: str = "hit@1") -> dict[str, Value]:
+    """A metric of the headline's protocol by rung."""
+    return {
+        rung["key"]: Value(**rung["metrics"][record["headline"]][metric])
+        for rung in record["rungs"]
+        if record["headline"] in rung["metrics"]
+    }

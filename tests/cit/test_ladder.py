@@ -1,0 +1,78 @@
+"""The ladder's rungs on a run small enough for tests."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from afmrl_ray import storage
+from afmrl_ray.attributes.store import read_attributes
+from afmrl_ray.cit.driver import open_run
+from afmrl_ray.cit.ladder import RUNGS, Ladder
+from afmrl_ray.config import validate, with_values
+from afmrl_ray.errors import ConfigError
+from tests.cit.conftest import run_values
+
+
+def ladder_config(path, **changes):
+    config = validate(run_values(path, cit={"rounds": 3, "encoder_start": "base"}, **changes))
+    return with_values(config, {"annotate.truth_column": "true_attributes", "distill.steps": 80})
+
+
+def record_of(run, name: str):
+    return storage.read_json(storage.join(run.path, "stages", name, "stage.json"))
+
+
+def test_every_rung_is_held_against_one_that_comes_before_it():
+    seen = set()
+    for rung in RUNGS:
+        assert rung.below is None or rung.below in seen
+        assert rung.key not in seen
+        seen.add(rung.key)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"), [({"encoder_start": "previous"}, "encoder_start"), ({"rounds": 2}, "rounds")]
+)
+def test_configs_whose_rungs_cannot_be_compared_are_refused(tmp_path, change, named):
+    cit = {"rounds": 3, "encoder_start": "base", **change}
+    with pytest.raises(ConfigError, match=f"cit.{named}"):
+        Ladder(FakePipeline(validate(run_values(tmp_path, cit=cit))), clip_path=None)
+
+
+class FakePipeline:
+    def __init__(self, config):
+        self.config = config
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_rungs_share_what_they_share_and_differ_in_what_they_name(ray_local, tmp_path):
+    config = ladder_config(tmp_path)
+    with open_run(config) as pipeline:
+        run, ladder = pipeline.run, Ladder(pipeline, clip_path=None)
+        for key in ("vlm2vec", "agcl", "distilled", "oracle-input"):
+            ladder.climb(key)
+        first = {stage.name: record_of(run, stage.name)["committed_at"] for stage in run.stages()}
+        distilled, oracle = (record_of(run, name)["inputs"] for name in ("evaluate-distilled", "evaluate-oracle-input"))
+        assert distilled["upstream"]["agcl-r0"] == oracle["upstream"]["agcl-r0"]
+        assert "attributes-r0" in distilled["upstream"]
+        assert "oracle" in oracle["upstream"]
+        # The loss alone: the teacher's attributes are among the inputs, and no listing shows them.
+        labels = record_of(run, "agcl-labels")["inputs"]
+        assert "labels" in labels["upstream"]
+        assert labels["config"]["agcl"]["enrich_query"] == labels["config"]["agcl"]["enrich_positive"] == 0
+        assert labels["config"]["agcl"]["steps"] == record_of(run, "agcl-r0")["inputs"]["config"]["agcl"]["steps"]
+        truth = read_attributes(run.committed("oracle").output("attributes"))
+        item = pipeline.catalogue.item(int(pipeline.catalogue.rows(config.annotate.items)[0]))
+        assert dict(truth.get(item.item_id)) == json.loads(item.extra["true_attributes"])
+        assert run.committed("oracle").metrics["quality"]["f1"] == pytest.approx(1.0)
+
+    with open_run(config) as pipeline:
+        ladder = Ladder(pipeline, clip_path=None)
+        for key in ("vlm2vec", "agcl", "distilled", "oracle-input"):
+            ladder.climb(key)
+        with pytest.raises(ConfigError, match="dual tower"):
+            ladder.climb("clip")
+    assert {stage.name: record_of(run, stage.name)["committed_at"] for stage in run.stages()} == first
