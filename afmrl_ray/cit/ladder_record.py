@@ -13,7 +13,6 @@ from afmrl_ray.cit.evaluation import read_per_query
 from afmrl_ray.cit.ladder import RUNGS, Rung
 from afmrl_ray.cit.stages import RECORD, RunDirectory, Stage
 from afmrl_ray.config import Config
-from afmrl_ray.retrieval.evaluate import Value
 from afmrl_ray.retrieval.seeds import over_seeds, paired_gain_over_seeds
 
 _FREE = frozenset({"catalogue", "models", "floor"})
@@ -27,27 +26,29 @@ _HELD_OUT = (
 
 
 def ladder_record(config: Config, runs: Sequence[RunDirectory], *, title: str) -> dict[str, Any]:
-    """What `ladder.json` holds: every rung that all seeds have measured; shares between 0 and 1, seconds.
+    """What `ladder.json` holds: every rung that any seed has measured; shares between 0 and 1, seconds.
 
     Args:
         config: of the ladder.
         runs: one for each seed.
         title: of tables and charts.
     """
-    found = {rung.key: [run.committed(rung.evaluation) for run in runs] for rung in RUNGS}
-    measured: dict[str, list[Stage]] = {
-        key: [stage for stage in stages if stage is not None] for key, stages in found.items() if None not in stages
-    }
-    rungs = [rung for rung in RUNGS if rung.key in measured]
+    found = {rung.key: _measured(rung, runs) for rung in RUNGS}
     return {
         "title": title,
         "protocols": [protocol.name for protocol in config.evaluation.protocols],
         "headline": config.evaluation.headline,
         "seeds": len(runs),
         "floor": _floor(runs),
-        "rungs": [_rung(rung, config, runs, measured) for rung in rungs],
+        "rungs": [_rung(rung, config, runs, found) for rung in RUNGS if found[rung.key]],
         "reinforcement": [_reinforcement(number, runs) for number in range(config.cit.rounds)],
     }
+
+
+def _measured(rung: Rung, runs: Sequence[RunDirectory]) -> dict[int, Stage]:
+    """The evaluation of a rung by the place of the run."""
+    stages = {place: run.committed(rung.evaluation) for place, run in enumerate(runs)}
+    return {place: stage for place, stage in stages.items() if stage is not None}
 
 
 def _floor(runs: Sequence[RunDirectory]) -> dict[str, Any]:
@@ -61,27 +62,28 @@ def _floor(runs: Sequence[RunDirectory]) -> dict[str, Any]:
 
 
 def _rung(
-    rung: Rung, config: Config, runs: Sequence[RunDirectory], measured: Mapping[str, list[Stage]]
+    rung: Rung, config: Config, runs: Sequence[RunDirectory], measured: Mapping[str, dict[int, Stage]]
 ) -> dict[str, Any]:
     stages = measured[rung.key]
-    costs = [sum(seconds for _, seconds in stands_on(run, rung.evaluation)) for run in runs]
-    trainings = [run.committed(rung.training) for run in runs]
+    costs = [sum(seconds for _, seconds in stands_on(runs[place], rung.evaluation)) for place in stages]
+    below = measured.get(rung.below, {}) if rung.below is not None else {}
+    paired = sorted(stages.keys() & below.keys())
     record: dict[str, Any] = {
         "key": rung.key,
         "name": rung.title,
-        "below": rung.below if rung.below in measured else None,
+        "below": rung.below if paired else None,
         "ladder": rung.ladder,
         "note": rung.note,
+        "seeds": len(stages),
         "encoder_steps": config.agcl.steps,
         "cost_seconds": asdict(over_seeds(costs)),
-        "training_seconds": asdict(over_seeds([stage.seconds for stage in trainings if stage is not None])),
-        "metrics": _metrics([stage.metrics["protocols"] for stage in stages]),
-        "attributes": _attributes([stage.metrics.get("attributes") for stage in stages]),
+        "metrics": _metrics([stage.metrics["protocols"] for stage in stages.values()]),
+        "attributes": _attributes([stage.metrics.get("attributes") for stage in stages.values()]),
         "gain": {},
     }
-    if rung.below is not None and rung.below in measured:
-        for protocol in record["metrics"]:
-            record["gain"][protocol] = _gains(measured[rung.below], stages, protocol, config)
+    if paired:
+        sides = [below[place] for place in paired], [stages[place] for place in paired]
+        record["gain"] = {protocol: _gains(*sides, protocol, config) for protocol in record["metrics"]}
     return record
 
 
@@ -150,12 +152,3 @@ def _reinforcement(number: int, runs: Sequence[RunDirectory]) -> dict[str, Any]:
         return asdict(over_seeds([value["mean"] if isinstance(value, dict) else value for value in values]))
 
     return {"round": number, **{name: mean(name) for name in _HELD_OUT}}
-
-
-def headline(record: Mapping[str, Any], metric: str = "hit@1") -> dict[str, Value]:
-    """A metric of the headline's protocol by rung."""
-    return {
-        rung["key"]: Value(**rung["metrics"][record["headline"]][metric])
-        for rung in record["rungs"]
-        if record["headline"] in rung["metrics"]
-    }

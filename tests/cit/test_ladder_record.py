@@ -67,12 +67,18 @@ def test_means_gains_and_order_of_the_rungs(tmp_path, config):
     assert rungs["agcl"]["gain"]["fine"].keys() == {"hit@1"}
 
 
-def test_a_rung_that_a_seed_lacks_is_left_out(tmp_path, config):
+def test_a_rung_counts_the_seeds_that_measured_it_and_pairs_those_that_both_have(tmp_path, config):
     runs = [write_run(tmp_path, seed) for seed in (0, 1)]
     storage.remove(storage.join(runs[1].path, "stages", "evaluate-agcl-labels", "stage.json"))
     rungs = {rung["key"]: rung for rung in ladder_record(config, runs, title="t")["rungs"]}
+    assert [rung["seeds"] for rung in rungs.values()] == [2, 1, 2]
+    assert rungs["agcl"]["metrics"]["fine"]["hit@1"] == {"mean": 0.75, "low": None, "high": None}
+    assert rungs["distilled"]["gain"]["fine"]["hit@1"]["mean"] == pytest.approx(0.25)
+    for run in runs:
+        storage.remove(storage.join(run.path, "stages", "evaluate-agcl-labels"))
+    rungs = {rung["key"]: rung for rung in ladder_record(config, runs, title="t")["rungs"]}
     assert list(rungs) == ["vlm2vec", "distilled"]
-    assert rungs["distilled"]["gain"] == {}
+    assert (rungs["distilled"]["below"], rungs["distilled"]["gain"]) == (None, {})
 
 
 def test_seeds_that_answered_other_queries_are_refused(tmp_path, config):

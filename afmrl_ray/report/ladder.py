@@ -1,0 +1,290 @@
+"""The ladder as table and charts: pure functions of the record that `jobs/bench/ladder.py` writes (`ladder.json`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from afmrl_ray.report.collect import Estimate
+from afmrl_ray.report.plots import Draw, Panel, Theme
+from afmrl_ray.report.table import metric_label, metric_order
+
+Metrics = dict[str, dict[str, Estimate]]
+"""By protocol and metric; shares between 0 and 1."""
+
+
+@dataclass(frozen=True)
+class LadderRung:
+    """One rung; intervals of `metrics` are over seeds, those of `gain` over seeds and queries, paired.
+
+    Attributes:
+        name: in the table.
+        below: name of the rung that `gain` is over, or none.
+        proper: whether it is a rung of the ladder, rather than a branch or a ceiling beside it.
+        seeds: how many measured it.
+        cost: seconds of everything that it stands on, but for what all rungs share.
+        encoder_steps: optimizer steps of its encoder.
+        note: what it is.
+    """
+
+    name: str
+    below: str | None
+    proper: bool
+    seeds: int
+    cost: Estimate
+    encoder_steps: int
+    note: str
+    metrics: Metrics
+    gain: Metrics
+    attributes: dict[str, Estimate]
+    names: dict[str, Estimate]
+
+
+@dataclass(frozen=True)
+class LadderSummary:
+    """A ladder.
+
+    Attributes:
+        floors: metrics of `chance` and `pixels`.
+    """
+
+    title: str
+    headline: str
+    seeds: int
+    protocols: list[str]
+    rungs: list[LadderRung]
+    floors: dict[str, Metrics]
+
+
+def read_ladder(record: Mapping[str, Any]) -> LadderSummary:
+    """The typed form of `ladder.json`."""
+    titles = {rung["key"]: rung["name"] for rung in record["rungs"]}
+    return LadderSummary(
+        title=record["title"],
+        headline=record["headline"],
+        seeds=record["seeds"],
+        protocols=sorted(record["protocols"], key=lambda name: name != record["headline"]),
+        rungs=[
+            LadderRung(
+                name=rung["name"],
+                below=titles.get(rung["below"]),
+                proper=rung["ladder"],
+                seeds=rung["seeds"],
+                cost=Estimate.of(rung["cost_seconds"]),
+                encoder_steps=rung["encoder_steps"],
+                note=rung["note"],
+                metrics=_metrics(rung["metrics"]),
+                gain=_metrics(rung["gain"]),
+                attributes={k: Estimate.of(v) for k, v in rung["attributes"].items() if k != "names"},
+                names={k: Estimate.of(v) for k, v in rung["attributes"].get("names", {}).items()},
+            )
+            for rung in record["rungs"]
+        ],
+        floors={name: _metrics(protocols) for name, protocols in record["floor"].items()},
+    )
+
+
+def _metrics(record: Mapping[str, Mapping[str, Any]]) -> Metrics:
+    return {
+        protocol: {name: Estimate.of(value) for name, value in metrics.items()} for protocol, metrics in record.items()
+    }
+
+
+@dataclass(frozen=True)
+class LadderTable:
+    """A table with a line for each rung; cells are text."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def ladder_tables(ladder: LadderSummary) -> list[LadderTable]:
+    """The headline with gains and costs first, then every protocol in full, then the attributes."""
+    found = [_headline_table(ladder)]
+    found += [_protocol_table(ladder, protocol) for protocol in ladder.protocols]
+    found += [_attribute_table(ladder), _name_table(ladder)]
+    return [table for table in found if table.rows]
+
+
+def ladder_table(ladder: LadderSummary) -> str:
+    """The same tables as Markdown."""
+    parts = [f"# {ladder.title}", _words(ladder)]
+    for table in ladder_tables(ladder):
+        lines = ["| " + " | ".join(table.columns) + " |", "|" + " --- |" * len(table.columns)]
+        lines += ["| " + " | ".join(row) + " |" for row in table.rows]
+        parts += [f"## {table.title}", "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _words(ladder: LadderSummary) -> str:
+    return (
+        f"{ladder.seeds} seeds; shares in %, means ± 95 % over seeds. Gains are over the rung named, in points, with "
+        "the 95 % interval of a paired bootstrap over seeds and queries; an interval that includes zero is no gain."
+    )
+
+
+def _headline_table(ladder: LadderSummary) -> LadderTable:
+    rows = []
+    for name, protocols in ladder.floors.items():
+        if "hit@1" in protocols.get(ladder.headline, {}):
+            rows.append([name, share(protocols[ladder.headline]["hit@1"]), "", "", "", "", ""])
+    for rung in ladder.rungs:
+        gain = rung.gain.get(ladder.headline, {}).get("hit@1")
+        rows.append(
+            [
+                rung.name if rung.proper else f"({rung.name})",
+                share(rung.metrics[ladder.headline]["hit@1"]),
+                points(gain) if gain is not None else "",
+                rung.below or "",
+                f"{rung.encoder_steps}",
+                spread(rung.cost, 1.0, 0),
+                f"{rung.seeds}",
+            ]
+        )
+    columns = [ladder.headline, "hit@1 %", "gain", "over", "encoder steps", "seconds", "seeds"]
+    return LadderTable("The ladder", columns, rows)
+
+
+def _protocol_table(ladder: LadderSummary, protocol: str) -> LadderTable:
+    rungs = [rung for rung in ladder.rungs if protocol in rung.metrics]
+    metrics = sorted({metric for rung in rungs for metric in rung.metrics[protocol]}, key=metric_order)
+    first = metrics[0] if metrics else ""
+    rows = [
+        [rung.name, *[share(rung.metrics[protocol].get(metric)) for metric in metrics], _gain(rung, protocol, first)]
+        for rung in rungs
+    ]
+    columns = [protocol, *[f"{metric_label(metric)} %" for metric in metrics], f"gain in {metric_label(first)}"]
+    return LadderTable(protocol, columns, rows)
+
+
+def _gain(rung: LadderRung, protocol: str, metric: str) -> str:
+    gain = rung.gain.get(protocol, {}).get(metric)
+    return points(gain) if gain is not None else ""
+
+
+def _attribute_table(ladder: LadderSummary) -> LadderTable:
+    shown = (
+        ("mean_pairs", "pairs", 1.0),
+        ("mean_words", "words", 1.0),
+        ("invalid_share", "invalid %", 100.0),
+        ("precision", "precision %", 100.0),
+        ("recall", "recall %", 100.0),
+        ("f1", "F1 %", 100.0),
+    )
+    rows = [
+        [rung.name, *[spread(rung.attributes.get(name), scale, 1) for name, _, scale in shown]]
+        for rung in ladder.rungs
+        if rung.attributes
+    ]
+    return LadderTable("Attributes that the listings are searched with", ["", *[label for _, label, _ in shown]], rows)
+
+
+def _name_table(ladder: LadderSummary) -> LadderTable:
+    rungs = [rung for rung in ladder.rungs if rung.names]
+    names = list(dict.fromkeys(name for rung in rungs for name in rung.names))
+    rows = [[rung.name, *[spread(rung.names.get(name), 100.0, 0) for name in names]] for rung in rungs]
+    return LadderTable("Listings that have the attribute, %", ["", *names], rows)
+
+
+def share(value: Estimate | None) -> str:
+    """A share as per cent with half of its interval."""
+    return spread(value, 100.0, 1)
+
+
+def spread(value: Estimate | None, scale: float, digits: int) -> str:
+    """`mean ± half of the interval`, scaled."""
+    if value is None or value.mean is None:
+        return ""
+    text = f"{scale * value.mean:.{digits}f}"
+    if value.low is None or value.high is None:
+        return text
+    return f"{text} ± {scale * (value.high - value.low) / 2:.{digits}f}"
+
+
+def points(value: Estimate) -> str:
+    """A gain in points with its interval."""
+    if value.mean is None:
+        return ""
+    text = f"{100 * value.mean:+.1f}"
+    return (
+        text if value.low is None or value.high is None else f"{text} [{100 * value.low:+.1f}, {100 * value.high:+.1f}]"
+    )
+
+
+def ladder_panels(ladder: LadderSummary) -> list[Panel]:
+    """hit@1 by rung with intervals, paired gains over the rung below, and every protocol's first metric by rung."""
+    height = 0.9 + 0.34 * len(ladder.rungs)
+    panels = [
+        Panel(f"{ladder.headline}: hit@1, %, 95 % over {ladder.seeds} seeds", _bars(ladder), height),
+        Panel("gain over the rung below, points, 95 % paired", _gains(ladder), height),
+    ]
+    others = [name for name in ladder.protocols if name != ladder.headline]
+    for protocol in others:
+        metric = next(iter(sorted(_metrics_of(ladder, protocol), key=metric_order)), None)
+        if metric is not None:
+            panels.append(
+                Panel(f"{protocol}: {metric_label(metric)}, %", _bars(ladder, protocol=protocol, metric=metric), height)
+            )
+    return panels
+
+
+def _metrics_of(ladder: LadderSummary, protocol: str) -> set[str]:
+    return {metric for rung in ladder.rungs for metric in rung.metrics.get(protocol, {})}
+
+
+def _bars(ladder: LadderSummary, *, protocol: str | None = None, metric: str = "hit@1") -> Draw:
+    name = protocol or ladder.headline
+    rungs = [rung for rung in ladder.rungs if metric in rung.metrics.get(name, {})]
+
+    def draw(axes: Axes, theme: Theme) -> None:
+        values = [rung.metrics[name][metric] for rung in rungs]
+        means = [100 * (value.mean or 0.0) for value in values]
+        halves = [50 * (value.high - value.low) if value.has_interval else 0.0 for value in values]  # type: ignore[operator]
+        colours = [theme.series[0] if rung.proper else theme.series[-1] for rung in rungs]
+        axes.barh([rung.name for rung in rungs], means, xerr=halves, color=colours, ecolor=theme.text, height=0.62)
+        top = max([mean + half for mean, half in zip(means, halves, strict=True)], default=1.0)
+        for place, (mean, half) in enumerate(zip(means, halves, strict=True)):
+            axes.text(mean + half + 0.015 * top, place, f"{mean:.1f}", va="center", fontsize=8)
+        for floor, dash in zip(ladder.floors, (":", "--"), strict=False):
+            value = ladder.floors[floor].get(name, {}).get(metric)
+            if value is not None and value.mean is not None:
+                axes.axvline(100 * value.mean, color=theme.text, linestyle=dash, linewidth=1, label=floor)
+        if ladder.floors and axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="lower right")
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.14 * top)
+        axes.grid(visible=False, axis="y")
+
+    return draw
+
+
+def _gains(ladder: LadderSummary) -> Draw:
+    rungs = [rung for rung in ladder.rungs if "hit@1" in rung.gain.get(ladder.headline, {})]
+
+    def draw(axes: Axes, theme: Theme) -> None:
+        for place, rung in enumerate(rungs):
+            gain = rung.gain[ladder.headline]["hit@1"]
+            if gain.mean is None or gain.low is None or gain.high is None:
+                continue
+            sure = gain.low > 0 or gain.high < 0
+            colour = theme.series[0] if rung.proper else theme.series[-1]
+            error = [[100 * (gain.mean - gain.low)], [100 * (gain.high - gain.mean)]]
+            axes.errorbar(
+                [100 * gain.mean],
+                [place],
+                xerr=error,
+                fmt="o",
+                color=colour,
+                markerfacecolor=colour if sure else "none",
+            )
+        axes.axvline(0, color=theme.text, linewidth=1)
+        axes.set_yticks(range(len(rungs)), [rung.name for rung in rungs])
+        axes.set_ylim(len(rungs) - 0.5, -0.5)
+        axes.set_xlabel("hollow: the interval includes zero")
+        axes.grid(visible=False, axis="y")
+
+    return draw
