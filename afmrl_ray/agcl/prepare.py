@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -145,7 +146,16 @@ class Preparer:
         return Task(direction, torch.from_numpy(bm25.scores(direction.own_texts, direction.candidate_texts)))
 
 
-class Ahead:
+Inputs = TypeVar("Inputs", covariant=True)
+
+
+class PreparesSteps(Protocol[Inputs]):
+    """Whatever makes a step's inputs from its number alone."""
+
+    def prepare(self, step: int) -> Inputs: ...
+
+
+class Ahead(Generic[Inputs]):
     """Prepares a step in a thread while the one before it is trained.
 
     Args:
@@ -153,12 +163,12 @@ class Ahead:
         steps: of the training; nothing is prepared beyond them.
     """
 
-    def __init__(self, preparer: Preparer, steps: int) -> None:
+    def __init__(self, preparer: PreparesSteps[Inputs], steps: int) -> None:
         self._preparer, self._steps = preparer, steps
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="prepare")
-        self._waiting: tuple[int, Future[Prepared]] | None = None
+        self._waiting: tuple[int, Future[Inputs]] | None = None
 
-    def take(self, step: int) -> Prepared:
+    def take(self, step: int) -> Inputs:
         """A step's inputs, waited for if need be; the next step's are begun."""
         if self._waiting is not None and self._waiting[0] == step:
             found = self._waiting[1].result()

@@ -9,6 +9,8 @@ from typing import Any
 from torch import distributed as dist
 
 from afmrl_ray import storage
+from afmrl_ray.agcl.dual_prepare import DualPreparer
+from afmrl_ray.agcl.dual_step import DualStep
 from afmrl_ray.agcl.prepare import Preparer
 from afmrl_ray.agcl.step import AGCLStep
 from afmrl_ray.attributes.store import read_attributes
@@ -16,8 +18,11 @@ from afmrl_ray.catalogue import CatalogueRef
 from afmrl_ray.config import Config, validate
 from afmrl_ray.config.train import AGCLConfig
 from afmrl_ray.models.adapters import load_start, save_trained
+from afmrl_ray.models.backbones import fetch
+from afmrl_ray.models.dual_tower import DualProcessor, DualTower
 from afmrl_ray.models.encoder import EmbeddingModel
 from afmrl_ray.models.flops import EncoderFlops
+from afmrl_ray.models.inner import inner_model
 from afmrl_ray.models.listing import ListingProcessor
 from afmrl_ray.models.vision_cache import VisionCache
 from afmrl_ray.training.engine import Engine
@@ -62,6 +67,8 @@ def train_agcl(config: Config, job: AGCLJob) -> dict[str, float]:
 def train_loop(payload: dict[str, Any]) -> None:
     """What every worker runs; `payload` is the plain-data argument that Ray Train ships."""
     config, job = validate(payload["config"]), payload["job"]
+    if config.encoder.kind == "clip":
+        return train_dual_tower(config, job)
     agcl = config.agcl
     worker_threads(agcl.workers)
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -90,6 +97,41 @@ def train_loop(payload: dict[str, Any]) -> None:
     run_steps(
         engine,
         step_fn,
+        steps=agcl.steps,
+        seed=config.run.seed,
+        workers=agcl.workers,
+        log_directory=storage.join(job.directory, "log"),
+        label=job.name,
+        save_model=save_model,
+    )
+    return None
+
+
+def train_dual_tower(config: Config, job: AGCLJob) -> None:
+    """The same for an encoder of kind `clip`."""
+    agcl = config.agcl
+    worker_threads(agcl.workers)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = load_start(job.start, "dual_tower", agcl.adapter, seed=config.run.seed, dtype=config.encoder.dtype)
+    processor = DualProcessor.from_pretrained(fetch(job.start), inner_model(model))
+    engine = Engine(
+        DualTower(model).train(),
+        agcl.optimizer,
+        steps=agcl.steps,
+        zero_stage=agcl.workers.zero_stage,
+        bf16=config.encoder.dtype == "bfloat16",
+    )
+    store = read_attributes(job.attributes) if job.attributes else None
+    preparer = DualPreparer(config, job.catalogue.open(), processor, store, rank=rank, world=world)
+
+    def save_model(path: str) -> None:
+        with engine.whole_parameters():
+            if rank == 0:
+                save_trained(model, path, processor=job.start)
+
+    run_steps(
+        engine,
+        DualStep(config, preparer, engine, processor, rank=rank, world=world),
         steps=agcl.steps,
         seed=config.run.seed,
         workers=agcl.workers,

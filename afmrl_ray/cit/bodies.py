@@ -25,6 +25,7 @@ from afmrl_ray.catalogue import (
 from afmrl_ray.catalogue.schema import parse_source_attributes
 from afmrl_ray.cit.stages import Stage, StageOutcome
 from afmrl_ray.config import Config
+from afmrl_ray.config.evaluation import RetrievalProtocol
 from afmrl_ray.distill.train import DistillJob, train_distill
 from afmrl_ray.errors import CatalogueError
 from afmrl_ray.models.annotate import GeneratorRef, annotate_rows
@@ -132,6 +133,34 @@ def oracle_body(config: Config, catalogue_ref: CatalogueRef, directory: str) -> 
     items = catalogue.column("item_id")
     written = attribute_rows(items, rows, [(text, "" if text else "empty") for text in found])
     write_attributes(path, written, fingerprint=storage.digest({"truth": config.annotate.truth_column}))
+    return StageOutcome(
+        {"attributes": "attributes.parquet"}, generated_metrics(read_attributes(path), catalogue, config)
+    )
+
+
+def queries_anew_body(
+    config: Config, catalogue_ref: CatalogueRef, before: Stage, after: Stage, directory: str
+) -> StageOutcome:
+    """Attributes of what searches from one table, of all other listings from another: a gallery that stays as it was.
+
+    Args:
+        before: attributes stage of the gallery.
+        after: attributes stage of the queries of all retrieval protocols.
+    """
+    catalogue = catalogue_ref.open()
+    items = catalogue.column("item_id")
+    asked = {
+        items[row]
+        for protocol in config.evaluation.protocols
+        if isinstance(protocol, RetrievalProtocol)
+        for row in catalogue.rows(protocol.query).tolist()
+    }
+    old, new = (read_attributes(stage.output("attributes")) for stage in (before, after))
+    rows = catalogue.rows(config.annotate.items)
+    texts = [(new if items[row] in asked else old).text(items[row]) for row in rows.tolist()]
+    path = storage.join(directory, "attributes.parquet")
+    written = attribute_rows(items, rows, [(text, "" if text else "invalid") for text in texts])
+    write_attributes(path, written, fingerprint=after.fingerprint)
     return StageOutcome(
         {"attributes": "attributes.parquet"}, generated_metrics(read_attributes(path), catalogue, config)
     )

@@ -38,7 +38,7 @@ def open_run(config: Config) -> Iterator[Pipeline]:
     Raises:
         UserError: something that the config names does not exist, does not fit or is not there.
     """
-    for setting, role in (("encoder", "encoder"), ("generator", "generator"), ("teacher", "generator")):
+    for setting, role in (("encoder", config.encoder.role), ("generator", "generator"), ("teacher", "generator")):
         path = getattr(getattr(config, setting), "path", None)
         if path is not None:
             check_checkpoint(path, role, setting=f"{setting}.path")

@@ -10,8 +10,9 @@ import numpy as np
 
 from afmrl_ray import storage
 from afmrl_ray.attributes.store import read_attributes
-from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue
+from afmrl_ray.catalogue import CatalogueRef
 from afmrl_ray.cit.bodies import generated_metrics
+from afmrl_ray.cit.examples import examples, failures
 from afmrl_ray.cit.promotion import GUARDED, decide
 from afmrl_ray.cit.stages import Stage, StageOutcome
 from afmrl_ray.config import Config
@@ -20,10 +21,6 @@ from afmrl_ray.config.evaluation import RetrievalProtocol
 from afmrl_ray.retrieval.embed import EncoderRef, View, embed_rows
 from afmrl_ray.retrieval.evaluate import Measured, Value, evaluate, paired_gain, retrieval_protocol, sides
 from afmrl_ray.retrieval.floor import chance, pixel_embeddings
-from afmrl_ray.retrieval.ranking import Ranking
-
-EXAMPLES = 24
-HITS_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -63,13 +60,17 @@ def evaluate_body(inputs: EvaluationInputs, directory: str) -> StageOutcome:
     if store is not None:
         metrics["attributes"] = generated_metrics(store, catalogue, config)
     texts = store.text if store is not None else lambda item: ""
-    ranking = measured[config.evaluation.headline].ranking
-    assert ranking is not None  # the config's validator made sure
-    storage.write_json(
-        storage.join(directory, "examples.json"), examples(ranking, catalogue, texts, seed=config.run.seed)
-    )
+    headline = next(p for p in config.evaluation.protocols if p.name == config.evaluation.headline)
+    ranking = measured[headline.name].ranking
+    assert isinstance(headline, RetrievalProtocol)  # the config's validator made sure
+    assert ranking is not None
+    drawn = examples(ranking, catalogue, texts, seed=config.run.seed)
+    storage.write_json(storage.join(directory, "examples.json"), drawn)
+    worst = failures(ranking, catalogue, texts, label=headline.label, gallery_rows=catalogue.rows(headline.gallery))
+    storage.write_json(storage.join(directory, "failures.json"), worst)
     write_per_query(storage.join(directory, "per_query.safetensors"), measured)
-    return StageOutcome({"examples": "examples.json", "per_query": "per_query.safetensors"}, metrics)
+    outputs = {"examples": "examples.json", "failures": "failures.json", "per_query": "per_query.safetensors"}
+    return StageOutcome(outputs, metrics)
 
 
 def promotion_body(config: Config, *, last: Stage | None, before: Stage | None, now: Stage) -> StageOutcome:
@@ -117,34 +118,6 @@ def read_per_query(stage: Stage, protocol: str, metric: str) -> tuple[np.ndarray
 
     columns = load(storage.read_bytes(stage.output("per_query")))
     return columns[f"{protocol}/rows"], columns[f"{protocol}/{metric}"]
-
-
-def examples(ranking: Ranking, catalogue: StagedCatalogue, texts: Any, *, seed: int) -> list[dict[str, Any]]:
-    """A fixed random choice of queries with what they retrieved."""
-    count = min(EXAMPLES, len(ranking.query_rows))
-    chosen = np.sort(np.random.default_rng(seed).choice(len(ranking.query_rows), size=count, replace=False))
-    found = []
-    for index in chosen.tolist():
-        item = catalogue.item(int(ranking.query_rows[index]))
-        hits = [
-            {"row": int(row), "item_id": catalogue.item(int(row)).item_id, "score": float(score), "right": bool(right)}
-            for row, score, right in zip(
-                ranking.top_rows[index, :HITS_SHOWN],
-                ranking.top_scores[index, :HITS_SHOWN],
-                ranking.top_right[index, :HITS_SHOWN],
-                strict=True,
-            )
-        ]
-        found.append(
-            {
-                "query_row": item.row,
-                "item_id": item.item_id,
-                "title": item.title or "",
-                "attributes": texts(item.item_id),
-                "hits": hits,
-            }
-        )
-    return found
 
 
 def floor_body(config: Config, catalogue_ref: CatalogueRef, directory: str) -> StageOutcome:

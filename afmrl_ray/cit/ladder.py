@@ -13,7 +13,7 @@ from typing import Any
 
 from afmrl_ray.cit.pipeline import Pipeline
 from afmrl_ray.cit.stages import Stage
-from afmrl_ray.config import Config, with_values
+from afmrl_ray.config import Config
 from afmrl_ray.errors import ConfigError
 
 
@@ -67,9 +67,25 @@ RUNGS = (
         "agcl",
         "trained and searched with the attributes of the distilled generator",
     ),
-    Rung("rl", "+ RL (RAR)", "evaluate-r0", "agcl-r0", "distilled", "the same encoder, attributes after RAR"),
+    Rung(
+        "rl",
+        "+ RL (RAR)",
+        "evaluate-r0",
+        "agcl-r0",
+        "distilled",
+        "the same encoder, all listings with the attributes after RAR, before it is trained with them",
+    ),
     Rung("cit-2", "+ CIT, round 2", "evaluate-r1", "agcl-r1", "rl", "encoder and generator trained once more"),
     Rung("cit-3", "+ CIT, round 3", "evaluate-r2", "agcl-r2", "cit-2", "and once more"),
+    Rung(
+        "rl-queries",
+        "RL, queries alone",
+        "evaluate-rl-queries",
+        "agcl-r0",
+        "distilled",
+        "the same encoder and gallery, queries with the attributes after RAR: what RAR was rewarded for",
+        ladder=False,
+    ),
     Rung(
         "cit-2-share",
         "CIT, round 2, fewer products",
@@ -99,9 +115,18 @@ RUNGS = (
     ),
 )
 
+_CLIP = {
+    "encoder.kind": "clip",
+    # Objectives of its own; weights and masks belong to AGCL.
+    "agcl.lexical.enabled": False,
+    "agcl.mask.enabled": False,
+    "agcl.enrich_query": 0.0,
+    "agcl.enrich_positive": 0.0,
+}
 DUAL_TOWERS: dict[str, dict[str, Any]] = {
-    "clip": {"encoder.kind": "clip"},
-    "fg-clip": {"encoder.kind": "clip"},
+    "clip": _CLIP,
+    # The weights of FG-CLIP (Xie et al. 2025, equation 4): 0.1 of regions, 0.5 of hard texts.
+    "fg-clip": {**_CLIP, "encoder.dual_tower.region_weight": 0.1, "encoder.dual_tower.hard_text_weight": 0.5},
 }
 """Settings of the rungs that are no Qwen2-VL, over the ladder's config."""
 
@@ -128,6 +153,7 @@ class Ladder:
             "agcl": self._agcl_by_labels,
             "distilled": lambda: pipeline.evaluation("evaluate-distilled", pipeline.agcl(0), pipeline.attributes(0)),
             "rl": lambda: self._round(0),
+            "rl-queries": self._queries_anew,
             "cit-2": lambda: self._round(1),
             "cit-3": lambda: self._round(2),
             "cit-2-share": self._fewer_products,
@@ -139,22 +165,24 @@ class Ladder:
         """The evaluation of a rung; whatever it stands on is run first."""
         return self._build[key]()
 
-    def _variant(self, changes: dict[str, Any]) -> Pipeline:
-        """The same run with other settings, for stages that only this ladder has."""
-        pipeline = self._pipeline
-        return Pipeline(with_values(pipeline.config, changes), pipeline.run, pipeline.given, pipeline.tracker)
-
     def _dual_tower(self, key: str, attributes: Stage | None) -> Stage:
         if self._clip_path is None:
             raise ConfigError(f"ladder: rung {key} needs the checkpoint of a dual tower")
-        variant = self._variant({**DUAL_TOWERS[key], "encoder.path": self._clip_path})
+        changes = {**DUAL_TOWERS[key], "encoder.path": self._clip_path}
+        if self._pipeline.config.encoder.dual_tower.boxes_column not in self._pipeline.catalogue.table.column_names:
+            changes["encoder.dual_tower.region_weight"] = 0.0
+        variant = self._pipeline.variant(changes)
         return variant.evaluation(f"evaluate-{key}", variant.encoder(key, attributes), None)
 
     def _agcl_by_labels(self) -> Stage:
         """The loss alone: attributes decide weights and mask, and no input shows them."""
-        variant = self._variant({"agcl.enrich_query": 0.0, "agcl.enrich_positive": 0.0})
+        variant = self._pipeline.variant({"agcl.enrich_query": 0.0, "agcl.enrich_positive": 0.0})
         encoder = variant.encoder("agcl-labels", self._pipeline.labels)
         return variant.evaluation("evaluate-agcl-labels", encoder, None)
+
+    def _queries_anew(self) -> Stage:
+        pipeline = self._pipeline
+        return pipeline.evaluation("evaluate-rl-queries", pipeline.agcl(0), pipeline.attributes_of_queries(0))
 
     def _fewer_products(self) -> Stage:
         pipeline = self._pipeline

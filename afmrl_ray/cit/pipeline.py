@@ -6,6 +6,7 @@ generator writes after the RAR of round r; evaluation of round r is done with th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -41,8 +42,19 @@ class Pipeline:
         self.config = config
         self.run = run
         self.tracker = tracker
+        self._changes: dict[str, Any] = {}
         self.given = given
         self._done: dict[str, Stage] = {}
+
+    def variant(self, changes: Mapping[str, Any]) -> Pipeline:
+        """Stages of the same run with values at dotted keys changed, which they tell among their inputs.
+
+        Raises:
+            ConfigError: see `config.with_values`.
+        """
+        found = Pipeline(with_values(self.config, changes), self.run, self.given, self.tracker)
+        found._changes = {**self._changes, **changes}
+        return found
 
     def _stage(self, name: str, inputs: dict[str, Any], body: Body, *, resumable: bool = False) -> Stage:
         """The stage, run or skipped once; what stands on it asks again and again."""
@@ -58,6 +70,7 @@ class Pipeline:
             "config": dumped,
             "seed": self.config.run.seed,
             "upstream": {stage.name: stage.fingerprint for stage in upstream if stage is not None},
+            **({"changes": self._changes} if self._changes else {}),
             **more,
         }
 
@@ -91,7 +104,11 @@ class Pipeline:
         inputs = self._inputs(
             ("tiny", "synthetic"),
             self.catalogue_stage,
-            roles=[role for role in ("encoder", "generator") if getattr(config, role).path is None],
+            roles=[
+                role
+                for section, role in (("encoder", config.encoder.role), ("generator", "generator"))
+                if getattr(config, section).path is None
+            ],
             pictures=[config.encoder.picture.model_dump(), config.generator.picture.model_dump()],
             instructions=[config.encoder.instruction, config.generator.instruction],
         )
@@ -157,7 +174,9 @@ class Pipeline:
     def attributes(self, number: int) -> Stage:
         """Attributes by the generator as it is before round `number`."""
         before = self.rar(number - 1) if number else self.distill
-        inputs = self._inputs(("generator",), self.catalogue_stage, before, items=self.config.annotate.items.decisive())
+        annotate = self.config.annotate
+        inputs = self._inputs(("generator",), self.catalogue_stage, before, items=annotate.items.decisive())
+        inputs["truth"] = annotate.truth_column
         return self._stage(
             f"attributes-r{number}",
             inputs,
@@ -202,10 +221,10 @@ class Pipeline:
             product_share: over `agcl.product_share`.
         """
         config = self.config
+        inputs = self._inputs(("encoder", "agcl"), self.catalogue_stage, self.models_stage, attributes, previous)
         if product_share is not None:
             config = with_values(config, {"agcl.product_share": product_share})
-        inputs = self._inputs(("encoder", "agcl"), self.catalogue_stage, self.models_stage, attributes, previous)
-        inputs["config"]["agcl"] = config.agcl.decisive()
+            inputs["product_share"] = product_share
         return self._stage(
             name,
             inputs,
@@ -257,6 +276,18 @@ class Pipeline:
         agcl, attributes = self.agcl(number), self.attributes(number + 1)
         return self.evaluation(f"evaluate-r{number}", agcl, attributes)
 
+    def attributes_of_queries(self, number: int) -> Stage:
+        """Queries by the generator after the RAR of round `number`, the gallery as that RAR searched it."""
+        before, after = self.attributes(number), self.attributes(number + 1)
+        protocols = [protocol.model_dump(mode="json") for protocol in self.config.evaluation.protocols]
+        inputs = self._inputs((), self.catalogue_stage, before, after, protocols=protocols)
+        inputs["truth"] = self.config.annotate.truth_column
+        return self._stage(
+            f"attributes-r{number}-queries",
+            inputs,
+            lambda at: bodies.queries_anew_body(self.config, self.catalogue_ref, before, after, at),
+        )
+
     def promotion(self, number: int) -> Stage:
         """Whether round `number` is promoted, and what it gained on the round before; see `cit.promotion`."""
         last = self.promoted(number - 1) if number else None
@@ -281,9 +312,11 @@ class Pipeline:
 
     def evaluation(self, name: str, encoder: Stage, attributes: Stage | None) -> Stage:
         """All protocols with an encoder and, where they ask for attributes and there are some, with attributes."""
-        # What it writes is among its inputs, so that runs from before `per_query` are measured again.
-        outputs = ["examples", "per_query"]
+        # What it writes is among its inputs, so that runs from before `failures` are measured again.
+        outputs = ["examples", "failures", "per_query"]
         inputs = self._inputs(("encoder", "evaluation"), self.catalogue_stage, encoder, attributes, outputs=outputs)
+        if attributes is not None:
+            inputs["truth"] = self.config.annotate.truth_column
         evaluation = EvaluationInputs(
             self.config,
             self.catalogue_ref,

@@ -19,6 +19,7 @@ from afmrl_ray.models.listing import ListingProcessor
 from afmrl_ray.models.pretrain import caption, pretrain
 from afmrl_ray.models.rows import Row
 from afmrl_ray.models.tiny import build_encoder, build_generator, save_checkpoint, train_tokenizer
+from afmrl_ray.models.tiny_dual_tower import build_dual_tower, save_dual_tower, train_dual_tokenizer
 
 # Far from any seed a user would pick; the few products that recur by chance are left out.
 _DISJOINT_SEED = 900_001
@@ -26,11 +27,21 @@ TRUE_ATTRIBUTES = "true_attributes"
 
 
 def make_tiny(config: Config, role: str, catalogue: CatalogueRef, directory: str) -> dict[str, float]:
-    """Build, pre-train and save the tiny checkpoint of `role`; returns the first and last captioning loss."""
+    """Build, pre-train and save the tiny checkpoint of `role`; returns the first and last captioning loss.
+
+    A dual tower cannot write captions: it begins with random weights, and nothing is returned.
+    """
     tiny = config.tiny
     torch.set_num_threads(1)
     examples = pretraining_examples(config, catalogue)
     texts = _texts(catalogue) + [text for _, title, text in examples for text in (title, text)]
+    if role == "encoder" and config.encoder.kind == "clip":
+        dual_tokenizer = train_dual_tokenizer(texts, tiny.vocabulary)
+        tower = build_dual_tower(tiny, config.encoder.picture, dual_tokenizer, config.run.seed)
+        with tempfile.TemporaryDirectory() as local:
+            save_dual_tower(tower, dual_tokenizer, local)
+            storage.copy_dir(local, directory)
+        return {}
     instructions = [config.encoder.instruction, config.generator.instruction, "user assistant"]
     tokenizer = train_tokenizer(texts + instructions * 50, tiny.vocabulary)
     model = (build_encoder if role == "encoder" else build_generator)(tiny, tokenizer, config.run.seed)

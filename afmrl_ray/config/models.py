@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -39,9 +39,32 @@ class VisionCacheConfig(Section):
     """Size above which what was not read for the longest time is removed, GB; processes look every 64 pictures."""
 
 
+class DualTowerConfig(Section):
+    """What an encoder of kind `clip` is trained on; weights of 0 switch one off."""
+
+    pair_weight: float = Field(1.0, ge=0)
+    """Of InfoNCE between listings, each the sum of its picture's and its text's vector."""
+    picture_text_weight: float = Field(1.0, ge=0)
+    """Of CLIP's own objective: the picture of a listing against its text, both ways."""
+    region_weight: float = Field(0.0, ge=0)
+    """Of FG-CLIP's: a region of the query's picture against what the attributes say of that part; needs attributes and
+    `boxes_column`. Listings without are left out and counted."""
+    hard_text_weight: float = Field(0.0, ge=0)
+    """Of FG-CLIP's: the query's picture against its attribute text and changed ones; needs attributes."""
+    hard_texts: int = Field(4, gt=0)
+    """Changed texts of a query; in each, one attribute has another value that the catalogue knows for its name."""
+    boxes_column: str = "boxes"
+    """Column with the boxes of a picture's parts, a JSON object: part to left, top, right, bottom, as shares."""
+    region_attributes: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Names of the attributes that belong to a part; a part that is not named here has the one of its own name."""
+
+
 class EncoderConfig(Section):
     """The embedding encoder (Qwen2-VL): picture, title and attributes to one vector."""
 
+    kind: Literal["qwen2_vl", "clip"] = "qwen2_vl"
+    """`clip`: a dual tower (CLIP or SigLIP checkpoint) for comparison, with objectives of its own (`dual_tower`);
+    pixels and text length are the checkpoint's, and RAR cannot search with it."""
     path: str | None = None
     """Local folder, URI or hub name of the checkpoint; none = the run makes a tiny one."""
     picture: PictureConfig = PictureConfig()
@@ -54,6 +77,19 @@ class EncoderConfig(Section):
     """Longest input; text is cut to fit, a picture never is."""
     vision_cache: VisionCacheConfig = VisionCacheConfig()
     """Pictures that went through the frozen vision tower."""
+
+    dual_tower: DualTowerConfig = DualTowerConfig()
+    """For kind `clip`."""
+
+    def decisive(self) -> dict[str, Any]:
+        """As everywhere; what only dual towers read decides nothing about Qwen2-VL."""
+        found = super().decisive()
+        return found if self.kind == "clip" else {k: v for k, v in found.items() if k not in ("kind", "dual_tower")}
+
+    @property
+    def role(self) -> Literal["encoder", "dual_tower"]:
+        """What its checkpoint must be."""
+        return "dual_tower" if self.kind == "clip" else "encoder"
 
 
 class GeneratorConfig(Section):

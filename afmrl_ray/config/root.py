@@ -120,3 +120,22 @@ class Config(Section):
                 "run it alone; use zero_stage 2 or less"
             )
         return self
+
+    @model_validator(mode="after")
+    def _a_dual_tower_is_asked_for_what_it_can(self) -> Config:
+        if self.encoder.kind != "clip":
+            return self
+        agcl = self.agcl
+        asked = {
+            "encoder.vision_cache.enabled=false": self.encoder.vision_cache.enabled,
+            "agcl.lexical.enabled=false": agcl.lexical.enabled,
+            "agcl.mask.enabled=false": agcl.mask.enabled,
+            "agcl.learn_temperature=false": agcl.learn_temperature,
+            "agcl.tokens_per_microbatch=null": agcl.tokens_per_microbatch is not None,
+            "agcl.positives_per_query=1": agcl.positives_per_query != 1,
+            "agcl.curated_negatives=0": agcl.curated_negatives != 0,
+        }
+        wrong = [setting for setting, is_asked in asked.items() if is_asked]
+        if wrong:
+            raise ValueError(f"encoder.kind clip has objectives of its own (encoder.dual_tower); set {' '.join(wrong)}")
+        return self

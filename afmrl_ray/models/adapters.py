@@ -25,6 +25,7 @@ PROCESSOR_FILES = (
     "special_tokens_map.json",
     "vocab.json",
     "merges.txt",
+    "spiece.model",
     "added_tokens.json",
 )
 
@@ -41,7 +42,7 @@ def make_trainable(model: Any, config: AdapterConfig) -> Any:
     if config.kind == "full":
         model.requires_grad_(True)
         if not config.train_vision:
-            model.model.visual.requires_grad_(False)
+            vision_tower(model).requires_grad_(False)
         return model
     from peft import LoraConfig, get_peft_model
 
@@ -58,6 +59,11 @@ def make_trainable(model: Any, config: AdapterConfig) -> Any:
         return get_peft_model(model, lora, autocast_adapter_dtype=False)
     except ValueError as error:
         raise CheckpointError(f"adapter.targets {config.targets!r} matches no module of the model") from error
+
+
+def vision_tower(model: Any) -> Any:
+    """The part of a Qwen2-VL, Qwen2.5-VL or dual-tower model that sees pictures."""
+    return model.vision_model if hasattr(model, "vision_model") else model.model.visual
 
 
 def is_adapter(path: str) -> bool:
@@ -108,7 +114,7 @@ def load_trained(
 
     Args:
         path: folder or URI of a model or of an adapter, or a hub name of a model.
-        role: `encoder` or `generator`.
+        role: `encoder`, `generator` or `dual_tower`.
         trainable: keep the adapter apart and trainable; else it is merged into the weights for speed.
 
     Raises:

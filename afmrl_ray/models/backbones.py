@@ -13,7 +13,8 @@ from afmrl_ray import storage
 from afmrl_ray.errors import CheckpointError
 from afmrl_ray.models.vision_attention import use_attention_by_length
 
-ARCHITECTURES = {"encoder": "qwen2_vl", "generator": "qwen2_5_vl"}
+ARCHITECTURES = {"encoder": ("qwen2_vl",), "generator": ("qwen2_5_vl",), "dual_tower": ("clip", "siglip")}
+"""Model types that a role may have; the encoder is a dual tower where `encoder.kind` says so."""
 
 
 def fetch(path: str) -> str:
@@ -60,23 +61,40 @@ def check_checkpoint(path: str, role: str, *, setting: str | None = None) -> Non
 
 
 def _check_type(model_type: str | None, path: str, role: str, setting: str) -> None:
-    if model_type != ARCHITECTURES[role]:
-        raise CheckpointError(f"{setting}: {path} is {model_type}, the {role} must be {ARCHITECTURES[role]}")
+    wanted = ARCHITECTURES[role]
+    if model_type not in wanted:
+        hint = (
+            "; set encoder.kind=clip for it" if role == "encoder" and model_type in ARCHITECTURES["dual_tower"] else ""
+        )
+        raise CheckpointError(f"{setting}: {path} is {model_type}, the {role} must be {' or '.join(wanted)}{hint}")
 
 
 def load_backbone(path: str, role: str, *, dtype: str = "float32", device: torch.device | str = "cpu") -> Any:
-    """Load the `ForConditionalGeneration` model of `role` (encoder: Qwen2-VL, generator: Qwen2.5-VL).
+    """Load the model of `role`: encoder Qwen2-VL, generator Qwen2.5-VL (both `ForConditionalGeneration`), or a CLIP or
+    SigLIP model.
 
     Raises:
         CheckpointError: see `check_checkpoint`.
     """
-    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
-
     local = fetch(path)
     check_checkpoint(local, role)
-    model_class: Any = Qwen2VLForConditionalGeneration if role == "encoder" else Qwen2_5_VLForConditionalGeneration
-    model = model_class.from_pretrained(local, dtype=getattr(torch, dtype), attn_implementation="sdpa")
-    use_attention_by_length(model)
+    model = _model_class(local, role).from_pretrained(local, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    if role != "dual_tower":
+        use_attention_by_length(model)
     # What an adapter will name as its base: where the checkpoint lies for everybody, not this node's copy of it.
     model.name_or_path = path
     return model.to(device)
+
+
+def _model_class(local: str, role: str) -> Any:
+    from transformers import (
+        AutoConfig,
+        CLIPModel,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2VLForConditionalGeneration,
+        SiglipModel,
+    )
+
+    if role == "dual_tower":
+        return CLIPModel if AutoConfig.from_pretrained(local).model_type == "clip" else SiglipModel
+    return Qwen2VLForConditionalGeneration if role == "encoder" else Qwen2_5_VLForConditionalGeneration

@@ -232,6 +232,7 @@ def is_outdated(name: str, found: dict[str, Stage], inputs: dict[str, Any], conf
         config: the run's config.
     """
     own = inputs[name]
+    config = _changed(config, own.get("changes", {}))
     settings = {**own.get("config", {}), **({"run": {"seed": own["seed"]}} if "seed" in own else {})}
     if not _agree(settings, config):
         return True
@@ -240,6 +241,16 @@ def is_outdated(name: str, found: dict[str, Stage], inputs: dict[str, Any], conf
         for above, fingerprint in own.get("upstream", {}).items()
         if above in found
     )
+
+
+def _changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A config's JSON values with those at dotted keys changed, as `Pipeline.variant` changes them."""
+    changed = dict(config)
+    for key, value in changes.items():
+        section, _, rest = key.partition(".")
+        inner = changed.get(section)
+        changed[section] = _changed(inner if isinstance(inner, dict) else {}, {rest: value}) if rest else value
+    return changed
 
 
 def _agree(part: Any, whole: Any) -> bool:

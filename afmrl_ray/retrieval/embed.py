@@ -15,7 +15,10 @@ from afmrl_ray.catalogue import CatalogueRef
 from afmrl_ray.config.catalogue import Inputs
 from afmrl_ray.config.cluster import PoolConfig
 from afmrl_ray.config.models import EncoderConfig
+from afmrl_ray.errors import ConfigError
 from afmrl_ray.models.adapters import load_trained
+from afmrl_ray.models.backbones import fetch
+from afmrl_ray.models.dual_tower import DualProcessor, DualTower, dual_text, embed_dual_rows
 from afmrl_ray.models.encoder import EmbeddingModel
 from afmrl_ray.models.listing import ListingProcessor
 from afmrl_ray.models.microbatches import cut_by_tokens
@@ -44,6 +47,11 @@ class Encoder:
     """A frozen encoder over a catalogue; plain code that actors and tests call alike."""
 
     def __init__(self, encoder: EncoderRef, catalogue: CatalogueRef) -> None:
+        if encoder.config.kind != "qwen2_vl":
+            raise ConfigError(
+                f"encoder.kind {encoder.config.kind} has no prefixes to share between attribute texts, so RAR cannot "
+                "search with it; set encoder.kind=qwen2_vl"
+            )
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = load_trained(encoder.path, "encoder", dtype=encoder.config.dtype, device=device)
         self._processor = ListingProcessor.from_pretrained(encoder.path, encoder.config.picture)
@@ -120,6 +128,40 @@ class Encoder:
         return self._model(**collate(built, self._processor.pad_id, self._model.device)).cpu().numpy()
 
 
+class DualEncoder:
+    """A frozen dual tower over a catalogue, for the same calls as far as it has them."""
+
+    def __init__(self, encoder: EncoderRef, catalogue: CatalogueRef) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = load_trained(encoder.path, "dual_tower", dtype=encoder.config.dtype, device=device)
+        self._model = DualTower(model).eval()
+        self._processor = DualProcessor.from_pretrained(fetch(encoder.path), model)
+        self._catalogue = catalogue.open()
+        self._items = self._catalogue.column("item_id")
+
+    @property
+    def items(self) -> list[str]:
+        """Item id of every catalogue row."""
+        return self._items
+
+    @torch.no_grad()
+    def embed(
+        self, rows: list[int], texts: list[str], *, inputs: Inputs, title_columns: tuple[str, ...] = ("title",)
+    ) -> np.ndarray:
+        """See `Encoder.embed`."""
+        built = []
+        for row, text in zip(rows, texts, strict=True):
+            title = self._catalogue.title(row, title_columns) if inputs != "picture" else ""
+            picture = self._catalogue.picture(row) if inputs != "text" else None
+            built.append(self._processor.row(picture, dual_text(title, text)))
+        return embed_dual_rows(self._model, self._processor, built).cpu().numpy()
+
+
+def open_encoder(encoder: EncoderRef, catalogue: CatalogueRef) -> Encoder | DualEncoder:
+    """The encoder of `encoder.kind`, to embed listings with."""
+    return DualEncoder(encoder, catalogue) if encoder.config.kind == "clip" else Encoder(encoder, catalogue)
+
+
 @dataclass(frozen=True)
 class View:
     """How listings are shown to the encoder.
@@ -147,7 +189,7 @@ class EmbedActor:
         threads: int,
     ) -> None:
         torch.set_num_threads(threads)
-        self._encoder = Encoder(encoder, catalogue)
+        self._encoder = open_encoder(encoder, catalogue)
         self._store = read_attributes(attributes) if attributes is not None else None
         self._views = views
 

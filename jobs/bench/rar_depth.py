@@ -19,15 +19,13 @@ from typing import Any
 from scipy import stats
 
 from afmrl_ray import storage
-from afmrl_ray.attributes.store import AttributeRow, read_attributes, write_attributes
 from afmrl_ray.cit import bodies
 from afmrl_ray.cit.driver import open_run
 from afmrl_ray.cit.evaluation import EvaluationInputs, evaluate_body
 from afmrl_ray.cit.pipeline import Pipeline
-from afmrl_ray.cit.stages import Stage, StageOutcome
+from afmrl_ray.cit.stages import Stage
 from afmrl_ray.cli import job_main
 from afmrl_ray.config import Config, with_values
-from afmrl_ray.config.evaluation import RetrievalProtocol
 from afmrl_ray.models.annotate import GeneratorRef
 from afmrl_ray.retrieval.embed import EncoderRef
 from afmrl_ray.training.metrics_log import read_metrics
@@ -84,7 +82,11 @@ class Cells:
         hit = self._hit(f"{name}-evaluate", attributes)
         # The gallery as RAR searched it, with the attributes from before.
         queries = run.run_stage(
-            f"{name}-queries", {"upstream": attributes.fingerprint}, lambda at: self._queries_anew(attributes, at)
+            f"{name}-queries",
+            {"upstream": attributes.fingerprint},
+            lambda at: bodies.queries_anew_body(
+                self._headline_config(), reference, self._pipeline.attributes(0), attributes, at
+            ),
         )
         hit_queries = self._hit(f"{name}-evaluate-queries", queries)
         return {
@@ -100,23 +102,13 @@ class Cells:
             "zero_variance": 100 * found["zero_variance"],
         }
 
-    def _queries_anew(self, attributes: Stage, directory: str) -> StageOutcome:
-        """Attributes of the headline's queries by the reinforced generator, of all other listings from before."""
-        catalogue = self._pipeline.catalogue
-        items = catalogue.column("item_id")
-        sides = [p.query for p in self._evaluation.protocols if isinstance(p, RetrievalProtocol)]
-        asked = {items[row] for side in sides for row in catalogue.rows(side).tolist()}
-        old, new = (read_attributes(stage.output("attributes")) for stage in (self._pipeline.attributes(0), attributes))
-        rows = []
-        for row in catalogue.rows(self._config.annotate.items).tolist():
-            text = (new if items[row] in asked else old).text(items[row])
-            rows.append(AttributeRow(items[row], text, None if text else "invalid"))
-        write_attributes(storage.join(directory, "attributes.parquet"), rows, fingerprint=attributes.fingerprint)
-        return StageOutcome({"attributes": "attributes.parquet"}, {})
+    def _headline_config(self) -> Config:
+        return self._config.model_copy(update={"evaluation": self._evaluation})
 
     def _hit(self, name: str, attributes: Stage) -> float:
-        config = self._config.model_copy(update={"evaluation": self._evaluation})
-        asked = EvaluationInputs(config, self._pipeline.catalogue_ref, self._encoder, attributes.output("attributes"))
+        asked = EvaluationInputs(
+            self._headline_config(), self._pipeline.catalogue_ref, self._encoder, attributes.output("attributes")
+        )
         inputs = {"upstream": [*self._upstream, attributes.fingerprint], "evaluation": self._evaluation.decisive()}
         stage = self._pipeline.run.run_stage(name, inputs, lambda at: evaluate_body(asked, at))
         return float(stage.metrics["protocols"][self._evaluation.headline]["metrics"]["hit@1"]["mean"])
@@ -146,7 +138,7 @@ def table(name: str, cells: Mapping[tuple[int, int], Mapping[str, float]]) -> st
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--depths", type=int, nargs="+", default=[1, 5, 10, 50])
+    parser.add_argument("--depths", type=int, nargs="+", default=[1, 5, 10, 50, 100])
     parser.add_argument("--seeds", type=int, default=3, help="of RAR's prompts and samples")
 
 

@@ -1,0 +1,101 @@
+"""What FG-CLIP's objectives are trained on: regions with their phrases, and texts with one attribute changed.
+
+Pure functions of the catalogue, the attribute table and a listing's draw, so that a batch is the same for any number of
+workers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from afmrl_ray.attributes.text import Attributes, format_attributes
+
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom, as shares of the picture's sides."""
+
+_LEAST_PX = 2
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of a listing's picture and what its attributes say about it."""
+
+    part: str
+    box: Box
+    phrase: str
+
+
+def values_by_name(attributes: Sequence[Attributes]) -> dict[str, list[str]]:
+    """The values that a catalogue has for each attribute name, in alphabetical order."""
+    found: dict[str, set[str]] = {}
+    for pairs in attributes:
+        for name, value in pairs:
+            found.setdefault(name, set()).add(value)
+    return {name: sorted(values) for name, values in found.items()}
+
+
+def changed_texts(
+    attributes: Attributes, values: Mapping[str, Sequence[str]], *, count: int, draw: np.random.Generator
+) -> list[str]:
+    """Up to `count` different attribute texts in which exactly one value is another one of its name.
+
+    Args:
+        attributes: of the listing.
+        values: from `values_by_name`.
+        count: of texts; fewer where there are not so many.
+        draw: decides which.
+    """
+    changes = [
+        (place, other)
+        for place, (name, value) in enumerate(attributes)
+        for other in values.get(name, ())
+        if other != value
+    ]
+    picked = draw.permutation(len(changes))[:count]
+    found = []
+    for index in sorted(picked.tolist()):
+        place, other = changes[index]
+        pairs = list(attributes)
+        pairs[place] = (pairs[place][0], other)
+        found.append(format_attributes(pairs))
+    return found
+
+
+def regions(
+    boxes: Mapping[str, Sequence[float]], attributes: Attributes, parts: Mapping[str, Sequence[str]]
+) -> list[Region]:
+    """The parts of a picture that attributes speak of.
+
+    Args:
+        boxes: part to left, top, right, bottom.
+        attributes: of the listing.
+        parts: names of the attributes that belong to a part; a part that is not there has the one of its own name.
+    """
+    found = []
+    for part, box in boxes.items():
+        names = parts.get(part, (part,))
+        phrase = format_attributes([(name, value) for name, value in attributes if name in names])
+        left, top, right, bottom = (min(max(float(side), 0.0), 1.0) for side in box)
+        if phrase and right > left and bottom > top:
+            found.append(Region(part, (left, top, right, bottom), phrase))
+    return found
+
+
+def parse_boxes(value: str | Mapping[str, Sequence[float]] | None) -> dict[str, Sequence[float]]:
+    """The boxes of a row, from a JSON object, a mapping or null."""
+    if value is None or value == "":
+        return {}
+    return dict(json.loads(value) if isinstance(value, str) else value)
+
+
+def crop(picture: Image.Image, box: Box) -> Image.Image:
+    """The region of a picture, at least two pixels wide and high."""
+    width, height = picture.size
+    left, top = min(int(box[0] * width), width - _LEAST_PX), min(int(box[1] * height), height - _LEAST_PX)
+    right, bottom = max(round(box[2] * width), left + _LEAST_PX), max(round(box[3] * height), top + _LEAST_PX)
+    return picture.crop((left, top, min(right, width), min(bottom, height)))

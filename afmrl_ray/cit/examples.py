@@ -1,0 +1,68 @@
+"""Queries that the report shows: some drawn at random, and those that are answered worst."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from afmrl_ray.catalogue import StagedCatalogue
+from afmrl_ray.retrieval.ranking import Ranking
+
+DRAWN = 24
+WORST = 10
+HITS_SHOWN = 5
+
+Texts = Callable[[str], str]
+"""Attribute text by item id."""
+
+
+def examples(ranking: Ranking, catalogue: StagedCatalogue, texts: Texts, *, seed: int) -> list[dict[str, Any]]:
+    """A fixed random choice of queries with what they retrieved, as JSON values."""
+    count = min(DRAWN, len(ranking.query_rows))
+    chosen = np.sort(np.random.default_rng(seed).choice(len(ranking.query_rows), size=count, replace=False))
+    return [_example(ranking, index, catalogue, texts) for index in chosen.tolist()]
+
+
+def failures(
+    ranking: Ranking, catalogue: StagedCatalogue, texts: Texts, *, label: str, gallery_rows: np.ndarray
+) -> list[dict[str, Any]]:
+    """The queries whose first positive stands last, worst first, each with that positive, as JSON values.
+
+    Args:
+        label: column whose equality makes a positive.
+        gallery_rows: [N] catalogue rows that were searched.
+    """
+    first = ranking.ranks[ranking.offsets[:-1]]
+    worst = np.argsort(-first, kind="stable")[:WORST]
+    labels = catalogue.column(label)
+    found = []
+    for index in worst.tolist():
+        query = int(ranking.query_rows[index])
+        missed = next(row for row in gallery_rows.tolist() if labels[row] == labels[query] and row != query)
+        item = catalogue.item(missed)
+        found.append(
+            {
+                **_example(ranking, index, catalogue, texts),
+                "rank": int(first[index]) + 1,
+                "missed": {"row": missed, "item_id": item.item_id, "attributes": texts(item.item_id)},
+            }
+        )
+    return found
+
+
+def _example(ranking: Ranking, index: int, catalogue: StagedCatalogue, texts: Texts) -> dict[str, Any]:
+    item = catalogue.item(int(ranking.query_rows[index]))
+    hits = zip(ranking.top_rows[index], ranking.top_scores[index], ranking.top_right[index], strict=True)
+    return {
+        "query_row": item.row,
+        "item_id": item.item_id,
+        "title": item.title or "",
+        "attributes": texts(item.item_id),
+        "hits": [
+            {"row": int(row), "item_id": catalogue.item(int(row)).item_id, "score": float(score), "right": bool(right)}
+            for row, score, right in list(hits)[:HITS_SHOWN]
+            if row >= 0
+        ],
+    }
