@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
+from afmrl_ray.models.inner import inner_model
 from afmrl_ray.models.listing import load_processors
 
 
@@ -105,9 +106,11 @@ class DualTower(nn.Module):
     def __init__(self, backbone: Any) -> None:
         super().__init__()
         self.backbone = backbone
+        inner = inner_model(backbone)
         for name in ("logit_scale", "logit_bias"):
-            if hasattr(backbone, name):
-                getattr(backbone, name).requires_grad_(False)
+            # DeepSpeed cannot hold parameters without dimensions; a buffer is saved under the same name.
+            if name in inner._parameters:
+                inner.register_buffer(name, inner._parameters.pop(name).detach())
 
     def forward(
         self,
