@@ -66,7 +66,7 @@ def evaluate_body(inputs: EvaluationInputs, directory: str) -> StageOutcome:
     assert ranking is not None
     drawn = examples(ranking, catalogue, texts, seed=config.run.seed)
     storage.write_json(storage.join(directory, "examples.json"), drawn)
-    worst = failures(ranking, catalogue, texts, label=headline.label, gallery_rows=catalogue.rows(headline.gallery))
+    worst = failures(ranking, catalogue, texts, headline, embed)
     storage.write_json(storage.join(directory, "failures.json"), worst)
     write_per_query(storage.join(directory, "per_query.safetensors"), measured)
     outputs = {"examples": "examples.json", "failures": "failures.json", "per_query": "per_query.safetensors"}

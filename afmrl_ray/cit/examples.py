@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from afmrl_ray.catalogue import StagedCatalogue
+from afmrl_ray.config.evaluation import RetrievalProtocol
+from afmrl_ray.retrieval.evaluate import Embed, label_codes
 from afmrl_ray.retrieval.ranking import Ranking
 
 DRAWN = 24
@@ -26,27 +28,30 @@ def examples(ranking: Ranking, catalogue: StagedCatalogue, texts: Texts, *, seed
 
 
 def failures(
-    ranking: Ranking, catalogue: StagedCatalogue, texts: Texts, *, label: str, gallery_rows: np.ndarray
+    ranking: Ranking, catalogue: StagedCatalogue, texts: Texts, protocol: RetrievalProtocol, embed: Embed
 ) -> list[dict[str, Any]]:
-    """The queries whose first positive stands last, worst first, each with that positive, as JSON values.
+    """The queries whose best positive stands last, worst first, each with that positive, as JSON values.
 
     Args:
-        label: column whose equality makes a positive.
-        gallery_rows: [N] catalogue rows that were searched.
+        ranking: of `protocol`, with the embeddings that `embed` gives.
+        embed: see `retrieval.evaluate.Embed`.
     """
     first = ranking.ranks[ranking.offsets[:-1]]
     worst = np.argsort(-first, kind="stable")[:WORST]
-    labels = catalogue.column(label)
+    labels = np.array(label_codes(catalogue.column(protocol.label)))
+    query_rows, queries = embed(protocol.query, protocol.enriched != "none")
+    gallery_rows, gallery = embed(protocol.gallery, protocol.enriched == "both")
     found = []
     for index in worst.tolist():
         query = int(ranking.query_rows[index])
-        missed = next(row for row in gallery_rows.tolist() if labels[row] == labels[query] and row != query)
-        item = catalogue.item(missed)
+        positives = np.flatnonzero((labels[gallery_rows] == labels[query]) & (gallery_rows != query))
+        scores = gallery[positives] @ queries[query_rows == query][0]
+        item = catalogue.item(int(gallery_rows[positives[np.argmax(scores)]]))
         found.append(
             {
                 **_example(ranking, index, catalogue, texts),
                 "rank": int(first[index]) + 1,
-                "missed": {"row": missed, "item_id": item.item_id, "attributes": texts(item.item_id)},
+                "missed": {"row": item.row, "item_id": item.item_id, "attributes": texts(item.item_id)},
             }
         )
     return found

@@ -47,7 +47,9 @@ class Pipeline:
         self._done: dict[str, Stage] = {}
 
     def variant(self, changes: Mapping[str, Any]) -> Pipeline:
-        """Stages of the same run with values at dotted keys changed, which they tell among their inputs.
+        """Stages of the same run with values at dotted keys changed.
+
+        A stage tells those of its sections among its inputs; one that reads none of them is shared.
 
         Raises:
             ConfigError: see `config.with_values`.
@@ -66,11 +68,12 @@ class Pipeline:
 
     def _inputs(self, sections: tuple[str, ...], *upstream: Stage | None, **more: Any) -> dict[str, Any]:
         dumped = {name: getattr(self.config, name).decisive() for name in sections}
+        changes = {key: value for key, value in self._changes.items() if key.split(".")[0] in sections}
         return {
             "config": dumped,
             "seed": self.config.run.seed,
             "upstream": {stage.name: stage.fingerprint for stage in upstream if stage is not None},
-            **({"changes": self._changes} if self._changes else {}),
+            **({"changes": changes} if changes else {}),
             **more,
         }
 

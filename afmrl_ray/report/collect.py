@@ -9,6 +9,9 @@ from typing import Any
 from afmrl_ray import storage
 from afmrl_ray.cit.stages import RECORD, RunDirectory, Stage
 from afmrl_ray.errors import StorageError
+from afmrl_ray.report.estimate import Estimate, finite
+from afmrl_ray.report.examples import Example, Written, read_examples, written_by_round
+from afmrl_ray.report.ladder import LADDER, LadderSummary, read_ladder
 from afmrl_ray.training.metrics_log import read_metrics
 
 _ROUND = re.compile(r"-r(\d+)$")
@@ -16,26 +19,6 @@ _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 
 Log = list[dict[str, Any]]
 """One record a step, keys as the training logs them."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean and its 95 % interval; none where it was not measured or is not finite."""
-
-    mean: float | None
-    low: float | None = None
-    high: float | None = None
-
-    @classmethod
-    def of(cls, value: Any) -> Estimate:
-        """From a stage's metric: a number, or an object with `mean`, `low` and `high`."""
-        if isinstance(value, dict):
-            return cls(*(_finite(value.get(name)) for name in ("mean", "low", "high")))
-        return cls(_finite(value))
-
-    @property
-    def has_interval(self) -> bool:
-        return self.low is not None and self.high is not None
 
 
 @dataclass(frozen=True)
@@ -69,25 +52,6 @@ class AttributeSizes:
     recall: float | None = None
     f1: float | None = None
     names: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Hit:
-    row: int
-    item_id: str
-    score: float
-    right: bool
-
-
-@dataclass(frozen=True)
-class Example:
-    """A query and what it retrieved, best first."""
-
-    query_row: int
-    item_id: str
-    title: str
-    attributes: str
-    hits: list[Hit]
 
 
 @dataclass(frozen=True)
@@ -167,6 +131,9 @@ class RunSummary:
     baseline_log: Log
     distill_log: Log
     examples: dict[int, list[Example]]
+    failures: list[Example]
+    written: Written
+    ladder: LadderSummary | None
     stages: list[StageCost]
 
     @property
@@ -203,6 +170,10 @@ def collect(run: RunDirectory) -> RunSummary:
     numbers = sorted({int(match[1]) for name in found if (match := _ROUND.search(name))})
     # The attributes written after the last RAR are no round of their own.
     rounds = [each for each in (_round(found, number) for number in numbers) if each.number == 0 or each.agcl]
+    evaluated = {n: found[f"evaluate-r{n}"] for n in numbers if f"evaluate-r{n}" in found}
+    examples = {n: read_examples(stage, "examples") for n, stage in evaluated.items()}
+    failures = read_examples(evaluated[max(evaluated)], "failures") if evaluated else []
+    shown = {each.item_id for each in [*failures, *(examples[max(examples)] if examples else [])]}
     return RunSummary(
         name=record.get("name", ""),
         path=_without_credentials(run.path),
@@ -215,12 +186,20 @@ def collect(run: RunDirectory) -> RunSummary:
         rounds=rounds,
         baseline_log=_log(found.get("baseline")),
         distill_log=_log(found.get("distill")),
-        examples={n: _examples(found[f"evaluate-r{n}"]) for n in numbers if f"evaluate-r{n}" in found},
+        examples=examples,
+        failures=failures,
+        written=written_by_round(found, shown),
+        ladder=_ladder(run),
         stages=[
             StageCost(name, stage.seconds, stage.peak_memory_mb, is_outdated(name, found, inputs, config))
             for name, stage in found.items()
         ],
     )
+
+
+def _ladder(run: RunDirectory) -> LadderSummary | None:
+    path = storage.join(run.path, LADDER)
+    return read_ladder(storage.read_json(path)) if storage.exists(path) else None
 
 
 def is_outdated(name: str, found: dict[str, Stage], inputs: dict[str, Any], config: dict[str, Any]) -> bool:
@@ -311,32 +290,18 @@ def _sizes(metrics: dict[str, Any] | None) -> AttributeSizes | None:
         return None
     found = metrics.get("quality") or {}
     return AttributeSizes(
-        mean_pairs=_finite(metrics.get("mean_pairs")),
-        mean_words=_finite(metrics.get("mean_words")),
-        invalid_share=_finite(metrics.get("invalid_share")),
-        precision=_finite(found.get("precision")),
-        recall=_finite(found.get("recall")),
-        f1=_finite(found.get("f1")),
+        mean_pairs=finite(metrics.get("mean_pairs")),
+        mean_words=finite(metrics.get("mean_words")),
+        invalid_share=finite(metrics.get("invalid_share")),
+        precision=finite(found.get("precision")),
+        recall=finite(found.get("recall")),
+        f1=finite(found.get("f1")),
         names={name: share["written"] for name, share in found.get("names", {}).items()},
     )
 
 
 def _log(stage: Stage | None) -> Log:
     return read_metrics(storage.join(stage.directory, "log")) if stage is not None else []
-
-
-def _examples(stage: Stage) -> list[Example]:
-    if "examples" not in stage.outputs or not storage.exists(stage.output("examples")):
-        return []
-    return [
-        Example(**{**record, "hits": [Hit(**hit) for hit in record["hits"]]})
-        for record in storage.read_json(stage.output("examples"))
-    ]
-
-
-def _finite(value: Any) -> float | None:
-    # NaN and infinity are no JSON, and `x - x` is 0 for everything else.
-    return float(value) if value is not None and value - value == 0 else None
 
 
 def _without_credentials(value: Any) -> Any:

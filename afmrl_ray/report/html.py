@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from dataclasses import dataclass
 from importlib import resources
-from typing import Protocol
 
 from jinja2 import Environment, StrictUndefined
-from PIL import Image
 
-from afmrl_ray.report.collect import Estimate, Example, RunSummary
+from afmrl_ray.report.collect import RunSummary
+from afmrl_ray.report.estimate import Estimate
+from afmrl_ray.report.gallery import Listings, data_url, make_gallery
+from afmrl_ray.report.ladder import ladder_tables
+from afmrl_ray.report.ladder_plots import ladder_panels
 from afmrl_ray.report.plots import DARK, LIGHT, draw_png, plot_panels
 from afmrl_ray.report.table import column_names, sections
 
-_THUMBNAIL_PX = 192
 _PLOT_TITLES = {
+    "ladder": ("Ladder", ""),
     "metrics": ("Metrics by round", "Error bars are 95 % intervals over queries or prompts."),
     "rar": ("RAR", "Faint: every step. Strong: running mean."),
     "agcl": ("Distillation and AGCL", ""),
     "stages": ("Stages", ""),
 }
-
-
-class Listings(Protocol):
-    """Whatever has the pictures of the catalogue's rows."""
-
-    def picture(self, row: int) -> Image.Image: ...
 
 
 @dataclass(frozen=True)
@@ -54,25 +48,6 @@ class Plot:
     panels: list[Picture]
 
 
-@dataclass(frozen=True)
-class ShownHit:
-    item_id: str
-    score: float
-    right: bool
-    picture: str | None
-
-
-@dataclass(frozen=True)
-class ShownExample:
-    """An example with its pictures as data URLs and its attributes by round."""
-
-    item_id: str
-    title: str
-    picture: str | None
-    attributes: list[tuple[str, str]]
-    hits: list[ShownHit]
-
-
 def render(summary: RunSummary, *, listings: Listings | None) -> str:
     """The page.
 
@@ -89,8 +64,8 @@ def render(summary: RunSummary, *, listings: Listings | None) -> str:
         sections=sections(summary),
         figures=key_figures(summary),
         plots=_plots(summary),
-        examples=_examples(summary, listings),
-        last_round=max(summary.examples, default=None),
+        gallery=make_gallery(summary, listings),
+        ladder=ladder_tables(summary.ladder) if summary.ladder is not None else [],
         duration=duration,
         config=json.dumps(summary.config, indent=2, sort_keys=True),
     )
@@ -148,49 +123,12 @@ def _percent(value: Estimate) -> str:
 
 def _plots(summary: RunSummary) -> dict[str, Plot]:
     shown = {}
-    for name, panels in plot_panels(summary).items():
+    ladder = ladder_panels(summary.ladder) if summary.ladder is not None else []
+    for name, panels in {"ladder": ladder, **plot_panels(summary)}.items():
         pictures = [
-            Picture(panel.title, *(_data_url(draw_png([panel], theme), "png") for theme in (LIGHT, DARK)))
+            Picture(panel.title, *(data_url(draw_png([panel], theme), "png") for theme in (LIGHT, DARK)))
             for panel in panels
         ]
         if pictures:
             shown[name] = Plot(*_PLOT_TITLES[name], pictures)
     return shown
-
-
-def _examples(summary: RunSummary, listings: Listings | None) -> list[ShownExample]:
-    """Examples of the last evaluated round, with what earlier rounds wrote about the same listings."""
-    if not summary.examples:
-        return []
-    by_round = {number: {each.item_id: each for each in found} for number, found in summary.examples.items()}
-    pictures: dict[int, str] = {}
-
-    def picture(row: int) -> str | None:
-        if listings is None:
-            return None
-        if row not in pictures:
-            pictures[row] = _thumbnail(listings.picture(row))
-        return pictures[row]
-
-    def shown(example: Example) -> ShownExample:
-        written = [
-            (f"round {number}", found[example.item_id].attributes)
-            for number, found in sorted(by_round.items())
-            if example.item_id in found
-        ]
-        hits = [ShownHit(hit.item_id, hit.score, hit.right, picture(hit.row)) for hit in example.hits]
-        return ShownExample(example.item_id, example.title, picture(example.query_row), written, hits)
-
-    return [shown(example) for example in summary.examples[max(summary.examples)]]
-
-
-def _thumbnail(picture: Image.Image) -> str:
-    small = picture.convert("RGB")
-    small.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
-    target = io.BytesIO()
-    small.save(target, "JPEG", quality=82)
-    return _data_url(target.getvalue(), "jpeg")
-
-
-def _data_url(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

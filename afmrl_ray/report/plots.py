@@ -16,8 +16,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from afmrl_ray.attributes.quality import NAME_SHARE
-from afmrl_ray.report.collect import Estimate, Log, RunSummary
-from afmrl_ray.report.table import metric_label, metric_order
+from afmrl_ray.report.collect import Log, RunSummary
+from afmrl_ray.report.estimate import Estimate
+from afmrl_ray.report.labels import metric_label, metric_order
 
 _MARKERS = "osD^vP*X"
 _LINES = ("-", "--", "-.", ":")

@@ -7,8 +7,11 @@ from typing import Any
 
 from afmrl_ray import storage
 from afmrl_ray.cit.stages import RunDirectory
-from afmrl_ray.report.collect import Estimate, Round, Rung, RunSummary, collect
-from afmrl_ray.report.html import Listings, render
+from afmrl_ray.report.collect import Round, Rung, RunSummary, collect
+from afmrl_ray.report.estimate import Estimate
+from afmrl_ray.report.gallery import Listings
+from afmrl_ray.report.html import render
+from afmrl_ray.report.ladder_plots import ladder_panels
 from afmrl_ray.report.plots import draw_png, plot_panels
 
 
@@ -24,7 +27,8 @@ def write_report(run: RunDirectory, *, listings: Listings | None = None) -> str:
     """
     summary = collect(run)
     directory = storage.join(run.path, "report")
-    for name, panels in plot_panels(summary).items():
+    ladder = ladder_panels(summary.ladder) if summary.ladder is not None else []
+    for name, panels in {**plot_panels(summary), "ladder": ladder}.items():
         path = storage.join(directory, f"{name}.png")
         if panels:
             storage.write_bytes(path, draw_png(panels))

@@ -22,10 +22,10 @@ from afmrl_ray.cli import job_main
 from afmrl_ray.config import Config, with_values
 from afmrl_ray.errors import ConfigError
 from afmrl_ray.report import write_report
-from afmrl_ray.report.ladder import ladder_panels, ladder_table, read_ladder
+from afmrl_ray.report.ladder import LADDER, ladder_table, read_ladder
+from afmrl_ray.report.ladder_plots import ladder_panels
 from afmrl_ray.report.plots import draw_png
 
-RECORD = "ladder.json"
 _KEYS = [rung.key for rung in RUNGS]
 
 
@@ -61,13 +61,13 @@ def write(config: Config, runs: Sequence[RunDirectory], title: str) -> None:
     if not record["rungs"]:
         raise ConfigError(f"ladder: no rung is measured by all of the seeds beside {run.path}; run it without --report")
     for each in (run, runs[0]):
-        storage.write_json(storage.join(each.path, RECORD), record)
+        storage.write_json(storage.join(each.path, LADDER), record)
     ladder = read_ladder(record)
     table = ladder_table(ladder)
     storage.write_bytes(storage.join(run.path, "ladder.md"), table.encode())
     storage.write_bytes(storage.join(run.path, "ladder.png"), draw_png(ladder_panels(ladder)))
     print(table)
-    print(f"-> {storage.join(run.path, RECORD)}, {storage.join(run.path, 'ladder.png')}")
+    print(f"-> {storage.join(run.path, LADDER)}, {storage.join(run.path, 'ladder.png')}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,120 @@
+"""The queries that the page shows: pictures as data URLs, attributes with what changed from generator to generator."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from PIL import Image
+
+from afmrl_ray.report.collect import RunSummary
+from afmrl_ray.report.examples import Example, PairChange, Written, pair_changes
+
+_THUMBNAIL_PX = 192
+
+
+class Listings(Protocol):
+    """Whatever has the pictures of the catalogue's rows."""
+
+    def picture(self, row: int) -> Image.Image: ...
+
+
+@dataclass(frozen=True)
+class ShownHit:
+    item_id: str
+    score: float
+    right: bool
+    picture: str | None
+
+
+@dataclass(frozen=True)
+class ShownMissed:
+    item_id: str
+    picture: str | None
+    attributes: str
+
+
+@dataclass(frozen=True)
+class ShownExample:
+    """An example with its pictures as data URLs and its attributes by generator."""
+
+    item_id: str
+    title: str
+    picture: str | None
+    attributes: list[tuple[str, list[PairChange]]]
+    hits: list[ShownHit]
+    rank: int | None
+    missed: ShownMissed | None
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Queries drawn at random and those that failed worst, of the last evaluated round."""
+
+    round: int
+    examples: list[ShownExample]
+    failures: list[ShownExample]
+
+
+def make_gallery(summary: RunSummary, listings: Listings | None) -> Gallery | None:
+    """The gallery of a run; none where no round is evaluated.
+
+    Args:
+        listings: pictures; without, the queries are text only.
+    """
+    if not summary.examples:
+        return None
+    last = max(summary.examples)
+    thumbnails = _Thumbnails(listings)
+
+    def shown(examples: Sequence[Example]) -> list[ShownExample]:
+        return [_shown(example, summary.written, thumbnails, last) for example in examples]
+
+    return Gallery(last, shown(summary.examples[last]), shown(summary.failures))
+
+
+class _Thumbnails:
+    """Data URLs of pictures, each made once."""
+
+    def __init__(self, listings: Listings | None) -> None:
+        self._listings = listings
+        self._made: dict[int, str] = {}
+
+    def __call__(self, row: int) -> str | None:
+        if self._listings is None:
+            return None
+        if row not in self._made:
+            self._made[row] = thumbnail(self._listings.picture(row))
+        return self._made[row]
+
+
+def _shown(example: Example, written: Written, thumbnails: _Thumbnails, last: int) -> ShownExample:
+    texts = written.get(example.item_id) or [(f"round {last}", example.attributes)]
+    before: list[str | None] = [None, *[text for _, text in texts[:-1]]]
+    missed = example.missed
+    return ShownExample(
+        item_id=example.item_id,
+        title=example.title,
+        picture=thumbnails(example.query_row),
+        attributes=[(label, pair_changes(old, text)) for old, (label, text) in zip(before, texts, strict=True)],
+        hits=[ShownHit(hit.item_id, hit.score, hit.right, thumbnails(hit.row)) for hit in example.hits],
+        rank=example.rank,
+        missed=ShownMissed(missed.item_id, thumbnails(missed.row), missed.attributes) if missed is not None else None,
+    )
+
+
+def thumbnail(picture: Image.Image) -> str:
+    """A small JPEG as a data URL."""
+    small = picture.convert("RGB")
+    small.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
+    target = io.BytesIO()
+    small.save(target, "JPEG", quality=82)
+    return data_url(target.getvalue(), "jpeg")
+
+
+def data_url(data: bytes, kind: str) -> str:
+    """Bytes of a picture as a data URL."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
