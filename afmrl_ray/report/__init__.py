@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from afmrl_ray.report.compare import compare, comparison_text
 from afmrl_ray.report.table import run_table
-from afmrl_ray.report.write import write_report
+from afmrl_ray.report.write import write_comparison, write_report
 
-__all__ = ["run_table", "write_report"]
+__all__ = ["compare", "comparison_text", "run_table", "write_comparison", "write_report"]

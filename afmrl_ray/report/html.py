@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
 from afmrl_ray.report.collect import RunSummary
+from afmrl_ray.report.compare import Comparison, comparison_tables
+from afmrl_ray.report.compare_plots import comparison_panels
 from afmrl_ray.report.estimate import Estimate
 from afmrl_ray.report.gallery import Listings, data_url, make_gallery
 from afmrl_ray.report.ladder import ladder_tables
 from afmrl_ray.report.ladder_plots import ladder_panels
-from afmrl_ray.report.plots import DARK, LIGHT, draw_png, plot_panels
+from afmrl_ray.report.plots import DARK, LIGHT, Panel, draw_png, plot_panels
 from afmrl_ray.report.table import column_names, sections
 
 _PLOT_TITLES = {
@@ -55,10 +59,8 @@ def render(summary: RunSummary, *, listings: Listings | None) -> str:
         summary: the run.
         listings: pictures of the examples; without, they are text only.
     """
-    # Titles and attributes are sellers' and models' text: everything is escaped.
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(resources.files(__package__).joinpath("template.html").read_text("utf-8"))
-    return template.render(
+    return _fill(
+        "template.html",
         run=summary,
         columns=column_names(summary),
         sections=sections(summary),
@@ -69,6 +71,30 @@ def render(summary: RunSummary, *, listings: Listings | None) -> str:
         duration=duration,
         config=json.dumps(summary.config, indent=2, sort_keys=True),
     )
+
+
+def render_comparison(comparison: Comparison) -> str:
+    """The page of two runs side by side."""
+    commands = [
+        (f"{name}: {run.path}", run.command)
+        for name, run in zip(comparison.names, (comparison.left, comparison.right), strict=True)
+    ]
+    return _fill(
+        "compare.html",
+        names=comparison.names,
+        unpaired=comparison.unpaired,
+        tables=comparison_tables(comparison),
+        panels=_pictures(comparison_panels(comparison)),
+        commands=commands,
+    )
+
+
+def _fill(name: str, **values: Any) -> str:
+    here = resources.files(__package__)
+    # Titles and attributes are sellers' and models' text: everything is escaped but the project's own style sheet.
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    style = Markup(here.joinpath("style.css").read_text("utf-8"))
+    return environment.from_string(here.joinpath(name).read_text("utf-8")).render(style=style, **values)
 
 
 def duration(seconds: float) -> str:
@@ -125,10 +151,13 @@ def _plots(summary: RunSummary) -> dict[str, Plot]:
     shown = {}
     ladder = ladder_panels(summary.ladder) if summary.ladder is not None else []
     for name, panels in {"ladder": ladder, **plot_panels(summary)}.items():
-        pictures = [
-            Picture(panel.title, *(data_url(draw_png([panel], theme), "png") for theme in (LIGHT, DARK)))
-            for panel in panels
-        ]
-        if pictures:
-            shown[name] = Plot(*_PLOT_TITLES[name], pictures)
+        if panels:
+            shown[name] = Plot(*_PLOT_TITLES[name], _pictures(panels))
     return shown
+
+
+def _pictures(panels: list[Panel]) -> list[Picture]:
+    return [
+        Picture(panel.title, *(data_url(draw_png([panel], theme), "png") for theme in (LIGHT, DARK)))
+        for panel in panels
+    ]

@@ -8,6 +8,7 @@ from typing import Any
 
 from afmrl_ray.report.estimate import Estimate
 from afmrl_ray.report.labels import metric_label, metric_order
+from afmrl_ray.report.text_table import TextTable, points, share, spread
 
 LADDER = "ladder.json"
 """The record's name below a run."""
@@ -93,16 +94,7 @@ def _metrics(record: Mapping[str, Mapping[str, Any]]) -> Metrics:
     }
 
 
-@dataclass(frozen=True)
-class LadderTable:
-    """A table with a line for each rung; cells are text."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
-
-
-def ladder_tables(ladder: LadderSummary) -> list[LadderTable]:
+def ladder_tables(ladder: LadderSummary) -> list[TextTable]:
     """The headline with gains and costs first, then every protocol in full, then the attributes."""
     found = [_headline_table(ladder)]
     found += [_protocol_table(ladder, protocol) for protocol in ladder.protocols]
@@ -113,10 +105,7 @@ def ladder_tables(ladder: LadderSummary) -> list[LadderTable]:
 def ladder_table(ladder: LadderSummary) -> str:
     """The same tables as Markdown."""
     parts = [f"# {ladder.title}", _words(ladder)]
-    for table in ladder_tables(ladder):
-        lines = ["| " + " | ".join(table.columns) + " |", "|" + " --- |" * len(table.columns)]
-        lines += ["| " + " | ".join(row) + " |" for row in table.rows]
-        parts += [f"## {table.title}", "\n".join(lines)]
+    parts += [table.markdown() for table in ladder_tables(ladder)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -127,7 +116,7 @@ def _words(ladder: LadderSummary) -> str:
     )
 
 
-def _headline_table(ladder: LadderSummary) -> LadderTable:
+def _headline_table(ladder: LadderSummary) -> TextTable:
     rows = []
     for name, protocols in ladder.floors.items():
         if "hit@1" in protocols.get(ladder.headline, {}):
@@ -146,10 +135,10 @@ def _headline_table(ladder: LadderSummary) -> LadderTable:
             ]
         )
     columns = [ladder.headline, "hit@1 %", "gain", "over", "encoder steps", "seconds", "seeds"]
-    return LadderTable("The ladder", columns, rows)
+    return TextTable("The ladder", columns, rows)
 
 
-def _protocol_table(ladder: LadderSummary, protocol: str) -> LadderTable:
+def _protocol_table(ladder: LadderSummary, protocol: str) -> TextTable:
     rungs = [rung for rung in ladder.rungs if protocol in rung.metrics]
     metrics = sorted({metric for rung in rungs for metric in rung.metrics[protocol]}, key=metric_order)
     first = metrics[0] if metrics else ""
@@ -158,7 +147,7 @@ def _protocol_table(ladder: LadderSummary, protocol: str) -> LadderTable:
         for rung in rungs
     ]
     columns = [protocol, *[f"{metric_label(metric)} %" for metric in metrics], f"gain in {metric_label(first)}"]
-    return LadderTable(protocol, columns, rows)
+    return TextTable(protocol, columns, rows)
 
 
 def _gain(rung: LadderRung, protocol: str, metric: str) -> str:
@@ -166,7 +155,7 @@ def _gain(rung: LadderRung, protocol: str, metric: str) -> str:
     return points(gain) if gain is not None else ""
 
 
-def _attribute_table(ladder: LadderSummary) -> LadderTable:
+def _attribute_table(ladder: LadderSummary) -> TextTable:
     shown = (
         ("mean_pairs", "pairs", 1.0),
         ("mean_words", "words", 1.0),
@@ -180,36 +169,11 @@ def _attribute_table(ladder: LadderSummary) -> LadderTable:
         for rung in ladder.rungs
         if rung.attributes
     ]
-    return LadderTable("Attributes that the listings are searched with", ["", *[label for _, label, _ in shown]], rows)
+    return TextTable("Attributes that the listings are searched with", ["", *[label for _, label, _ in shown]], rows)
 
 
-def _name_table(ladder: LadderSummary) -> LadderTable:
+def _name_table(ladder: LadderSummary) -> TextTable:
     rungs = [rung for rung in ladder.rungs if rung.names]
     names = list(dict.fromkeys(name for rung in rungs for name in rung.names))
     rows = [[rung.name, *[spread(rung.names.get(name), 100.0, 0) for name in names]] for rung in rungs]
-    return LadderTable("Listings that have the attribute, %", ["", *names], rows)
-
-
-def share(value: Estimate | None) -> str:
-    """A share as per cent with half of its interval."""
-    return spread(value, 100.0, 1)
-
-
-def spread(value: Estimate | None, scale: float, digits: int) -> str:
-    """`mean ± half of the interval`, scaled."""
-    if value is None or value.mean is None:
-        return ""
-    text = f"{scale * value.mean:.{digits}f}"
-    if value.low is None or value.high is None:
-        return text
-    return f"{text} ± {scale * (value.high - value.low) / 2:.{digits}f}"
-
-
-def points(value: Estimate) -> str:
-    """A gain in points with its interval."""
-    if value.mean is None:
-        return ""
-    text = f"{100 * value.mean:+.1f}"
-    return (
-        text if value.low is None or value.high is None else f"{text} [{100 * value.low:+.1f}, {100 * value.high:+.1f}]"
-    )
+    return TextTable("Listings that have the attribute, %", ["", *names], rows)

@@ -145,14 +145,14 @@ def _step_panels(logs: Series, keys: Sequence[tuple[str, str]]) -> list[Panel]:
 
 
 def _over_steps(logs: Series, key: str) -> Draw:
-    return _lines([(label, log, key) for label, log in logs])
+    return lines_over_steps([(label, log, key) for label, log in logs])
 
 
 def _over_steps_by_key(log: Log, labels: dict[str, str]) -> Draw:
-    return _lines([(label, log, key) for key, label in labels.items()])
+    return lines_over_steps([(label, log, key) for key, label in labels.items()])
 
 
-def _lines(lines: Sequence[tuple[str, Log, str]]) -> Draw:
+def lines_over_steps(lines: Sequence[tuple[str, Log, str]]) -> Draw:
     """A line for each (label, log, key): the mean of its last values, and the values behind it."""
 
     def draw(axes: Axes, theme: Theme) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 from afmrl_ray import storage
 from afmrl_ray.cit.stages import RunDirectory
 from afmrl_ray.report.collect import Round, Rung, RunSummary, collect
+from afmrl_ray.report.compare import Comparison
 from afmrl_ray.report.estimate import Estimate
 from afmrl_ray.report.gallery import Listings
-from afmrl_ray.report.html import render
+from afmrl_ray.report.html import render, render_comparison
 from afmrl_ray.report.ladder_plots import ladder_panels
 from afmrl_ray.report.plots import draw_png, plot_panels
 
@@ -38,6 +39,15 @@ def write_report(run: RunDirectory, *, listings: Listings | None = None) -> str:
     index = storage.join(directory, "index.html")
     storage.write_bytes(index, render(summary, listings=listings).encode())
     return index
+
+
+def write_comparison(comparison: Comparison, path: str) -> None:
+    """Write two runs side by side as one page.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    storage.write_bytes(path, render_comparison(comparison).encode())
 
 
 def report_record(summary: RunSummary) -> dict[str, Any]:

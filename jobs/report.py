@@ -1,0 +1,65 @@
+"""Write the report of a run anew, or put two runs side by side: report.py --compare runs/demo runs/other."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from afmrl_ray import storage
+from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue
+from afmrl_ray.cit.stages import RunDirectory
+from afmrl_ray.cli import job_main
+from afmrl_ray.config import Config, validate
+from afmrl_ray.errors import CatalogueError, ConfigError, StorageError
+from afmrl_ray.report import compare, comparison_text, run_table, write_comparison, write_report
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", help="folder or URI of the run; run.storage_path and run.name if left out")
+    parser.add_argument("--compare", nargs=2, metavar="RUN", help="folders or URIs of two runs")
+    parser.add_argument(
+        "--out", help="page of the comparison; compare-NAME.html below the second run's report if left out"
+    )
+
+
+def body(config: Config, options: argparse.Namespace) -> None:
+    if options.compare is None:
+        if options.out is not None:
+            raise ConfigError("--out: the report of one run has its place below the run; use it with --compare")
+        run = directory(options.run or storage.join(config.run.storage_path, config.run.name))
+        index = write_report(run, listings=listings(run))
+        print(f"{run_table(run)}\n-> {index}")
+        return
+    left, right = (directory(path) for path in options.compare)
+    comparison = compare(left, right)
+    page = options.out or storage.join(right.path, "report", f"compare-{left.path.rsplit('/', 1)[-1]}.html")
+    write_comparison(comparison, page)
+    print(f"{comparison_text(comparison)}\n-> {page}")
+
+
+def directory(path: str) -> RunDirectory:
+    path = storage.absolute(path)
+    return RunDirectory(storage.parent(path), path.rsplit("/", 1)[-1])
+
+
+def listings(run: RunDirectory) -> StagedCatalogue | None:
+    """The run's catalogue, for pictures; none where it is not there any more, which is said."""
+    stage = run.committed("catalogue")
+    if stage is None:
+        return None
+    config = validate(run.read_run()["config"])
+    path = config.catalogue.path or stage.output("catalogue")
+    try:
+        return CatalogueRef(storage.absolute(path), config.catalogue, stage.metrics["fingerprint"]).open()
+    except (CatalogueError, StorageError) as error:
+        sys.stderr.write(f"no pictures in the report: {error}\n")
+        return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return job_main(__doc__ or "", body, argv, arguments=arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""Two runs side by side: what differs, paired differences, the page and the job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from afmrl_ray import storage
+from afmrl_ray.cit.stages import RunDirectory, StageOutcome
+from afmrl_ray.errors import StorageError
+from afmrl_ray.report import compare, comparison_text, write_comparison
+from jobs.report import main
+from tests.report.fake_run import FakeRun
+from tests.report.test_write import ADDRESS, Page
+
+ROWS = np.arange(40)
+HITS = np.random.default_rng(0).random(40)
+
+
+def measured(
+    folder: Path,
+    values: np.ndarray,
+    *,
+    name: str = "left",
+    rows: np.ndarray = ROWS,
+    steps: int = 10,
+    catalogue: str = "f" * 64,
+) -> RunDirectory:
+    """A run with a baseline that was measured by query."""
+    run = RunDirectory(str(folder), name)
+    run.create()
+    config = {"run": {"name": name, "seed": 0}, "agcl": {"steps": steps}, "evaluation": {"headline": "fine"}}
+    run.write_run(
+        {"name": name, "config": config, "versions": {"ray": "2.60.0"}, "catalogue": {"fingerprint": catalogue}}
+    )
+
+    def body(directory: str) -> StageOutcome:
+        columns = {"fine/rows": rows, "fine/hit@1": values}
+        storage.write_bytes(storage.join(directory, "q.safetensors"), save(columns))
+        mean = float(values.mean())
+        metrics = {"hit@1": {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}, "nmi": {"mean": 0.5}}
+        protocol = {"kind": "retrieval", "queries": len(rows), "gallery": 9, "metrics": metrics}
+        return StageOutcome({"per_query": "q.safetensors"}, {"protocols": {"fine": protocol}})
+
+    run.run_stage("evaluate-baseline", {"config": {}, "upstream": {}}, body)
+    return run
+
+
+def differences(left: RunDirectory, right: RunDirectory) -> dict[str, Any]:
+    return {each.metric: each.change for each in compare(left, right).differences}
+
+
+def test_a_difference_is_paired_by_query(tmp_path: Path) -> None:
+    left, right = measured(tmp_path, HITS), measured(tmp_path, HITS + 0.125, name="right", steps=20)
+    found = differences(left, right)
+    # Every query gains the same, so no resample can change it, however far the queries lie apart.
+    assert found["hit@1"].mean == pytest.approx(0.125)
+    assert (found["hit@1"].low, found["hit@1"].high) == pytest.approx((0.125, 0.125))
+    assert found["nmi"].mean == 0.0
+    assert not found["nmi"].has_interval
+    assert differences(right, left)["hit@1"].mean == pytest.approx(-0.125)
+
+
+def test_only_what_differs_is_listed(tmp_path: Path) -> None:
+    found = compare(measured(tmp_path, HITS), measured(tmp_path, HITS, name="right", steps=20))
+    assert [(each.name, each.left, each.right) for each in found.settings] == [
+        ("agcl.steps", "10", "20"),
+        ("run.name", "left", "right"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [({"rows": ROWS + 1}, "do not answer the same queries of fine"), ({"catalogue": "0"}, "different catalogues")],
+)
+def test_what_cannot_be_paired_has_no_interval_and_says_why(tmp_path: Path, change: Any, why: str) -> None:
+    found = compare(measured(tmp_path, HITS), measured(tmp_path, HITS + 0.1, name="right", **change))
+    assert found.differences[0].change.mean == pytest.approx(0.1)
+    assert not found.differences[0].change.has_interval
+    assert why in found.unpaired
+    assert why in comparison_text(found)
+
+
+def test_runs_that_measure_nothing_alike_are_refused(tmp_path: Path) -> None:
+    empty = RunDirectory(str(tmp_path), "empty")
+    empty.create()
+    empty.write_run({"name": "empty"})
+    with pytest.raises(StorageError, match="no stage measures the same"):
+        compare(measured(tmp_path, HITS), empty)
+
+
+def test_the_page_holds_every_number_and_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
+    left = FakeRun(str(tmp_path / "a")).everything()
+    right = measured(tmp_path, HITS, name="<img src=x onerror=alert(1)>")
+    whole = compare(left, FakeRun(str(tmp_path / "b")).everything())
+    assert {each.rung for each in whole.differences} == {"baseline", "round 0", "round 1"}
+    write_comparison(whole, str(tmp_path / "whole.html"))
+    write_comparison(compare(left, right), str(tmp_path / "hostile.html"))
+    for name in ("whole", "hostile"):
+        page = Page((tmp_path / f"{name}.html").read_text("utf-8"))
+        shown = [attributes for tag, attributes in page.tags if tag == "img"]
+        assert len(shown) == 3
+        assert all((attributes["src"] or "").startswith("data:image/png") for attributes in shown)
+        assert not ADDRESS.search(page.style)
+        assert not [tag for tag, _ in page.tags if tag in ("script", "link", "iframe")]
+    text = " ".join(Page((tmp_path / "whole.html").read_text("utf-8")).text)
+    for each in whole.differences:
+        assert f"{100 * each.left.mean:.1f}" in text
+    assert "heldout" not in text
+    assert "held-out reward gained" in text
+
+
+def test_the_job_writes_the_page_and_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    left, right = measured(tmp_path, HITS), measured(tmp_path, HITS + 0.125, name="right")
+    assert main(["--compare", left.path, right.path + "/"]) == 0
+    printed = capsys.readouterr().out
+    assert "+12.5 [+12.5, +12.5]" in printed
+    assert (tmp_path / "right" / "report" / "compare-left.html").exists()
+    assert main(["--run", left.path]) == 0
+    assert (tmp_path / "left" / "report" / "index.html").exists()
+
+
+def test_the_job_says_which_run_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    left = measured(tmp_path, HITS)
+    assert main(["--compare", left.path, str(tmp_path / "none")]) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert str(tmp_path / "none") in errors[-1]
+    assert errors[-1].startswith("error: ")
