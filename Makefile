@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CATALOGUE ?= ../shared/data/grocery/products.parquet
+RUN ?= runs/ladder-s0
 export RAY_ENABLE_AUTO_CONNECT := 0
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch-extensions
 
-.PHONY: help demo demo-grocery test test-bench lint format bench bench-agcl bench-rar rar-depth record-trl ablation ladder chaos clean
+.PHONY: help demo demo-grocery test test-bench lint format bench bench-agcl bench-rar rar-depth record-trl ablation ladder ladder-sweep inference-cost chaos clean
 
 help: ## show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -67,8 +68,15 @@ record-trl: .venv-bench/.installed ## losses and gradients as TRL computes them,
 ablation: $(VENV)/.installed ## readings of stage 1's loss on two catalogues, 3 seeds, resumable (about 2 hours on 2 cores)
 	$(BIN)/python jobs/bench/agcl_ablation.py --catalogue $(CATALOGUE)
 
-ladder: $(VENV)/.installed ## baseline and three rounds on the demo's catalogue (about 25 minutes on 2 cores)
-	$(BIN)/python jobs/run_cit.py --config jobs/configs/demo.yaml run.name=ladder cit.baseline=true cit.rounds=3
+ladder: $(VENV)/.installed ## the ladder, 5 seeds synthetic and 3 on photographs, resumable (hours on 2 cores)
+	$(BIN)/python jobs/bench/ladder.py --config jobs/configs/ladder.yaml --seeds 0 1 2 3 4
+	$(BIN)/python jobs/bench/ladder.py --config jobs/configs/ladder-grocery.yaml --seeds 0 1 2 catalogue.path=$(CATALOGUE)
+
+ladder-sweep: $(VENV)/.installed ## the rungs while the catalogue's knobs are turned, one seed, resumable (hours on 2 cores)
+	$(BIN)/python jobs/bench/ladder_sweep.py --config jobs/configs/ladder.yaml
+
+inference-cost: $(VENV)/.installed ## hit@1 against ms a query, after make ladder: make inference-cost RUN=runs/ladder-s0
+	$(BIN)/python jobs/bench/inference_cost.py --run $(RUN)
 
 chaos: $(VENV)/.installed ## the tests that kill things
 	$(BIN)/python -m pytest -m slow --timeout 1800

@@ -13,6 +13,9 @@ Attributes = tuple[tuple[str, str], ...]
 InvalidReason = Literal["empty", "no_pair", "repeated_name", "too_many", "unfinished", "special_token"]
 INVALID_REASONS: tuple[InvalidReason, ...] = get_args(InvalidReason)
 
+SEPARATOR = ";"
+"""What ends a pair."""
+
 _SPECIAL_TOKEN = re.compile(r"<\|.*?\|>", re.DOTALL)
 _DROPPED = re.compile(r"[;:]|<\||\|>")
 
@@ -67,7 +70,7 @@ def parse_attributes(text: str, *, max_attributes: int, complete: bool = True) -
     if not text.strip():
         return InvalidAttributes("empty")
     found: dict[str, str] = {}
-    for segment in text.rstrip().removesuffix(";").split(";"):
+    for segment in text.rstrip().removesuffix(SEPARATOR).split(SEPARATOR):
         raw_name, _, raw_value = segment.partition(":")
         name, value = _fold(raw_name), _fold(raw_value)
         if not (name and value):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from afmrl_ray.attributes.text import InvalidAttributes, format_attributes, parse_attributes
+from afmrl_ray.attributes.text import SEPARATOR, InvalidAttributes, format_attributes, parse_attributes
 from afmrl_ray.catalogue import CatalogueRef
 from afmrl_ray.config.cluster import PoolConfig
 from afmrl_ray.config.models import GeneratorConfig
@@ -15,7 +17,7 @@ from afmrl_ray.models.adapters import load_trained
 from afmrl_ray.models.generation import generate
 from afmrl_ray.models.listing import ListingProcessor
 from afmrl_ray.models.pool import map_rows
-from afmrl_ray.models.prompts import generator_row, prompt_fits
+from afmrl_ray.models.prompts import Listings, generator_row, prompt_fits
 
 
 @dataclass(frozen=True)
@@ -41,20 +43,43 @@ class Annotator:
         self._config = generator.config
         self._catalogue = catalogue.open()
 
-    def annotate(self, rows: list[int]) -> list[tuple[str, str]]:
-        """Canonical attribute text and reason of invalidity of each row; one of the two is empty."""
-        fitting = [row for row in rows if prompt_fits(self._processor, self._catalogue, row, config=self._config)]
-        found: dict[int, tuple[str, str]] = dict.fromkeys(rows, ("", "prompt_too_long"))
-        if fitting:
-            prompts = [generator_row(self._processor, self._catalogue, row, config=self._config) for row in fitting]
-            completions = generate(self._model, self._processor, prompts, max_new_tokens=self._config.max_new_tokens)
-            for row, (text, complete) in zip(fitting, completions.texts(self._processor), strict=True):
-                parsed = parse_attributes(text, max_attributes=self._config.max_attributes, complete=complete)
-                if isinstance(parsed, InvalidAttributes):
-                    found[row] = "", parsed.reason
-                else:
-                    found[row] = format_attributes(parsed), ""
-        return [found[row] for row in rows]
+    def annotate(self, rows: list[int], *, max_pairs: int | None = None) -> list[tuple[str, str]]:
+        """See `write_attributes`."""
+        return write_attributes(
+            self._model, self._processor, self._catalogue, rows, config=self._config, max_pairs=max_pairs
+        )
+
+
+def write_attributes(
+    model: Any,
+    processor: ListingProcessor,
+    listings: Listings,
+    rows: Sequence[int],
+    *,
+    config: GeneratorConfig,
+    max_pairs: int | None = None,
+) -> list[tuple[str, str]]:
+    """Decode greedily: canonical attribute text and reason of invalidity of each row; one of the two is empty.
+
+    Args:
+        max_pairs: writing ends after this many pairs; none = where the model ends it.
+    """
+    fitting = [row for row in rows if prompt_fits(processor, listings, row, config=config)]
+    found: dict[int, tuple[str, str]] = dict.fromkeys(rows, ("", "prompt_too_long"))
+    if fitting:
+        prompts = [generator_row(processor, listings, row, config=config) for row in fitting]
+        completions = generate(
+            model, processor, prompts, max_new_tokens=config.max_new_tokens, max_separators=max_pairs
+        )
+        for row, (text, complete) in zip(fitting, completions.texts(processor), strict=True):
+            if max_pairs is not None and text.count(SEPARATOR) >= max_pairs:
+                text, complete = SEPARATOR.join(text.split(SEPARATOR)[:max_pairs]), True
+            parsed = parse_attributes(text, max_attributes=config.max_attributes, complete=complete)
+            if isinstance(parsed, InvalidAttributes):
+                found[row] = "", parsed.reason
+            else:
+                found[row] = format_attributes(parsed), ""
+    return [found[row] for row in rows]
 
 
 class AnnotateActor:

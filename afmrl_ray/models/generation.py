@@ -45,6 +45,7 @@ def generate(
     group_size: int = 1,
     seeds: Sequence[int] | None = None,
     temperature: float = 1.0,
+    max_separators: int | None = None,
 ) -> Completions:
     """Sample `group_size` completions of every prompt, or decode greedily.
 
@@ -54,6 +55,7 @@ def generate(
     Args:
         prompts: B prompts.
         seeds: one per prompt; none = greedy decoding (then `group_size` must be 1).
+        max_separators: a completion also ends with this many separators of pairs; none = they end nothing.
     """
     if seeds is None and group_size != 1:
         raise ValueError("greedy decoding gives one completion per prompt; pass seeds to sample groups")
@@ -68,6 +70,9 @@ def generate(
     hidden = out.last_hidden_state[:, -1].repeat_interleave(group_size, dim=0)
 
     alive = torch.ones(len(hidden), dtype=torch.bool, device=device)
+    if max_separators is not None:
+        separators = torch.tensor(processor.separator_ids, device=device)
+        left = torch.full((len(hidden),), max_separators, device=device)
     ids, kept, logps = [], [], []
     for step in range(max_new_tokens):
         logp = token_logprobs(backbone.lm_head(hidden), temperature=temperature, forbidden_ids=processor.forbidden_ids)
@@ -77,6 +82,9 @@ def generate(
         kept.append(alive)
         logps.append(torch.where(alive, logp.gather(-1, token[:, None])[:, 0], 0.0))
         alive = alive & (token != processor.end_id)
+        if max_separators is not None:
+            left = left - torch.isin(token, separators).long()
+            alive = alive & (left > 0)
         if step + 1 == max_new_tokens or not alive.any():
             break
         position = position + 1

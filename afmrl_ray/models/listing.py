@@ -6,11 +6,13 @@ Every prompt is `prefix | picture | text | suffix`, where prefix and suffix come
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from afmrl_ray.attributes.text import SEPARATOR
 from afmrl_ray.config.models import PictureConfig
 from afmrl_ray.errors import CheckpointError
 from afmrl_ray.models.backbones import fetch
@@ -96,6 +98,13 @@ class ListingProcessor:
 
     def _encode(self, text: str) -> np.ndarray:
         return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
+
+    @cached_property
+    def separator_ids(self) -> list[int]:
+        """Tokens with a separator of pairs in them."""
+        added = set(self.tokenizer.get_added_vocab())
+        vocabulary = self.tokenizer.get_vocab().items()
+        return sorted(index for token, index in vocabulary if SEPARATOR in token and token not in added)
 
     def pixel_settings(self) -> dict[str, Any]:
         """Everything that decides which patches a picture becomes, as JSON values."""

@@ -17,7 +17,8 @@ from tests.cit.conftest import run_values
 
 def ladder_config(path, **changes):
     config = validate(run_values(path, cit={"rounds": 3, "encoder_start": "base"}, **changes))
-    return with_values(config, {"annotate.truth_column": "true_attributes", "distill.steps": 80})
+    small = {"distill.steps": 40, "agcl.steps": 2, "generator.max_new_tokens": 48, "agcl.workers.num_workers": 1}
+    return with_values(config, {"annotate.truth_column": "true_attributes", **small})
 
 
 def record_of(run, name: str):
@@ -41,6 +42,9 @@ def test_configs_whose_rungs_cannot_be_compared_are_refused(tmp_path, change, na
         Ladder(FakePipeline(validate(run_values(tmp_path, cit=cit))), clip_path=None)
 
 
+KEYS = ("agcl", "distilled", "oracle-input")
+
+
 class FakePipeline:
     def __init__(self, config):
         self.config = config
@@ -52,7 +56,7 @@ def test_rungs_share_what_they_share_and_differ_in_what_they_name(ray_local, tmp
     config = ladder_config(tmp_path)
     with open_run(config) as pipeline:
         run, ladder = pipeline.run, Ladder(pipeline, clip_path=None)
-        for key in ("vlm2vec", "agcl", "distilled", "oracle-input"):
+        for key in KEYS:
             ladder.climb(key)
         first = {stage.name: record_of(run, stage.name)["committed_at"] for stage in run.stages()}
         distilled, oracle = (record_of(run, name)["inputs"] for name in ("evaluate-distilled", "evaluate-oracle-input"))
@@ -71,7 +75,7 @@ def test_rungs_share_what_they_share_and_differ_in_what_they_name(ray_local, tmp
 
     with open_run(config) as pipeline:
         ladder = Ladder(pipeline, clip_path=None)
-        for key in ("vlm2vec", "agcl", "distilled", "oracle-input"):
+        for key in KEYS:
             ladder.climb(key)
         with pytest.raises(ConfigError, match="dual tower"):
             ladder.climb("clip")

@@ -109,3 +109,21 @@ def test_a_shared_prompt_draws_the_same_tokens_without_a_copy_for_each(tiny_chec
     assert held == [len(prompts)]
     assert torch.equal(shared.ids, repeated.ids)
     torch.testing.assert_close(shared.logp, repeated.logp, atol=2e-5, rtol=1e-4)
+
+
+def test_writing_ends_with_the_separator_asked_for_and_is_the_same_until_then(generator, prompts, monkeypatch):
+    model, processor = generator
+    settings = {"max_new_tokens": 24, "group_size": 4, "seeds": [1, 2, 3]}
+    whole = generate(model, processor, prompts, **settings)
+    # A random model seldom writes semicolons, so an eighth of the vocabulary stands in for them.
+    separators = list(range(0, len(processor.tokenizer), 8))
+    assert ";" in processor.tokenizer.convert_ids_to_tokens(processor.separator_ids)
+    monkeypatch.setitem(vars(processor), "separator_ids", separators)
+    cut = generate(model, processor, prompts, **settings, max_separators=2)
+    ended = 0
+    for ids, keep, all_ids, all_keep in zip(cut.ids, cut.mask, whole.ids, whole.mask, strict=True):
+        written, expected = ids[keep].tolist(), all_ids[all_keep].tolist()
+        places = [place for place, token in enumerate(expected) if token in separators]
+        ended += len(places) >= 2
+        assert written == (expected[: places[1] + 1] if len(places) >= 2 else expected)
+    assert 0 < ended < len(whole.ids)
