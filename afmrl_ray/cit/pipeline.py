@@ -13,6 +13,7 @@ from typing import Any
 from afmrl_ray.catalogue import Catalogue, CatalogueRef, StagedCatalogue
 from afmrl_ray.cit import bodies
 from afmrl_ray.cit.evaluation import EvaluationInputs, evaluate_body, floor_body, promotion_body
+from afmrl_ray.cit.index_stage import index_body, index_gallery
 from afmrl_ray.cit.mlflow_tracker import MLflowTracker
 from afmrl_ray.cit.stages import Body, RunDirectory, Stage
 from afmrl_ray.config import Config, with_values
@@ -327,6 +328,19 @@ class Pipeline:
             attributes.output("attributes") if attributes is not None else None,
         )
         return self._stage(name, inputs, lambda at: evaluate_body(evaluation, at))
+
+    def index(self, number: int) -> Stage:
+        """What is served of round `number`: its encoder's index of the gallery, with the attributes after its RAR."""
+        agcl, attributes = self.agcl(number), self.attributes(number + 1)
+        gallery = index_gallery(self.config).decisive()
+        inputs = self._inputs(("encoder", "index"), self.catalogue_stage, agcl, attributes, gallery=gallery)
+        return self._stage(
+            f"index-r{number}",
+            inputs,
+            lambda at: index_body(
+                self.config, self.catalogue_ref, self._encoder(agcl), attributes.output("attributes"), at
+            ),
+        )
 
     @cached_property
     def floor(self) -> Stage:

@@ -11,6 +11,7 @@ from afmrl_ray.config.catalogue import CatalogueConfig, SyntheticConfig
 from afmrl_ray.config.cit import AnnotateConfig, CITConfig
 from afmrl_ray.config.cluster import RayConfig, RunConfig
 from afmrl_ray.config.evaluation import EvaluationConfig
+from afmrl_ray.config.index import IndexConfig
 from afmrl_ray.config.models import EncoderConfig, GeneratorConfig, TinyConfig
 from afmrl_ray.config.teacher import ColumnTeacherConfig, TeacherConfig
 from afmrl_ray.config.tracking import TrackingConfig
@@ -48,6 +49,8 @@ class Config(Section):
     """Evaluation."""
     cit: CITConfig = CITConfig()
     """The loop."""
+    index: IndexConfig = IndexConfig()
+    """What is served."""
     tracking: TrackingConfig = TrackingConfig()
     """Where numbers go."""
 

@@ -130,7 +130,7 @@ class ListingProcessor:
         pictures = [] if picture is None else [picture] if isinstance(picture, Picture) else list(picture)
         visuals = tuple(self.visual(one) if isinstance(one, Image.Image) else one for one in pictures)
         tokens = np.array([token for visual in visuals for token in self._visual_tokens(visual)], dtype=np.int64)
-        body = self._encode(text)
+        body = self._encode(plain_text(text))
         if max_tokens is not None:
             room = max_tokens - len(self._prefix) - len(tokens) - len(self._suffix)
             body = body[: max(room, 0)]
@@ -150,7 +150,7 @@ class ListingProcessor:
             width, height = picture_size
             patches = self._image_processor.get_number_of_image_patches(height, width, self._budget)
             visual = patches // self.merge_size**2 + 2
-        return len(self._prefix) + visual + len(self._encode(text)) + len(self._suffix)
+        return len(self._prefix) + visual + len(self._encode(plain_text(text))) + len(self._suffix)
 
     def completion_ids(self, text: str) -> np.ndarray:
         """[C] token ids of a completion, ended by the end-of-turn token."""
@@ -162,6 +162,11 @@ class ListingProcessor:
         complete = self.end_id in ids
         body = ids[: ids.index(self.end_id)] if complete else ids
         return self.tokenizer.decode(body, skip_special_tokens=False), complete
+
+
+def plain_text(text: str) -> str:
+    """A seller's text without the marks of special tokens, which would end a turn or ask for a picture."""
+    return text.replace("<|", "< |")
 
 
 def _one_line(error: Exception) -> str:

@@ -24,7 +24,9 @@ from tests.catalogue.test_reading import rows
 from tests.cit.conftest import run_values
 
 ROOT = Path(__file__).resolve().parents[2]
-JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))
+TOOLS = {"api_key"}
+"""They have no config."""
+JOBS = sorted({path.stem for path in (ROOT / "jobs").glob("*.py")} - TOOLS)
 
 
 def free_ports(count: int) -> list[int]:

@@ -1,0 +1,181 @@
+"""The application: `serve run afmrl_ray.serving:app_builder run=runs/demo`."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from PIL import Image
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from afmrl_ray import storage
+from afmrl_ray.cit.index_stage import thumbnail
+from afmrl_ray.config.serving import ReplicasConfig, ServingConfig
+from afmrl_ray.errors import ConfigError
+from afmrl_ray.serving.api import make_api
+from afmrl_ray.serving.bundle import Bundle, open_bundle, split_run
+from afmrl_ray.serving.deployments import EncoderDeployment, GeneratorDeployment, IndexDeployment
+from afmrl_ray.serving.metrics import CACHE, REQUEST_SECONDS, REQUESTS, ROUND, SECONDS, STAGE_SECONDS, ServingMetrics
+from afmrl_ray.serving.ports import HandleEncoder, HandleGenerator, HandleIndex
+from afmrl_ray.serving.problems import Problem
+from afmrl_ray.serving.security import Keys
+from afmrl_ray.serving.service import SearchService
+from afmrl_ray.serving.store import ItemStore
+from afmrl_ray.serving.uploads import FORMATS
+
+log = logging.getLogger(__name__)
+
+
+@serve.ingress()
+class Ingress:
+    """HTTP."""
+
+    def __init__(
+        self,
+        config: ServingConfig,
+        bundle: Bundle,
+        encoder: DeploymentHandle,
+        generator: DeploymentHandle,
+        index: DeploymentHandle,
+    ) -> None:
+        self._config, self._bundle = config, bundle
+        context = serve.get_replica_context()
+        self._metrics = ServingMetrics(context.replica_id.unique_id, _ray_metrics())
+        self._service = SearchService(
+            HandleEncoder(encoder, "encoder"),
+            HandleGenerator(generator, "generator"),
+            HandleIndex(index, "index"),
+            cached_attributes=config.cached_attributes,
+            meter=self._metrics,
+        )
+        self._rolling: asyncio.Task[None] | None = None
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return make_api(
+            self._service,
+            self._config,
+            Keys.read(self._config.auth),
+            self._metrics,
+            self._open_round,
+            lambda data: _thumbnail(data, self._bundle.index.thumbnail_px),
+        )
+
+    def _open_round(self, number: int | None) -> Bundle:
+        return open_bundle(split_run(self._config.run), number)
+
+    async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """Go over to the round that `user_config` names, in the background.
+
+        Raises:
+            ConfigError: it names anything else, or a round that cannot be served.
+        """
+        unknown = sorted(set(user_config) - {"round"})
+        if unknown:
+            raise ConfigError(f"user_config: unknown key {unknown[0]!r}; it has: round")
+        if user_config.get("round") is not None:
+            bundle = self._open_round(int(user_config["round"]))
+            self._rolling = asyncio.create_task(self._roll(bundle))
+
+    async def _roll(self, bundle: Bundle) -> None:
+        try:
+            await self._service.rollover(bundle)
+        except Problem as problem:
+            # Another replica of the ingress may be at it, with the same user_config.
+            log.warning("user_config.round %d: %s", bundle.round, problem.detail)
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+
+def app_builder(arguments: ServingConfig) -> serve.Application:
+    """The application of a run.
+
+    Raises:
+        UserError: the run cannot be served, or nobody could ask.
+    """
+    run = split_run(arguments.run)
+    Keys.read(arguments.auth)
+    state_dir = arguments.state_dir or storage.join(run.path, "serving")
+    if not storage.is_local(state_dir):
+        raise ConfigError(f"state_dir: {state_dir} is no local folder; name one, which all replicas of the index share")
+    state_dir = storage.absolute(state_dir)
+    bundle = _served(arguments, state_dir)
+    inner = {
+        "encoder": (EncoderDeployment, (arguments, bundle)),
+        "generator": (GeneratorDeployment, (arguments, bundle)),
+        "index": (IndexDeployment, (arguments, state_dir, bundle)),
+    }
+    handles = {
+        name: serve.deployment(kind, name=name.capitalize(), **_options(getattr(arguments, name))).bind(*values)
+        for name, (kind, values) in inner.items()
+    }
+    ingress = serve.deployment(Ingress, name="Ingress", **_options(arguments.ingress))
+    return ingress.bind(arguments, bundle, **handles)
+
+
+def _served(config: ServingConfig, state_dir: str) -> Bundle:
+    """What to begin with: the round that is asked for, the one that was served last, or the best."""
+    run = split_run(config.run)
+    store = ItemStore(state_dir)
+    try:
+        state = store.state()
+    finally:
+        store.close()
+    if state is not None:
+        if config.round is not None and state.current.round != config.round:
+            raise ConfigError(
+                f"round: {state_dir} serves round {state.current.round}; leave round out, and go over to round "
+                f"{config.round} with POST /admin/rollover"
+            )
+        return state.current
+    return open_bundle(run, config.round)
+
+
+def _options(replicas: ReplicasConfig) -> dict[str, Any]:
+    scaling: dict[str, Any] = {"num_replicas": replicas.min_replicas}
+    if replicas.max_replicas > replicas.min_replicas:
+        scaling = {
+            "autoscaling_config": {
+                "min_replicas": replicas.min_replicas,
+                "max_replicas": replicas.max_replicas,
+                "target_ongoing_requests": replicas.target_ongoing_requests,
+            }
+        }
+    return {
+        **scaling,
+        "max_ongoing_requests": replicas.max_ongoing_requests,
+        "max_queued_requests": replicas.max_queued_requests,
+        "graceful_shutdown_timeout_s": replicas.drain_s,
+        "ray_actor_options": {"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
+    }
+
+
+def _thumbnail(data: bytes, longest_px: int) -> bytes:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+        return thumbnail(picture, longest_px)
+
+
+def _ray_metrics() -> Any:
+    """Mirrors numbers into Ray's own metrics, which every node exports."""
+    from ray.util.metrics import Counter, Gauge, Histogram
+
+    bounds = list(SECONDS)
+    known: dict[str, Any] = {
+        REQUESTS: Counter(REQUESTS, "Requests.", ("route", "status")),
+        REQUEST_SECONDS: Histogram(REQUEST_SECONDS, "Seconds.", bounds, ("route",)),
+        STAGE_SECONDS: Histogram(STAGE_SECONDS, "Seconds by stage.", bounds, ("stage",)),
+        CACHE: Counter(CACHE, "Attribute texts looked up.", ("result",)),
+        ROUND: Gauge(ROUND, "Round that is served."),
+    }
+
+    def mirror(name: str, value: float, labels: Mapping[str, str]) -> None:
+        metric = known[name]
+        tell = {Counter: "inc", Gauge: "set", Histogram: "observe"}[type(metric)]
+        getattr(metric, tell)(value, tags=dict(labels))
+
+    return mirror

@@ -1,0 +1,244 @@
+"""The three inner deployments, Ray Serve's thin shells around `models` and `round_index`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+import numpy as np
+import torch
+from ray import serve
+
+from afmrl_ray.cit.index_stage import ItemRecord
+from afmrl_ray.config.serving import ServingConfig
+from afmrl_ray.models.rows import Row
+from afmrl_ray.serving.bundle import Bundle
+from afmrl_ray.serving.models import Embedding, EncoderInput, ServedEncoder, ServedGenerator
+from afmrl_ray.serving.round_index import Filters, Hit, LiveIndex, localised, merge
+from afmrl_ray.serving.store import Embedded, ItemStore, State, StoredItem
+from afmrl_ray.serving.uploads import Upload
+
+_HUNG_AFTER = 10
+"""A batch that runs for so many request timeouts will never end."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request in a batch."""
+
+    bundle: Bundle
+    given: Any
+    tokens: int
+
+
+class _Compute:
+    """One thread for the model, so that the replica answers while a batch runs, and a watch over it."""
+
+    def __init__(self, threads: int, hung_s: float) -> None:
+        self._pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,))
+        self._hung_s = hung_s
+        self._since: float | None = None
+
+    async def __call__(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        def watched() -> Any:
+            self._since = monotonic()
+            try:
+                return work(*arguments)
+            finally:
+                self._since = None
+
+        return await asyncio.get_running_loop().run_in_executor(self._pool, watched)
+
+    def check(self) -> None:
+        """See that no batch hangs; Serve then starts the replica anew.
+
+        Raises:
+            RuntimeError: one does.
+        """
+        since = self._since
+        if since is not None and monotonic() - since > self._hung_s:
+            raise RuntimeError(f"a batch has been running for more than {self._hung_s:g} s")
+
+
+def _by_bundle(batch: Sequence[_Asked]) -> dict[str, list[int]]:
+    """Places of a batch by bundle: while rounds change, a batch may hold requests of two."""
+    found: dict[str, list[int]] = {}
+    for place, asked in enumerate(batch):
+        found.setdefault(asked.bundle.key, []).append(place)
+    return found
+
+
+def _cost(budget: int) -> Callable[[list[_Asked]], int]:
+    """Tokens of a batch; a request above the budget is a batch of its own."""
+    return lambda batch: min(batch[0].tokens, budget) if len(batch) == 1 else sum(asked.tokens for asked in batch)
+
+
+def _prepared(bundle: Bundle, given: Any, row: Row | None, tokens: int, budget: int) -> _Asked:
+    return _Asked(bundle, given if row is None else row, min(tokens, budget))
+
+
+class EncoderDeployment:
+    """Embeds; requests are batched by tokens."""
+
+    def __init__(self, config: ServingConfig, bundle: Bundle) -> None:
+        self._budget = config.batching.tokens
+        threads = max(1, int(config.encoder.cpus))
+        self._encoder = ServedEncoder(rounds_kept=config.rounds_kept, tokens=max(self._budget, 1))
+        self._compute = _Compute(threads, _HUNG_AFTER * config.limits.request_s)
+        self._prepare = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
+        self._encoder.load(bundle)
+        self._batched = _batched(self._run, config)
+
+    async def embed(self, bundle: Bundle, given: EncoderInput) -> Embedding:
+        """A listing's vector."""
+        row = await asyncio.get_running_loop().run_in_executor(self._prepare, self._encoder.prepare, bundle, given)
+        vector = await self._batched(_prepared(bundle, given, row, len(row), self._budget))
+        return Embedding(vector, len(row))
+
+    async def _run(self, batch: list[_Asked]) -> list[np.ndarray]:
+        found: dict[int, np.ndarray] = {}
+        for places in _by_bundle(batch).values():
+            rows = [batch[place].given for place in places]
+            vectors = await self._compute(self._encoder.embed, batch[places[0]].bundle, rows)
+            found.update(zip(places, vectors, strict=True))
+        return [found[place] for place in range(len(batch))]
+
+    async def prepare(self, bundle: Bundle) -> None:
+        """Load a bundle's model, while the one that is served goes on."""
+        await asyncio.to_thread(self._encoder.load, bundle)
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+    def check_health(self) -> None:
+        self._compute.check()
+
+
+class GeneratorDeployment:
+    """Writes attributes; requests are batched by tokens."""
+
+    def __init__(self, config: ServingConfig, bundle: Bundle) -> None:
+        self._budget = config.batching.tokens
+        threads = max(1, int(config.generator.cpus))
+        self._generator = ServedGenerator(rounds_kept=config.rounds_kept, max_pairs=config.max_pairs)
+        self._compute = _Compute(threads, _HUNG_AFTER * config.limits.request_s)
+        self._generator.load(bundle)
+        self._batched = _batched(self._run, config)
+
+    async def write(self, bundle: Bundle, upload: Upload) -> tuple[str, str]:
+        """Attribute text and reason of invalidity."""
+        tokens = self._generator.tokens(bundle, upload)
+        return await self._batched(_prepared(bundle, upload, None, tokens, self._budget))
+
+    async def _run(self, batch: list[_Asked]) -> list[tuple[str, str]]:
+        found: dict[int, tuple[str, str]] = {}
+        for places in _by_bundle(batch).values():
+            uploads = [batch[place].given for place in places]
+            written = await self._compute(self._generator.write, batch[places[0]].bundle, uploads)
+            found.update(zip(places, written, strict=True))
+        return [found[place] for place in range(len(batch))]
+
+    async def prepare(self, bundle: Bundle) -> None:
+        """Load a bundle's model, while the one that is served goes on."""
+        await asyncio.to_thread(self._generator.load, bundle)
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+    def check_health(self) -> None:
+        self._compute.check()
+
+
+def _batched(run: Callable[[list[_Asked]], Any], config: ServingConfig) -> Callable[[_Asked], Any]:
+    """Serve's batching around `run`, by tokens."""
+    budget = config.batching.tokens
+
+    @serve.batch(
+        max_batch_size=budget,
+        batch_wait_timeout_s=config.batching.wait_ms / 1000,
+        batch_size_fn=_cost(budget),
+    )
+    async def batched(batch: list[_Asked]) -> list[Any]:
+        return await run(batch)
+
+    return batched
+
+
+class IndexDeployment:
+    """Searches and stores; one thread, since SQLite and the open indexes belong to it."""
+
+    def __init__(self, config: ServingConfig, state_dir: str, bundle: Bundle) -> None:
+        self._thread = ThreadPoolExecutor(1)
+        self._state_dir = state_dir
+        self._live = LiveIndex(state_dir, bundle, rounds_kept=config.rounds_kept, merge_above=config.merge_above)
+        self._merging: asyncio.Task[str | None] | None = None
+
+    async def _on(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
+
+    async def state(self) -> State:
+        return await self._on(lambda: self._live.state)
+
+    async def search(self, key: str, vector: np.ndarray, k: int, filters: Filters) -> list[Hit] | None:
+        """See `LiveIndex.search`."""
+        return await self._on(self._live.search, key, vector, k, filters)
+
+    async def put(self, item: StoredItem, embedded: dict[str, Embedded]) -> dict[str, Bundle] | None:
+        """See `ItemStore.put`."""
+        missing = await self._on(self._live.write, lambda store: store.put(item, embedded))
+        await self._merge_if_due()
+        return missing
+
+    async def take_out(self, item_id: str) -> bool:
+        """Take an item out; whether it was there."""
+
+        def work() -> bool:
+            there = self._live.current().get(item_id) is not None
+            if there:
+                self._live.write(lambda store: store.take_out(item_id))
+            return there
+
+        return await self._on(work)
+
+    async def get(self, item_id: str) -> ItemRecord | None:
+        return await self._on(lambda: self._live.current().get(item_id))
+
+    async def size(self) -> int:
+        return await self._on(lambda: len(self._live.current()))
+
+    async def prepare(self, bundle: Bundle) -> None:
+        await asyncio.to_thread(localised, bundle.index_path)
+        await self._on(self._live.prepare, bundle)
+
+    async def begin_rollover(self, bundle: Bundle) -> None:
+        await self._on(self._live.write, lambda store: store.begin_rollover(bundle))
+
+    async def lacking(self, key: str, limit: int) -> list[StoredItem]:
+        return await self._on(lambda: self._live.store.lacking(key, limit))
+
+    async def add_vector(self, item: StoredItem, key: str, embedded: Embedded) -> None:
+        await self._on(self._live.write, lambda store: store.add_vector(item, key, embedded))
+
+    async def finish_rollover(self, key: str) -> bool:
+        def work(store: ItemStore) -> bool:
+            return store.finish_rollover(key)
+
+        return await self._on(self._live.write, work)
+
+    async def _merge_if_due(self) -> None:
+        if self._merging is not None and not self._merging.done():
+            return
+        if await self._on(lambda: self._live.merge_is_due):
+            bundle = (await self.state()).current
+            self._merging = asyncio.create_task(asyncio.to_thread(merge, self._state_dir, bundle))
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+    async def check_health(self) -> None:
+        await self._on(self._live.store.version)

@@ -1,0 +1,152 @@
+"""What a request may be: sizes checked before work is done with them."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from afmrl_ray.attributes.text import Attributes, format_attributes, normalise_attributes
+from afmrl_ray.config.serving import LimitsConfig
+from afmrl_ray.serving.problems import MEDIA_TYPE, Problem
+from afmrl_ray.serving.round_index import Filters
+from afmrl_ray.serving.schemas import FiltersBody, Listing
+from afmrl_ray.serving.uploads import Upload, upload_fault
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+
+class BodyLimit:
+    """ASGI middleware: 413 for bodies above a size, counted as they come.
+
+    Args:
+        app: what is limited.
+        most: bytes.
+    """
+
+    def __init__(self, app: Any, most: int) -> None:
+        self._app, self._most = app, most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > self._most:
+            await self._refuse(send)
+            return
+        come, answered = 0, False
+
+        async def limited() -> MutableMapping[str, Any]:
+            nonlocal come
+            message = await receive()
+            come += len(message.get("body", b""))
+            if come > self._most:
+                raise _TooLarge
+            return message
+
+        async def sending(message: MutableMapping[str, Any]) -> None:
+            nonlocal answered
+            answered = True
+            await send(message)
+
+        try:
+            await self._app(scope, limited, sending)
+        except _TooLarge:
+            if not answered:
+                await self._refuse(send)
+
+    async def _refuse(self, send: Send) -> None:
+        body = json.dumps(
+            {
+                "type": "about:blank",
+                "title": "Content Too Large",
+                "status": 413,
+                "detail": f"the body has more than {self._most} bytes (limits.body_mb)",
+            }
+        ).encode()
+        headers = [(b"content-type", MEDIA_TYPE.encode()), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 413, "headers": [*headers, (b"connection", b"close")]})
+        await send({"type": "http.response.body", "body": body})
+
+
+class _TooLarge(BaseException):
+    """Past every handler of errors, so that nobody answers for it."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Checks of a deployment's limits; each raises Problem 422 and names the field."""
+
+    config: LimitsConfig
+
+    def upload(self, body: Listing, where: str = "") -> Upload:
+        """The listing of a body; slow, since the picture is decoded."""
+        title = " ".join(self.text(body.title, f"{where}title").split())
+        picture = self.picture(body.picture, f"{where}picture") if body.picture is not None else None
+        return self.listing(title, picture, where)
+
+    def listing(self, title: str, picture: bytes | None, where: str = "") -> Upload:
+        """A listing, which must have something."""
+        if not title and picture is None:
+            raise Problem(422, f"{where}picture and title are both missing; send one of them")
+        return Upload(title, picture)
+
+    def text(self, text: str, field: str) -> str:
+        """A title."""
+        if len(text) > self.config.title_characters:
+            raise Problem(422, f"{field}: longer than {self.config.title_characters} characters")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise Problem(422, f"{field}: holds half of a character (a lone surrogate)")
+        return text
+
+    def picture(self, encoded: str, field: str) -> bytes:
+        """The picture of base64 text or a data URL."""
+        if encoded.startswith("data:"):
+            encoded = encoded.partition(",")[2]
+        try:
+            data = base64.b64decode(encoded, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise Problem(422, f"{field}: is no base64") from error
+        return self.picture_bytes(data, field)
+
+    def picture_bytes(self, data: bytes, field: str) -> bytes:
+        """An encoded picture."""
+        fault = upload_fault(data, self.config.picture_pixels)
+        if fault is not None:
+            raise Problem(422, f"{field}: {fault}")
+        return data
+
+    def attributes(self, given: dict[str, str] | None, field: str) -> Attributes:
+        """Attributes in normal form."""
+        if given is not None and len(given) > self.config.attributes:
+            raise Problem(422, f"{field}: more than {self.config.attributes} pairs")
+        for name, value in (given or {}).items():
+            self.text(name, field)
+            self.text(value, field)
+        return normalise_attributes(given or {})
+
+    def attribute_text(self, given: dict[str, str] | None, field: str) -> str:
+        """The same as canonical text."""
+        return format_attributes(self.attributes(given, field))
+
+    def filters(self, body: FiltersBody) -> Filters:
+        """Filters in the form in which the index compares them."""
+        category = self.text(body.category, "filters.category") if body.category is not None else None
+        return Filters(category, self.attributes(body.attributes, "filters.attributes"))
+
+    def k(self, k: int) -> int:
+        """Hits of a search."""
+        if k > self.config.k:
+            raise Problem(422, f"k: at most {self.config.k}")
+        return k
+
+    def batch(self, count: int) -> None:
+        """Inputs of a request."""
+        if not 1 <= count <= self.config.batch:
+            raise Problem(422, f"input: 1 to {self.config.batch} texts or listings")

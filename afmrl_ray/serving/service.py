@@ -1,0 +1,246 @@
+"""What the API does, over three ports (encoder, generator, index) that are Ray Serve deployments or plain objects.
+
+A request names one bundle in every call, so it never mixes rounds; where another took over meanwhile, it starts again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from afmrl_ray.cit.index_stage import ItemRecord
+from afmrl_ray.rar.coalesce import Once
+from afmrl_ray.serving.bundle import Bundle
+from afmrl_ray.serving.models import Embedding, EncoderInput
+from afmrl_ray.serving.problems import Busy, Problem
+from afmrl_ray.serving.round_index import Filters, Hit
+from afmrl_ray.serving.store import Embedded, State, StoredItem
+from afmrl_ray.serving.uploads import Upload
+
+log = logging.getLogger(__name__)
+
+Enrich = Literal["generated", "given", "none"]
+
+_ATTEMPTS = 4
+_REEMBED_AT_ONCE = 32
+
+
+class EncoderPort(Protocol):
+    """The encoder."""
+
+    def embed(self, bundle: Bundle, given: EncoderInput) -> Awaitable[Embedding]: ...
+
+    def prepare(self, bundle: Bundle) -> Awaitable[None]: ...
+
+
+class GeneratorPort(Protocol):
+    """The generator; `write` gives attribute text and reason of invalidity."""
+
+    def write(self, bundle: Bundle, upload: Upload) -> Awaitable[tuple[str, str]]: ...
+
+    def prepare(self, bundle: Bundle) -> Awaitable[None]: ...
+
+
+class IndexPort(Protocol):
+    """The index and the store; see `round_index.LiveIndex` and `store.ItemStore`."""
+
+    def state(self) -> Awaitable[State]: ...
+
+    def search(self, key: str, vector: np.ndarray, k: int, filters: Filters) -> Awaitable[list[Hit] | None]: ...
+
+    def put(self, item: StoredItem, embedded: dict[str, Embedded]) -> Awaitable[dict[str, Bundle] | None]: ...
+
+    def take_out(self, item_id: str) -> Awaitable[bool]: ...
+
+    def get(self, item_id: str) -> Awaitable[ItemRecord | None]: ...
+
+    def size(self) -> Awaitable[int]: ...
+
+    def prepare(self, bundle: Bundle) -> Awaitable[None]: ...
+
+    def begin_rollover(self, bundle: Bundle) -> Awaitable[None]: ...
+
+    def lacking(self, key: str, limit: int) -> Awaitable[list[StoredItem]]: ...
+
+    def add_vector(self, item: StoredItem, key: str, embedded: Embedded) -> Awaitable[None]: ...
+
+    def finish_rollover(self, key: str) -> Awaitable[bool]: ...
+
+
+class Meter(Protocol):
+    """Told of what happens."""
+
+    def spent(self, stage: str, seconds: float) -> None: ...
+
+    def cached(self, hit: bool) -> None: ...
+
+
+@dataclass(frozen=True)
+class Written:
+    """Attributes as they were used.
+
+    Attributes:
+        text: canonical text; empty = none.
+        source: where they came from.
+        reason: why the generator's are not used; empty = they are.
+        cached: whether they had been written before.
+    """
+
+    text: str
+    source: Enrich
+    reason: str = ""
+    cached: bool = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """The answer to a search; `milliseconds` by stage."""
+
+    hits: list[Hit]
+    attributes: Written
+    bundle: Bundle
+    milliseconds: dict[str, float]
+
+
+class SearchService:
+    """The application's logic.
+
+    Args:
+        encoder: port.
+        generator: port.
+        index: port.
+        cached_attributes: texts that are remembered, by picture, title and generator.
+        meter: told of stages and the cache.
+    """
+
+    def __init__(
+        self, encoder: EncoderPort, generator: GeneratorPort, index: IndexPort, *, cached_attributes: int, meter: Meter
+    ) -> None:
+        self._encoder, self._generator, self._index, self._meter = encoder, generator, index, meter
+        self._uploads: dict[tuple[str, str], tuple[Bundle, Upload]] = {}
+        self._written: Once[tuple[str, str], tuple[str, str]] = Once(self._write, size=cached_attributes)
+        self._rollover = asyncio.Lock()
+
+    async def state(self) -> State:
+        """What is served."""
+        return await self._index.state()
+
+    async def size(self) -> int:
+        """Items that can be found."""
+        return await self._index.size()
+
+    async def _write(self, keys: list[tuple[str, str]]) -> dict[tuple[str, str], tuple[str, str]]:
+        (key,) = keys
+        return {key: await self._generator.write(*self._uploads[key])}
+
+    async def attributes(self, bundle: Bundle, upload: Upload) -> Written:
+        """What the generator of a bundle writes; once for equal pictures and titles."""
+        key = bundle.fingerprints["generator"], upload.digest
+        self._uploads[key] = bundle, upload
+        try:
+            answers = await self._written.get([key])
+        finally:
+            self._uploads.pop(key, None)
+        self._meter.cached(bool(answers.kept))
+        text, reason = answers.found[key]
+        return Written(text, "generated" if text else "none", reason, bool(answers.kept))
+
+    async def enriched(self, bundle: Bundle, upload: Upload, enrich: Enrich, given: str) -> Written:
+        """The attributes that a request asks for."""
+        if enrich == "generated":
+            return await self.attributes(bundle, upload)
+        return Written(given, "given") if enrich == "given" else Written("", "none")
+
+    async def embed(self, bundle: Bundle, upload: Upload, attributes: str) -> Embedding:
+        """A listing's vector under a bundle."""
+        return await self._encoder.embed(bundle, EncoderInput(upload, attributes))
+
+    async def search(self, upload: Upload, *, k: int, filters: Filters, enrich: Enrich, given: str) -> Found:
+        """Enrich, embed, search: all under one bundle."""
+        for _ in range(_ATTEMPTS):
+            spent: dict[str, float] = {}
+            bundle = (await self._index.state()).current
+            with self._timed("attributes", spent):
+                written = await self.enriched(bundle, upload, enrich, given)
+            with self._timed("embedding", spent):
+                embedding = await self.embed(bundle, upload, written.text)
+            with self._timed("index", spent):
+                hits = await self._index.search(bundle.key, embedding.vector, k, filters)
+            if hits is not None:
+                return Found(hits, written, bundle, spent)
+        raise Busy("the served round changed again and again")
+
+    @contextmanager
+    def _timed(self, stage: str, spent: dict[str, float]) -> Iterator[None]:
+        began = perf_counter()
+        yield
+        seconds = perf_counter() - began
+        self._meter.spent(stage, seconds)
+        spent[stage] = round(1000 * seconds, 2)
+
+    async def put(self, item: StoredItem) -> tuple[State, Written]:
+        """Put an item in under every bundle that needs it; durable when this returns."""
+        upload = Upload(item.title, item.picture)
+        state = await self._index.state()
+        needed, embedded, written = state.needed, {}, Written("", "none")
+        for _ in range(_ATTEMPTS):
+            for key, bundle in needed.items():
+                written, embedded[key] = await self._embedded(bundle, upload, item.given)
+            missing = await self._index.put(item, embedded)
+            if missing is None:
+                return state, written
+            needed = missing
+        raise Busy("the served round changed again and again")
+
+    async def _embedded(self, bundle: Bundle, upload: Upload, given: str | None) -> tuple[Written, Embedded]:
+        written = await self.enriched(bundle, upload, "generated" if given is None else "given", given or "")
+        embedding = await self.embed(bundle, upload, written.text)
+        return written, Embedded(written.text, embedding.vector)
+
+    async def take_out(self, item_id: str) -> bool:
+        """Take an item out; whether it was there."""
+        return await self._index.take_out(item_id)
+
+    async def get(self, item_id: str) -> ItemRecord | None:
+        """An item that can be found."""
+        return await self._index.get(item_id)
+
+    async def rollover(self, bundle: Bundle) -> dict[str, Any]:
+        """Go over to a bundle: have it ready everywhere, embed what was put in, then switch.
+
+        Raises:
+            Problem: another rollover is under way, or one to another bundle took over.
+        """
+        if self._rollover.locked():
+            raise Problem(409, "a rollover is under way; ask again when it is done")
+        async with self._rollover:
+            before = (await self._index.state()).current
+            if before.key == bundle.key:
+                return {"served": bundle.key, "before": before.key, "embedded": 0}
+            await self._index.begin_rollover(bundle)
+            await asyncio.gather(*(port.prepare(bundle) for port in (self._encoder, self._generator, self._index)))
+            count = 0
+            while True:
+                lacking = await self._index.lacking(bundle.key, _REEMBED_AT_ONCE)
+                for item in lacking:
+                    _, embedded = await self._embedded(bundle, Upload(item.title, item.picture), item.given)
+                    await self._index.add_vector(item, bundle.key, embedded)
+                count += len(lacking)
+                if lacking:
+                    continue
+                if await self._index.finish_rollover(bundle.key):
+                    break
+                state = await self._index.state()
+                if state.current.key == bundle.key:
+                    break
+                if state.rolling is None or state.rolling.key != bundle.key:
+                    raise Problem(409, f"the rollover to {bundle.key} gave way to another one")
+            log.info("rollover: %s took over from %s, %d items embedded anew", bundle.key, before.key, count)
+            return {"served": bundle.key, "before": before.key, "embedded": count}

@@ -1,0 +1,99 @@
+"""Who may ask what."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+import pytest
+
+from afmrl_ray.config.serving import AuthConfig
+from afmrl_ray.errors import ConfigError
+from afmrl_ray.serving.security import Keys, new_key
+from tests.serving.conftest import Application
+
+
+@pytest.fixture
+def keys_file(tmp_path) -> tuple[str, str, str]:
+    (user, first), (admin, second) = new_key("shop", "user"), new_key("ops", "admin")
+    path = tmp_path / "keys"
+    path.write_text(f"# keys\n{first}\n\n{second}\n")
+    return str(path), user, admin
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+def test_roles(served_run, tmp_path, keys_file) -> None:
+    path, user, admin = keys_file
+    application = Application(served_run, tmp_path / "s", auth={"keys_file": path})
+    item = {"item_id": "a", "title": "x", "attributes": {}}
+    with application.client() as client:
+        for headers, search, put in (({}, 401, 401), (bearer("no"), 401, 401), (bearer(user), 200, 403)):
+            assert client.post("/v1/search", json={"title": "x"}, headers=headers).status_code == search
+            assert client.post("/v1/items", json=item, headers=headers).status_code == put
+            assert client.post("/admin/rollover", json={}, headers=headers).status_code == put
+            assert client.delete("/v1/items/a", headers=headers).status_code == put
+        assert client.post("/v1/items", json=item, headers=bearer(admin)).status_code == 200
+        assert client.post("/admin/rollover", json={"round": 1}, headers=bearer(admin)).status_code == 200
+        assert client.get("/metrics").status_code == 401
+        assert client.get("/healthz").text == "ok"
+        assert client.get("/").status_code == 200
+        refused = client.get("/v1/model", headers={"authorization": f"Basic {user}"})
+        assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
+
+
+def test_anonymous_requests_come_from_this_machine_only(served_run, tmp_path) -> None:
+    application = Application(served_run, tmp_path)
+    for host, status in (("127.0.0.1", 200), ("::1", 200), ("10.1.2.3", 401), ("testclient", 401)):
+        with application.client(host=host) as client:
+            assert client.get("/v1/model").status_code == status
+
+
+def test_only_digests_are_kept(keys_file) -> None:
+    path, user, admin = keys_file
+    with open(path) as file:
+        text = file.read()
+    assert user not in text
+    assert admin not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("", "holds no key"), ("shop:user:abc", "key 1 is not"), ("a:root:" + "0" * 64, "key 1 is not")],
+)
+def test_files_that_are_no_keys(tmp_path, text: str, says: str) -> None:
+    path = tmp_path / "keys"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        Keys.read(AuthConfig(keys_file=str(path)))
+
+
+def test_without_keys_nothing_is_served_unless_so_said(monkeypatch, keys_file) -> None:
+    monkeypatch.delenv("AFMRL_API_KEYS_FILE", raising=False)
+    with pytest.raises(ConfigError, match=r"auth\.anonymous_on_loopback"):
+        Keys.read(AuthConfig())
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Keys.read(AuthConfig(keys_file="/nowhere"))
+    monkeypatch.setenv("AFMRL_API_KEYS_FILE", keys_file[0])
+    assert Keys.read(AuthConfig()).caller(f"Bearer {keys_file[2]}", None).admin
+
+
+def test_the_job_prints_a_key_and_keeps_its_digest(tmp_path, capsys) -> None:
+    from jobs.api_key import main
+
+    path = tmp_path / "keys"
+    assert main(["shop", "--role", "admin", "--file", str(path)]) == 0
+    key = capsys.readouterr().out.strip()
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    assert Keys.read(AuthConfig(keys_file=str(path))).caller(f"Bearer {key}", None).name == "shop"
+    assert main(["a:b", "--file", str(path)]) == 2
+    assert main(["shop", "--file", str(tmp_path)]) == 2
+
+
+def test_flat_arguments_of_serve_run_are_sections() -> None:
+    from afmrl_ray.config.serving import ServingConfig
+
+    found = ServingConfig.model_validate({"run": "r", "auth.anonymous_on_loopback": "true", "limits.k": "7"})
+    assert (found.auth.anonymous_on_loopback, found.limits.k) == (True, 7)
