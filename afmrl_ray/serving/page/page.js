@@ -120,7 +120,6 @@ function hitOf(hit) {
   const picture = document.createElement("img");
   picture.className = "picture";
   picture.alt = hit.title || hit.item_id;
-  picture.loading = "lazy";
   const score = document.createElement("p");
   score.className = "score";
   score.textContent = hit.score.toFixed(4);
