@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from afmrl_ray.config.base import Section
@@ -33,6 +35,22 @@ class RayConfig(Section):
     """Seconds to wait for a cluster to have what a stage asks for; then the job ends and says what is there."""
 
 
+class PlacementConfig(Section):
+    """On which nodes the actors of a pool, or the workers of a group, run."""
+
+    operational = frozenset({"strategy", "labels", "resources", "timeout_s"})
+
+    strategy: Literal["default", "pack", "spread", "strict_spread"] = "default"
+    """`default`: as Ray sees fit. `pack`: on as few nodes as there is room on. `spread`: over as many as there are;
+    `strict_spread`: each on a node of its own. All but the default take room for all of them at once."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Labels that the nodes have (`ray start --labels`, `labels` of a KubeRay group), such as afmrl/role: reward."""
+    resources: dict[str, float] = Field(default_factory=dict)
+    """Custom resources that each of them takes, by the names given with `ray start --resources`."""
+    timeout_s: float = Field(120, gt=0)
+    """Seconds to wait for the room; then the job ends and says what is there."""
+
+
 class WorkersConfig(Section):
     """A Ray Train worker group with DeepSpeed inside.
 
@@ -44,7 +62,7 @@ class WorkersConfig(Section):
     operational = frozenset(
         {
             "num_workers", "min_workers", "cpus_per_worker", "use_gpu",
-            "checkpoint_every", "checkpoints_kept", "max_failures", "collective_timeout_s", "peak_tflops",
+            "checkpoint_every", "checkpoints_kept", "max_failures", "collective_timeout_s", "peak_tflops", "placement",
         }
     )  # fmt: skip
 
@@ -56,6 +74,8 @@ class WorkersConfig(Section):
     """CPUs of a worker; also its torch threads, rounded down to at least 1."""
     use_gpu: bool = False
     """Whether each worker takes one GPU."""
+    placement: PlacementConfig = PlacementConfig()
+    """On which nodes; `default` packs."""
     zero_stage: int = Field(0, ge=0, le=3)
     """DeepSpeed ZeRO stage."""
     checkpoint_every: int = Field(100, gt=0)
@@ -91,7 +111,7 @@ class WorkersConfig(Section):
 class PoolConfig(Section):
     """A pool of Ray actors (or Ray Data actors) that run a model without training it."""
 
-    operational = frozenset({"num_workers", "cpus_per_worker", "gpus_per_worker"})
+    operational = frozenset({"num_workers", "cpus_per_worker", "gpus_per_worker", "placement"})
 
     num_workers: int = Field(1, ge=1)
     """Actors in the pool."""
@@ -99,5 +119,7 @@ class PoolConfig(Section):
     """CPUs of an actor; also its torch threads, rounded down to at least 1."""
     gpus_per_worker: float = Field(0, ge=0)
     """GPUs of an actor; a fraction lets several share one."""
+    placement: PlacementConfig = PlacementConfig()
+    """On which nodes."""
     batch_size: int = Field(64, gt=0)
     """Rows that an actor handles at once."""

@@ -18,12 +18,12 @@ class ReplicasConfig(Section):
     """Replicas under load."""
     target_ongoing_requests: float = Field(8, gt=0)
     """Requests under way on a replica, above which another one is added."""
-    max_ongoing_requests: int = Field(32, gt=0)
+    max_ongoing_requests: int = Field(64, gt=0)
     """Requests that a replica takes at once; more wait in the queue of the caller."""
-    max_queued_requests: int = Field(64, ge=0)
+    max_queued_requests: int = Field(32, ge=0)
     """Requests that wait in the queue of a caller; more are answered 503 with Retry-After."""
-    cpus: float = Field(1, gt=0)
-    """CPUs of a replica; also its torch threads, rounded down to at least 1."""
+    cpus: float = Field(0.75, gt=0)
+    """CPUs of a replica; also its torch threads, rounded down to at least 1. One of each deployment fits on 2."""
     gpus: float = Field(0, ge=0)
     """GPUs of a replica; a fraction lets several share one."""
     drain_s: float = Field(20, ge=0)
@@ -41,7 +41,7 @@ class BatchConfig(Section):
 
     tokens: int = Field(8192, gt=0)
     """Tokens of a batch, visual ones counted; a longer request is a batch of its own. 1 = no batching."""
-    wait_ms: float = Field(5, ge=0)
+    wait_ms: float = Field(10, ge=0)
     """Milliseconds that an unfilled batch waits for company."""
 
 
@@ -103,13 +103,13 @@ class ServingConfig(Section):
     """What a request may be."""
     batching: BatchConfig = BatchConfig()
     """Of both models."""
-    ingress: ReplicasConfig = ReplicasConfig(cpus=0.5, max_ongoing_requests=128, max_queued_requests=256)
+    ingress: ReplicasConfig = ReplicasConfig(cpus=0.25, max_ongoing_requests=64, max_queued_requests=64)
     """HTTP."""
     encoder: ReplicasConfig = ReplicasConfig()
     """The embedding encoder."""
     generator: ReplicasConfig = ReplicasConfig()
     """The attribute generator."""
-    index: ReplicasConfig = ReplicasConfig(cpus=0.5, max_ongoing_requests=64)
+    index: ReplicasConfig = ReplicasConfig(cpus=0.25, max_ongoing_requests=64)
     """Search. Its replicas share `state_dir`, so they need a file system with locks that all of them see."""
 
     @model_validator(mode="before")

@@ -36,5 +36,19 @@ def map_rows(actor: type, columns: Mapping[str, np.ndarray], *, pool: PoolConfig
         fn_constructor_kwargs={**arguments, "threads": max(1, int(pool.cpus_per_worker))},
         num_cpus=pool.cpus_per_worker,
         num_gpus=pool.gpus_per_worker or None,
+        **_placed(pool),
     ).to_pandas()
     return table.sort_values("place", ignore_index=True)
+
+
+def _placed(pool: PoolConfig) -> dict[str, Any]:
+    """What Ray Data is told of `pool.placement`; its pools grow one by one, so both ways to spread are one."""
+    placement = pool.placement
+    options: dict[str, Any] = {}
+    if placement.resources:
+        options["resources"] = dict(placement.resources)
+    if placement.labels:
+        options["label_selector"] = dict(placement.labels)
+    if placement.strategy.endswith("spread"):
+        options["scheduling_strategy"] = "SPREAD"
+    return options

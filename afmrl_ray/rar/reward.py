@@ -30,6 +30,7 @@ from afmrl_ray.rar.reward_actor import RewardActor
 from afmrl_ray.rar.reward_meter import ServiceStats
 from afmrl_ray.rar.reward_spec import KINDS, Query, Reply, RewardSpec, Scores
 from afmrl_ray.training.cluster import torch_threads
+from afmrl_ray.training.placement import Room
 
 log = logging.getLogger(__name__)
 
@@ -226,9 +227,8 @@ class RewardPool(RewardClient):
 
     def __init__(self, spec: RewardSpec, config: RewardConfig, *, name: str) -> None:
         pool = config.pool
+        self._room = Room("rar.reward.pool", pool)
         made = ray.remote(
-            num_cpus=pool.cpus_per_worker,
-            num_gpus=pool.gpus_per_worker,
             max_restarts=-1,
             max_task_retries=0,
             concurrency_groups={"score": config.max_in_flight, "count": 2 * pool.num_workers, "about": 2},
@@ -236,7 +236,8 @@ class RewardPool(RewardClient):
         names = [f"{name}-reward-{index}" for index in range(pool.num_workers)]
         threads = torch_threads(pool.cpus_per_worker)
         self._owned = [
-            made.options(name=names[index]).remote(spec, config, names, index, threads) for index in range(len(names))
+            made.options(name=names[index], **self._room.options(index)).remote(spec, config, names, index, threads)
+            for index in range(len(names))
         ]
         # The store drops what nobody refers to, and actors that start again need it.
         self._spec = spec
@@ -268,3 +269,4 @@ class RewardPool(RewardClient):
         super().close()
         for actor in self._owned:
             ray.kill(actor)
+        self._room.close()

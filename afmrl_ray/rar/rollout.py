@@ -15,6 +15,7 @@ from afmrl_ray.rar.engine import MakeEngine, engine_class
 from afmrl_ray.rar.messages import Group, Weights
 from afmrl_ray.rar.module import PolicySpec
 from afmrl_ray.training.cluster import torch_threads
+from afmrl_ray.training.placement import Room
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +37,13 @@ class RolloutPool:
         self._weights: Weights | None = None
         self._restarts = 0
         self._made = 0
-        self.actors = [self._make() for _ in range(config.pool.num_workers)]
+        self._room = Room("rar.rollout.pool", config.pool)
+        self.actors = [self._make(index) for index in range(config.pool.num_workers)]
 
-    def _make(self) -> Any:
+    def _make(self, index: int) -> Any:
         pool = self._config.pool
         self._made += 1
-        actor = ray.remote(num_cpus=pool.cpus_per_worker, num_gpus=pool.gpus_per_worker, max_restarts=0)(self._engine)
+        actor = ray.remote(max_restarts=0, **self._room.options(index))(self._engine)
         return actor.remote(self._spec, self._config, torch_threads(pool.cpus_per_worker))
 
     @property
@@ -89,7 +91,7 @@ class RolloutPool:
                 f"{self._config.max_restarts} allows; look at their logs"
             )
         log.warning("rollout actor %d died, replaced (%d of %d)", index, self._restarts, self._config.max_restarts)
-        self.actors[index] = self._make()
+        self.actors[index] = self._make(index)
         self._push_to(index)
 
     def sample(self, rows: Sequence[int], seeds: Sequence[int], *, group_size: int) -> list[Group]:
@@ -151,3 +153,4 @@ class RolloutPool:
     def close(self) -> None:
         for actor in self.actors:
             ray.kill(actor)
+        self._room.close()

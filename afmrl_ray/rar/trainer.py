@@ -176,7 +176,8 @@ class RARTrainer:
         if manifest["next"] is not None:
             found = Experience.from_dict(manifest["next"], max_attributes=self._policy.generator.max_attributes)
             self._ahead.put(found)
-        self._metrics = MetricsLog(storage.join(self._job.directory, "log"), resume_step=self.step)
+        log = storage.join(self._job.directory, "log")
+        self._metrics = MetricsLog(log, resume_step=self.step, training=self._job.name)
 
     def train_step(self) -> dict[str, float]:
         """One step: rollouts, rewards, update, weights to the rollout actors; returns its numbers."""

@@ -23,6 +23,7 @@ from afmrl_ray.errors import UserError
 from afmrl_ray.serving.bundle import Bundle
 from afmrl_ray.serving.limits import BodyLimit, Limits
 from afmrl_ray.serving.metrics import Observed, ServingMetrics
+from afmrl_ray.serving.models import Embedding, EncoderInput
 from afmrl_ray.serving.openapi import openapi, search_bodies
 from afmrl_ray.serving.problems import Busy, Problem, problem_response
 from afmrl_ray.serving.schemas import (
@@ -83,12 +84,12 @@ def make_api(
     limits = Limits(config.limits)
     api = FastAPI(title="afmrl_ray", version="1", description="Attributes, embeddings and search of product listings.")
 
-    def caller(request: Request) -> Caller:
+    async def caller(request: Request) -> Caller:
         host = request.client.host if request.client is not None else None
         return keys.caller(request.headers.get("authorization"), host)
 
-    def administrator(request: Request) -> Caller:
-        who = caller(request)
+    async def administrator(request: Request) -> Caller:
+        who = await caller(request)
         if not who.admin:
             raise Problem(403, "this needs a key of role admin")
         return who
@@ -145,7 +146,7 @@ def make_api(
     async def attributes(body: Listing) -> AttributesAnswer:
         """What the generator writes of a listing."""
         upload = await asyncio.to_thread(limits.upload, body)
-        bundle = (await bounded(service.state())).current
+        bundle = await bounded(service.current())
         written = await bounded(service.attributes(bundle, upload))
         return AttributesAnswer(**_used(written), round=bundle.round, bundle=bundle.key)
 
@@ -154,20 +155,22 @@ def make_api(
         """Embeddings in the shape of OpenAI's API; inputs may be listings with pictures."""
         inputs = body.input if isinstance(body.input, list) else [body.input]
         limits.batch(len(inputs))
-        bundle = (await bounded(service.state())).current
+        bundle = await bounded(service.current())
         if body.model not in (MODEL, bundle.key):
             raise Problem(404, f"model: {MODEL!r} or {bundle.key!r}")
         if body.dimensions is not None and body.dimensions != bundle.dimensions:
             raise Problem(422, f"dimensions: the model gives {bundle.dimensions}")
 
-        async def one(place: int, given: str | ListingInput) -> Any:
+        async def one(place: int, given: str | ListingInput) -> EncoderInput:
             listing = ListingInput(title=given) if isinstance(given, str) else given
             upload = await asyncio.to_thread(limits.upload, listing, f"input[{place}].")
             enrich, text = enrich_of(listing)
-            written = await service.enriched(bundle, upload, enrich, text)
-            return await service.embed(bundle, upload, written.text)
+            return EncoderInput(upload, (await service.enriched(bundle, upload, enrich, text)).text)
 
-        found = await bounded(asyncio.gather(*(one(place, given) for place, given in enumerate(inputs))))
+        async def all_of_them() -> list[Embedding]:
+            return await service.embed(bundle, await asyncio.gather(*map(one, range(len(inputs)), inputs)))
+
+        found = await bounded(all_of_them())
         tokens = sum(each.tokens for each in found)
         data = [
             EmbeddingBody(index=place, embedding=_encoded(each.vector, body.encoding_format))

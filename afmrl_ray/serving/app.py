@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 from ray import serve
+from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
 from afmrl_ray import storage
@@ -29,6 +30,16 @@ from afmrl_ray.serving.store import ItemStore
 from afmrl_ray.serving.uploads import FORMATS
 
 log = logging.getLogger(__name__)
+
+_RETRY_AFTER_S = 1
+_REPLICA_ENVIRONMENT = {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
+    "RAY_SERVE_FREEZE_GC_ON_STARTUP": "1",
+}
+"""Serve's settings for throughput, as far as they are of the replicas: all that blocks has threads of its own here, so
+one event loop does, and each request is spared several changes of thread."""
 
 
 @serve.ingress()
@@ -150,8 +161,13 @@ def _options(replicas: ReplicasConfig) -> dict[str, Any]:
         **scaling,
         "max_ongoing_requests": replicas.max_ongoing_requests,
         "max_queued_requests": replicas.max_queued_requests,
+        "backpressure_config": BackpressureConfig(status_code=503, retry_after_s=_RETRY_AFTER_S),
         "graceful_shutdown_timeout_s": replicas.drain_s,
-        "ray_actor_options": {"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
+        "ray_actor_options": {
+            "num_cpus": replicas.cpus,
+            "num_gpus": replicas.gpus,
+            "runtime_env": {"env_vars": _REPLICA_ENVIRONMENT},
+        },
     }
 
 

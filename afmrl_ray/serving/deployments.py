@@ -78,10 +78,6 @@ def _cost(budget: int) -> Callable[[list[_Asked]], int]:
     return lambda batch: min(batch[0].tokens, budget) if len(batch) == 1 else sum(asked.tokens for asked in batch)
 
 
-def _prepared(bundle: Bundle, given: Any, row: Row | None, tokens: int, budget: int) -> _Asked:
-    return _Asked(bundle, given if row is None else row, min(tokens, budget))
-
-
 class EncoderDeployment:
     """Embeds; requests are batched by tokens."""
 
@@ -94,18 +90,24 @@ class EncoderDeployment:
         self._encoder.load(bundle)
         self._batched = _batched(self._run, config)
 
-    async def embed(self, bundle: Bundle, given: EncoderInput) -> Embedding:
-        """A listing's vector."""
-        row = await asyncio.get_running_loop().run_in_executor(self._prepare, self._encoder.prepare, bundle, given)
-        vector = await self._batched(_prepared(bundle, given, row, len(row), self._budget))
-        return Embedding(vector, len(row))
+    async def embed(self, bundle: Bundle, given: Sequence[EncoderInput]) -> list[Embedding]:
+        """Vectors of a request's listings."""
+
+        def prepare() -> list[Row]:
+            return [self._encoder.prepare(bundle, one) for one in given]
+
+        rows = await asyncio.get_running_loop().run_in_executor(self._prepare, prepare)
+        tokens = sum(len(row) for row in rows)
+        vectors = await self._batched(_Asked(bundle, rows, min(tokens, self._budget)))
+        return [Embedding(vector, len(row)) for vector, row in zip(vectors, rows, strict=True)]
 
     async def _run(self, batch: list[_Asked]) -> list[np.ndarray]:
         found: dict[int, np.ndarray] = {}
         for places in _by_bundle(batch).values():
-            rows = [batch[place].given for place in places]
+            counts = [len(batch[place].given) for place in places]
+            rows = [row for place in places for row in batch[place].given]
             vectors = await self._compute(self._encoder.embed, batch[places[0]].bundle, rows)
-            found.update(zip(places, vectors, strict=True))
+            found.update(zip(places, np.split(vectors, np.cumsum(counts)[:-1]), strict=True))
         return [found[place] for place in range(len(batch))]
 
     async def prepare(self, bundle: Bundle) -> None:
@@ -133,7 +135,7 @@ class GeneratorDeployment:
     async def write(self, bundle: Bundle, upload: Upload) -> tuple[str, str]:
         """Attribute text and reason of invalidity."""
         tokens = self._generator.tokens(bundle, upload)
-        return await self._batched(_prepared(bundle, upload, None, tokens, self._budget))
+        return await self._batched(_Asked(bundle, upload, min(tokens, self._budget)))
 
     async def _run(self, batch: list[_Asked]) -> list[tuple[str, str]]:
         found: dict[int, tuple[str, str]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ class _Port:
 class HandleEncoder(_Port):
     """See `service.EncoderPort`."""
 
-    async def embed(self, bundle: Bundle, given: EncoderInput) -> Embedding:
+    async def embed(self, bundle: Bundle, given: Sequence[EncoderInput]) -> list[Embedding]:
         return await self._ask("embed", bundle, given)
 
 

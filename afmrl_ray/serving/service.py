@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -30,12 +30,13 @@ Enrich = Literal["generated", "given", "none"]
 
 _ATTEMPTS = 4
 _REEMBED_AT_ONCE = 32
+_CURRENT_FOR_S = 1.0
 
 
 class EncoderPort(Protocol):
     """The encoder."""
 
-    def embed(self, bundle: Bundle, given: EncoderInput) -> Awaitable[Embedding]: ...
+    def embed(self, bundle: Bundle, given: Sequence[EncoderInput]) -> Awaitable[list[Embedding]]: ...
 
     def prepare(self, bundle: Bundle) -> Awaitable[None]: ...
 
@@ -127,6 +128,14 @@ class SearchService:
         self._uploads: dict[tuple[str, str], tuple[Bundle, Upload]] = {}
         self._written: Once[tuple[str, str], tuple[str, str]] = Once(self._write, size=cached_attributes)
         self._rollover = asyncio.Lock()
+        self._known: tuple[float, Bundle] | None = None
+
+    async def current(self) -> Bundle:
+        """The bundle that is served, as it was at most a second ago: a whole round in any case, and a search in one
+        that was replaced is noticed by the index."""
+        if self._known is None or monotonic() - self._known[0] > _CURRENT_FOR_S:
+            self._known = monotonic(), (await self.state()).current
+        return self._known[1]
 
     async def state(self) -> State:
         """What is served."""
@@ -158,23 +167,24 @@ class SearchService:
             return await self.attributes(bundle, upload)
         return Written(given, "given") if enrich == "given" else Written("", "none")
 
-    async def embed(self, bundle: Bundle, upload: Upload, attributes: str) -> Embedding:
-        """A listing's vector under a bundle."""
-        return await self._encoder.embed(bundle, EncoderInput(upload, attributes))
+    async def embed(self, bundle: Bundle, given: Sequence[EncoderInput]) -> list[Embedding]:
+        """Vectors of listings under a bundle."""
+        return await self._encoder.embed(bundle, given)
 
     async def search(self, upload: Upload, *, k: int, filters: Filters, enrich: Enrich, given: str) -> Found:
         """Enrich, embed, search: all under one bundle."""
         for _ in range(_ATTEMPTS):
             spent: dict[str, float] = {}
-            bundle = (await self._index.state()).current
+            bundle = await self.current()
             with self._timed("attributes", spent):
                 written = await self.enriched(bundle, upload, enrich, given)
             with self._timed("embedding", spent):
-                embedding = await self.embed(bundle, upload, written.text)
+                (embedding,) = await self.embed(bundle, [EncoderInput(upload, written.text)])
             with self._timed("index", spent):
                 hits = await self._index.search(bundle.key, embedding.vector, k, filters)
             if hits is not None:
                 return Found(hits, written, bundle, spent)
+            self._known = None
         raise Busy("the served round changed again and again")
 
     @contextmanager
@@ -201,7 +211,7 @@ class SearchService:
 
     async def _embedded(self, bundle: Bundle, upload: Upload, given: str | None) -> tuple[Written, Embedded]:
         written = await self.enriched(bundle, upload, "generated" if given is None else "given", given or "")
-        embedding = await self.embed(bundle, upload, written.text)
+        (embedding,) = await self.embed(bundle, [EncoderInput(upload, written.text)])
         return written, Embedded(written.text, embedding.vector)
 
     async def take_out(self, item_id: str) -> bool:
@@ -242,5 +252,6 @@ class SearchService:
                     break
                 if state.rolling is None or state.rolling.key != bundle.key:
                     raise Problem(409, f"the rollover to {bundle.key} gave way to another one")
+            self._known = None
             log.info("rollover: %s took over from %s, %d items embedded anew", bundle.key, before.key, count)
             return {"served": bundle.key, "before": before.key, "embedded": count}

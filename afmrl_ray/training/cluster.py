@@ -74,12 +74,15 @@ class Demand:
 
 
 def pool_demand(pool: PoolConfig) -> Demand:
-    return Demand(pool.num_workers, {"CPU": pool.cpus_per_worker, "GPU": pool.gpus_per_worker})
+    return Demand(
+        pool.num_workers, {"CPU": pool.cpus_per_worker, "GPU": pool.gpus_per_worker, **pool.placement.resources}
+    )
 
 
 def workers_demand(workers: WorkersConfig) -> Demand:
     """What a worker group cannot do without: that of its smallest size where it is elastic."""
-    return Demand(workers.least, {"CPU": workers.cpus_per_worker, "GPU": float(workers.use_gpu)})
+    each = {"CPU": workers.cpus_per_worker, "GPU": float(workers.use_gpu), **workers.placement.resources}
+    return Demand(workers.least, each)
 
 
 def total(demands: Sequence[Demand]) -> dict[str, float]:

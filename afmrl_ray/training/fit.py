@@ -53,6 +53,8 @@ def fit(
             num_workers=_group_size(workers),
             use_gpu=workers.use_gpu,
             resources_per_worker={key: value for key, value in demand.each.items() if value},
+            placement_strategy=_strategy(workers),
+            label_selector=dict(workers.placement.labels) or None,
         ),
         run_config=RunConfig(
             name=name,
@@ -66,6 +68,12 @@ def fit(
         return trainer.fit()
     except TrainingFailedError as error:
         raise user_error_inside(error) or error from None
+
+
+def _strategy(workers: WorkersConfig) -> str:
+    """Ray Train's name of it."""
+    strategy = workers.placement.strategy
+    return "PACK" if strategy == "default" else strategy.upper()
 
 
 def _group_size(workers: WorkersConfig) -> int | tuple[int, int]:
@@ -121,7 +129,7 @@ def run_steps(
     context = ray.train.get_context()
     rank = context.get_world_rank()
     start = _restore(engine)
-    log = MetricsLog(log_directory, resume_step=start) if rank == 0 else None
+    log = MetricsLog(log_directory, resume_step=start, training=context.get_experiment_name()) if rank == 0 else None
     bar = tqdm_ray.tqdm(total=steps, desc=label) if rank == 0 else None
     if bar is not None:
         bar.update(start)

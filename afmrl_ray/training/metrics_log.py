@@ -13,16 +13,21 @@ from typing import Any
 
 from afmrl_ray import storage
 
+GAUGE = "afmrl_training"
+"""Name of the gauge with the latest numbers of each training in Ray's own metrics; Ray puts `ray_` before it."""
+
 
 class MetricsLog:
-    """Appends one JSON object per step and mirrors it to TensorBoard.
+    """Appends one JSON object per step and mirrors it to TensorBoard, and to Ray's metrics where it has a name.
 
     Args:
         directory: where `metrics.jsonl` and the events stand, path or URI; remote ones are uploaded by `flush`.
         resume_step: steps from this one on are done again, so what was logged of them is dropped.
+        training: label in Ray's metrics, which every node exports to Prometheus; none = not there.
     """
 
-    def __init__(self, directory: str, *, resume_step: int = 0) -> None:
+    def __init__(self, directory: str, *, resume_step: int = 0, training: str | None = None) -> None:
+        from ray.util.metrics import Gauge
         from torch.utils.tensorboard import SummaryWriter
 
         self._target = None if storage.is_local(directory) else directory
@@ -30,6 +35,10 @@ class MetricsLog:
         self._directory.mkdir(parents=True, exist_ok=True)
         self._file = self._directory / "metrics.jsonl"
         self._drop_from(resume_step, directory)
+        self._gauge = None
+        if training is not None:
+            self._gauge = Gauge(GAUGE, "Latest number of a training, by name.", ("training", "metric"))
+            self._gauge.set_default_tags({"training": training})
         self._writer = SummaryWriter(str(self._directory / "tensorboard"), purge_step=resume_step or None)
 
     def _drop_from(self, step: int, directory: str) -> None:
@@ -47,6 +56,8 @@ class MetricsLog:
             record[name] = float(value) if math.isfinite(value) else None
             if math.isfinite(value):
                 self._writer.add_scalar(name, value, step)
+                if self._gauge is not None:
+                    self._gauge.set(value, {"metric": name})
         with self._file.open("a") as file:
             file.write(json.dumps(record) + "\n")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,9 +124,9 @@ class PlainEncoder:
     def __init__(self) -> None:
         self._encoder = ServedEncoder(rounds_kept=2, tokens=4096)
 
-    async def embed(self, bundle: Bundle, given: EncoderInput) -> Embedding:
-        row = self._encoder.prepare(bundle, given)
-        return Embedding(self._encoder.embed(bundle, [row])[0], len(row))
+    async def embed(self, bundle: Bundle, given: Sequence[EncoderInput]) -> list[Embedding]:
+        rows = [self._encoder.prepare(bundle, one) for one in given]
+        return [Embedding(self._encoder.embed(bundle, [row])[0], len(row)) for row in rows]
 
     async def prepare(self, bundle: Bundle) -> None:
         self._encoder.load(bundle)

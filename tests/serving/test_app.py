@@ -10,10 +10,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
+import yaml
 
 from afmrl_ray.cit.stages import RunDirectory
 from afmrl_ray.config.serving import ServingConfig
@@ -94,6 +96,15 @@ def server(port: int, served_run: RunDirectory, state_dir: str) -> Server:
     return Server(f"http://127.0.0.1:{port}")
 
 
+def deploy(file: str) -> None:
+    """What `serve deploy` does, by the controller instead of the dashboard, which the session's Ray has not."""
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    with open(file) as opened:
+        _get_global_client().deploy_apps(ServeDeploySchema.model_validate(yaml.safe_load(opened)))
+
+
 class Load:
     """Searches from threads of their own, until it is left."""
 
@@ -151,13 +162,16 @@ def test_a_picture_is_enriched_embedded_and_searched(server: Server) -> None:
     assert answer["reason"] or answer["attributes"]
 
 
-def test_items_survive_the_death_of_every_replica(server: Server) -> None:
-    (gone,) = (hit["item_id"] for hit in server.search("mug", k=1).json()["hits"])
+@pytest.mark.parametrize(
+    "deployments", [("Index",), pytest.param(DEPLOYMENTS, marks=pytest.mark.slow)], ids=("index", "every one")
+)
+def test_items_survive_the_death_of_replicas(server: Server, deployments: tuple[str, ...]) -> None:
+    gone = next(hit["item_id"] for hit in server.search("mug").json()["hits"] if hit["item_id"] != "kept")
     picture = base64.b64encode(picture_bytes("green")).decode()
     item = {"item_id": "kept", "title": "kept item", "picture": picture, "attributes": {"color": "green"}}
     assert server.ask("POST", "/v1/items", item).status_code == 200
     assert server.ask("DELETE", f"/v1/items/{gone}").status_code == 204
-    for deployment in DEPLOYMENTS:
+    for deployment in deployments:
         server.kill(deployment)
     answer = server.search("kept item", picture=picture, attributes={"color": "green"}, enrich="given", k=100).json()
     assert answer["hits"][0]["item_id"] == "kept"
@@ -165,6 +179,7 @@ def test_items_survive_the_death_of_every_replica(server: Server) -> None:
     assert gone not in {hit["item_id"] for hit in answer["hits"]}
 
 
+@pytest.mark.slow
 def test_kills_under_load_cost_no_answer(server: Server) -> None:
     wanted = server.search("red mug", enrich="generated").json()["hits"]
     with Load(server) as load:
@@ -196,16 +211,23 @@ def test_rollover_under_load_fails_no_request_and_mixes_no_rounds(server: Server
     assert "jobs/build_index.py --round 7" in refused.json()["detail"]
 
 
-def test_a_new_user_config_moves_to_its_round(server: Server, served_run: RunDirectory, state_dir: str) -> None:
-    from ray import serve
+@pytest.mark.slow
+def test_a_new_user_config_moves_to_its_round(
+    server: Server, served_run: RunDirectory, state_dir: str, tmp_path: Path
+) -> None:
+    """By the way that operators take: `serve deploy` of a file whose `user_config` names another round."""
+    arguments = settings(served_run, state_dir).model_dump(mode="json")
 
     def serving(number: int) -> None:
-        application = app_builder(settings(served_run, state_dir))
-        ingress = application._bound_deployment.options(user_config={"round": number})
-        serve.run(
-            ingress.bind(*application._bound_deployment.init_args, **application._bound_deployment.init_kwargs),
-            name="afmrl",
-        )
+        application = {
+            "name": "afmrl",
+            "import_path": "afmrl_ray.serving:app_builder",
+            "args": arguments,
+            "deployments": [{"name": "Ingress", "user_config": {"round": number}}],
+        }
+        file = tmp_path / "serve.yaml"
+        file.write_text(yaml.safe_dump({"applications": [application]}))
+        deploy(str(file))
         deadline = time.monotonic() + 60
         while server.ask("GET", "/v1/model").json()["round"] != number:
             assert time.monotonic() < deadline

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -35,9 +36,9 @@ def test_a_search_in_flight_starts_again_when_another_round_takes_over(at_round_
     application, reached, go = at_round_0, asyncio.Event(), asyncio.Event()
     embed = application.encoder.embed
 
-    async def held(bundle: Bundle, given: EncoderInput) -> Embedding:
+    async def held(bundle: Bundle, given: Sequence[EncoderInput]) -> list[Embedding]:
         found = await embed(bundle, given)
-        if bundle.round == 0 and given.upload.title == "held":
+        if bundle.round == 0 and given[0].upload.title == "held":
             reached.set()
             await go.wait()
         return found

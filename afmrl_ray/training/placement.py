@@ -1,0 +1,108 @@
+"""Where the actors of a pool run: room for all of them is taken at once, on the nodes that the config names."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from afmrl_ray.config.cluster import PoolConfig
+from afmrl_ray.errors import ResourceError
+
+log = logging.getLogger(__name__)
+
+
+class Room:
+    """Room for a pool's actors, held until `close`; with `placement.strategy: default`, Ray's own scheduling.
+
+    Args:
+        name: of the pool's setting, for messages, such as `rar.reward.pool`.
+        pool: the pool.
+
+    Raises:
+        ResourceError: there was no such room within `placement.timeout_s`.
+    """
+
+    def __init__(self, name: str, pool: PoolConfig) -> None:
+        self._pool, self._group = pool, None
+        if pool.placement.strategy != "default":
+            self._group = _take(name, pool)
+
+    def options(self, index: int) -> dict[str, Any]:
+        """What `ray.remote` is told of actor number `index`."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        placement = self._pool.placement
+        options: dict[str, Any] = {"num_cpus": self._pool.cpus_per_worker, "num_gpus": self._pool.gpus_per_worker}
+        if placement.resources:
+            options["resources"] = dict(placement.resources)
+        if self._group is not None:
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+                self._group, placement_group_bundle_index=index
+            )
+        elif placement.labels:
+            options["label_selector"] = dict(placement.labels)
+        return options
+
+    def close(self) -> None:
+        """Give the room back; what still runs in it ends."""
+        from ray.util import remove_placement_group
+
+        if self._group is not None:
+            remove_placement_group(self._group)
+            self._group = None
+
+
+def _take(name: str, pool: PoolConfig) -> Any:
+    from ray.util import placement_group, remove_placement_group
+
+    placement = pool.placement
+    each = {"CPU": pool.cpus_per_worker, "GPU": pool.gpus_per_worker, **placement.resources}
+    bundle = {resource: amount for resource, amount in each.items() if amount}
+    group = placement_group(
+        [bundle] * pool.num_workers,
+        strategy=placement.strategy.upper(),
+        name=name,
+        bundle_label_selector=[dict(placement.labels)] * pool.num_workers if placement.labels else None,
+    )
+    if not group.wait(placement.timeout_s):
+        remove_placement_group(group)
+        raise ResourceError(
+            f"{name}: no room for {pool.num_workers} actors with {_words(bundle)} each"
+            f"{_labelled(placement.labels)}, placement {placement.strategy}, within placement.timeout_s "
+            f"{placement.timeout_s:g} s. {_there()}"
+        )
+    return group
+
+
+def _words(amounts: Mapping[str, float]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in amounts.items())
+
+
+def _labelled(labels: Mapping[str, str]) -> str:
+    if not labels:
+        return ""
+    return " on nodes labelled " + ", ".join(f"{name}={value}" for name, value in labels.items())
+
+
+def _there() -> str:
+    """The nodes, in words."""
+    import ray
+
+    free = ray.available_resources()
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    shown = []
+    for node in nodes:
+        resources = {
+            name: amount
+            for name, amount in node["Resources"].items()
+            if not name.startswith("node:") and name not in ("memory", "object_store_memory")
+        }
+        labels = {name: value for name, value in node["Labels"].items() if name != "ray.io/node-id"}
+        shown.append(f"{_words(resources)}{f' ({_pairs(labels)})' if labels else ''}")
+    unused = {name: free.get(name, 0.0) for name in ("CPU", "GPU")}
+    return f"The cluster has {len(nodes)} nodes: {'; '.join(shown)}. Unused: {_words(unused)}"
+
+
+def _pairs(labels: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in labels.items())

@@ -1,0 +1,59 @@
+"""Room for a pool: taken at once, given back, and told of when there is none."""
+
+from __future__ import annotations
+
+import pytest
+
+from afmrl_ray.config.cluster import PlacementConfig, PoolConfig
+from afmrl_ray.errors import ResourceError
+from afmrl_ray.training.placement import Room
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
+
+
+def pool(count: int, **placement: object) -> PoolConfig:
+    settings = PlacementConfig.model_validate({"timeout_s": 2, **placement})
+    return PoolConfig(num_workers=count, cpus_per_worker=0.2, placement=settings)
+
+
+def groups() -> list[str]:
+    from ray.util import placement_group_table
+
+    return [group["name"] for group in placement_group_table().values() if group["state"] == "CREATED"]
+
+
+def test_actors_run_in_the_room_and_it_is_given_back(ray_local: None) -> None:
+    import ray
+
+    class Actor:
+        def room(self) -> str:
+            return ray.util.get_current_placement_group().id.hex()
+
+    room = Room("rar.reward.pool", pool(2, strategy="pack"))
+    assert groups() == ["rar.reward.pool"]
+    actors = [ray.remote(**room.options(index))(Actor).remote() for index in range(2)]
+    assert len(set(ray.get([actor.room.remote() for actor in actors]))) == 1
+    for actor in actors:
+        ray.kill(actor)
+    room.close()
+    assert groups() == []
+
+
+def test_too_little_room_is_told_with_what_is_there(ray_local: None) -> None:
+    with pytest.raises(ResourceError) as error:
+        Room("rar.reward.pool", pool(2, strategy="strict_spread", labels={"afmrl/role": "reward"}))
+    told = str(error.value)
+    assert "rar.reward.pool: no room for 2 actors with 0.2 CPU each on nodes labelled afmrl/role=reward" in told
+    assert "strict_spread, within placement.timeout_s 2 s" in told
+    assert "The cluster has 1 nodes: " in told
+    assert groups() == []
+
+
+def test_without_a_strategy_labels_and_resources_go_to_ray_as_they_are() -> None:
+    options = Room("pool", pool(1, labels={"afmrl/role": "data"}, resources={"reward_slot": 1})).options(0)
+    assert options == {
+        "num_cpus": 0.2,
+        "num_gpus": 0,
+        "resources": {"reward_slot": 1},
+        "label_selector": {"afmrl/role": "data"},
+    }
