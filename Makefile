@@ -7,7 +7,7 @@ RUN ?= runs/ladder-s0
 export RAY_ENABLE_AUTO_CONNECT := 0
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch-extensions
 
-.PHONY: help demo demo-grocery test test-bench lint format bench bench-agcl bench-rar rar-depth record-trl ablation ladder ladder-sweep inference-cost serve chaos clean
+.PHONY: help demo demo-grocery test test-bench lint format bench bench-agcl bench-rar rar-depth record-trl ablation ladder ladder-sweep inference-cost serve bench-serve chaos clean
 
 help: ## show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -81,6 +81,9 @@ inference-cost: $(VENV)/.installed ## hit@1 against ms a query, after make ladde
 serve: $(VENV)/.installed ## serve the best round of the demo on this machine, page at http://127.0.0.1:8000 (after make demo)
 	$(BIN)/python jobs/build_index.py --config jobs/configs/demo.yaml
 	$(BIN)/serve run afmrl_ray.serving:app_builder run=runs/demo auth.anonymous_on_loopback=true
+
+bench-serve: $(VENV)/.installed ## throughput, overload, kills and 10,000 hostile requests against a real Serve (about 40 minutes; needs wrk)
+	$(BIN)/python jobs/bench/serve.py
 
 chaos: $(VENV)/.installed ## the tests that kill things
 	$(BIN)/python -m pytest -m slow --timeout 1800

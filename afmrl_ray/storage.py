@@ -118,7 +118,15 @@ def write_bytes(path: str, data: bytes) -> None:
 
 
 def read_json(path: str) -> Any:
-    return json.loads(read_bytes(path))
+    """The value in a JSON file.
+
+    Raises:
+        StorageError: it is cut off or damaged.
+    """
+    try:
+        return json.loads(read_bytes(path))
+    except (ValueError, RecursionError) as error:
+        raise StorageError(f"{path}: is damaged, it holds no JSON ({error})") from error
 
 
 def write_json(path: str, value: Any) -> None:

@@ -12,6 +12,7 @@ from importlib import metadata
 from typing import Any
 
 from afmrl_ray.catalogue import check_positives, open_catalogue
+from afmrl_ray.cit.lease import Lease
 from afmrl_ray.cit.mlflow_tracker import MLflowTracker
 from afmrl_ray.cit.pipeline import Pipeline
 from afmrl_ray.cit.promotion import converged
@@ -53,18 +54,24 @@ def open_run(config: Config) -> Iterator[Pipeline]:
             given = open_catalogue(config.catalogue.path, config=config.catalogue)
             check_sides(config, given)
         run.create()
-        tracker = MLflowTracker(config, run) if config.tracking.mlflow_uri is not None else None
-        pipeline = Pipeline(config, run, given, tracker)
-        if given is None:
-            check_sides(config, pipeline.catalogue)
-        run.write_run(run_record(config, pipeline))
-        finished = False
-        try:
-            yield pipeline
-            finished = True
-        finally:
-            if tracker is not None:
-                tracker.close(finished=finished)
+        with Lease(run.path) as lease:
+            run.guard = lease.check
+            yield from _opened(config, run, given)
+
+
+def _opened(config: Config, run: RunDirectory, given: Any) -> Iterator[Pipeline]:
+    tracker = MLflowTracker(config, run) if config.tracking.mlflow_uri is not None else None
+    pipeline = Pipeline(config, run, given, tracker)
+    if given is None:
+        check_sides(config, pipeline.catalogue)
+    run.write_run(run_record(config, pipeline))
+    finished = False
+    try:
+        yield pipeline
+        finished = True
+    finally:
+        if tracker is not None:
+            tracker.close(finished=finished)
 
 
 def run_cit(pipeline: Pipeline) -> None:

@@ -22,6 +22,19 @@ from afmrl_ray.errors import StorageError
 log = logging.getLogger(__name__)
 
 RECORD = "stage.json"
+_NUMBERS = ("seconds", "peak_memory_mb")
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "name": str,
+    "fingerprint": str,
+    "inputs": dict,
+    "attempt": str,
+    "outputs": dict,
+    "digests": dict,
+    "metrics": dict,
+    "committed_at": str,
+    **dict.fromkeys(_NUMBERS, (int, float)),
+}
+"""Of a record, with their types."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +75,9 @@ class RunDirectory:
 
     def __init__(self, storage_path: str, name: str) -> None:
         self.path = storage.join(storage.absolute(storage_path), name)
+        self.guard: Callable[[], None] = lambda: None
+        """Called before a stage begins and before it is committed; raises if this process may not."""
+        self._verified: set[str] = set()
 
     def create(self) -> None:
         """Make the directory and see that it can be written.
@@ -84,23 +100,42 @@ class RunDirectory:
         return storage.read_json(storage.join(self.path, "run.json"))
 
     def committed(self, name: str) -> Stage | None:
-        """The stage of that name as it was last committed, whatever its inputs were."""
+        """The stage of that name as it was last committed, whatever its inputs were.
+
+        Raises:
+            StorageError: its record is damaged.
+        """
+        record = self.record(name)
+        if record is None:
+            return None
+        return Stage(
+            directory=storage.join(self.path, "stages", name, record["attempt"]),
+            **{field: record[field] for field in ("name", "fingerprint", "outputs", "metrics", *_NUMBERS)},
+        )
+
+    def record(self, name: str) -> dict[str, Any] | None:
+        """What was committed with a stage: see `run_stage`; none = it is not committed.
+
+        Raises:
+            StorageError: it is damaged.
+        """
         path = storage.join(self.path, "stages", name, RECORD)
         if not storage.exists(path):
             return None
         record = storage.read_json(path)
-        fields = ("name", "fingerprint", "outputs", "metrics", "seconds", "peak_memory_mb")
-        return Stage(
-            directory=storage.join(self.path, "stages", name, record["attempt"]),
-            **{field: record[field] for field in fields},
-        )
+        if fault := _record_fault(record):
+            raise StorageError(
+                f"{path}: is no record of a stage ({fault}); put it back from a copy, or remove it and run the same "
+                "command to have the stage made again"
+            )
+        return record
 
     def stages(self) -> list[Stage]:
         """All committed stages in the order of their commits."""
         root = storage.join(self.path, "stages")
         paths = (path.split("/") for path in storage.list_files(root))
         names = [parts[0] for parts in paths if len(parts) == 2 and parts[1] == RECORD]
-        records = [(storage.read_json(storage.join(root, name, RECORD))["committed_at"], name) for name in names]
+        records = [(found["committed_at"], name) for name in names if (found := self.record(name)) is not None]
         return [stage for _, name in sorted(records) if (stage := self.committed(name)) is not None]
 
     def run_stage(self, name: str, inputs: dict[str, Any], body: Body, *, resumable: bool = False) -> Stage:
@@ -114,7 +149,9 @@ class RunDirectory:
         """
         fingerprint = storage.digest({"stage": name, "inputs": inputs})
         found = self.committed(name)
+        self.guard()
         if found is not None and found.fingerprint == fingerprint and self._outputs_exist(found):
+            self._verify(found)
             log.info("stage %s: committed, skipped", name)
             return found
         if found is not None and found.fingerprint == fingerprint:
@@ -145,15 +182,49 @@ class RunDirectory:
             "peak_memory_mb": memory.peak_mb,
             "committed_at": datetime.now(UTC).isoformat(),
         }
+        self.guard()
         storage.write_json(storage.join(self.path, "stages", name, RECORD), record)
+        self._verified.add(fingerprint)
         log.info("stage %s: committed after %.1f s", name, record["seconds"])
         committed = self.committed(name)
         assert committed is not None
         return committed
 
+    def _verify(self, stage: Stage) -> None:
+        """See once that outputs are what was committed.
+
+        Raises:
+            StorageError: a byte of one is not.
+        """
+        if stage.fingerprint in self._verified:
+            return
+        record = storage.join(self.path, "stages", stage.name, RECORD)
+        digests = (self.record(stage.name) or {"digests": {}})["digests"]
+        for name in stage.outputs:
+            path = stage.output(name)
+            if digest_path(path) != digests.get(name):
+                raise StorageError(
+                    f"stage {stage.name}: {path} is not what was committed (SHA-256 differs); put it back from a copy, "
+                    f"or remove {record} and run the same command to have the stage made again"
+                )
+        self._verified.add(stage.fingerprint)
+
     @staticmethod
     def _outputs_exist(stage: Stage) -> bool:
         return all(storage.exists(stage.output(name)) for name in stage.outputs)
+
+
+def _record_fault(record: Any) -> str | None:
+    """What is wrong with the content of a `stage.json`; none = nothing."""
+    if not isinstance(record, dict):
+        return "no object"
+    for name, kind in _FIELDS.items():
+        if not isinstance(record.get(name), kind):
+            return f"{name} is missing or has another type"
+    for name in ("outputs", "digests"):
+        if not all(isinstance(value, str) for value in record[name].values()):
+            return f"{name} has a value that is no text"
+    return None
 
 
 def digest_path(path: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from afmrl_ray import storage
-from afmrl_ray.cit.stages import RECORD, RunDirectory, Stage
+from afmrl_ray.cit.stages import RunDirectory, Stage
 from afmrl_ray.errors import StorageError
 from afmrl_ray.report.estimate import Estimate, finite
 from afmrl_ray.report.examples import Example, Written, read_examples, written_by_round
@@ -166,7 +166,7 @@ def collect(run: RunDirectory) -> RunSummary:
     record = _without_credentials(run.read_run())
     config = record.get("config", {})
     found = {stage.name: stage for stage in run.stages()}
-    inputs = {name: storage.read_json(storage.join(run.path, "stages", name, RECORD))["inputs"] for name in found}
+    inputs = {name: record["inputs"] for name in found if (record := run.record(name)) is not None}
     numbers = sorted({int(match[1]) for name in found if (match := _ROUND.search(name))})
     # The attributes written after the last RAR are no round of their own.
     rounds = [each for each in (_round(found, number) for number in numbers) if each.number == 0 or each.agcl]

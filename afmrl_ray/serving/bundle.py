@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from afmrl_ray import storage
 from afmrl_ray.cit.index_stage import ITEMS, VECTORS
-from afmrl_ray.cit.stages import RECORD, RunDirectory, Stage
+from afmrl_ray.cit.stages import RunDirectory, Stage
 from afmrl_ray.config import validate
 from afmrl_ray.config.catalogue import Inputs
 from afmrl_ray.config.index import IndexConfig
@@ -99,7 +99,7 @@ def open_bundle(run: RunDirectory, number: int | None = None) -> Bundle:
     encoder = _needed(run, f"agcl-r{number}", number)
     generator = _needed(run, f"rar-r{number}", number)
     attributes = _needed(run, f"attributes-r{number + 1}", number)
-    built_from = storage.read_json(storage.join(run.path, "stages", index.name, RECORD))["inputs"]["upstream"]
+    built_from = (run.record(index.name) or {})["inputs"]["upstream"]
     for stage in (encoder, attributes):
         if built_from.get(stage.name) != stage.fingerprint:
             raise ConfigError(

@@ -143,6 +143,30 @@ def test_a_deleted_output_reruns_the_stage(run: RunDirectory) -> None:
     assert body.calls == 2
 
 
+def test_a_flipped_byte_in_a_committed_output_ends_the_job_with_what_to_do(run: RunDirectory, tmp_path: Path) -> None:
+    body = Counting("content")
+    output = Path(run.run_stage("a", {}, body).output("out"))
+    output.write_bytes(b"cOntent")
+    again = RunDirectory(str(tmp_path), "run")
+    with pytest.raises(StorageError, match=r"stage a: .*out.txt is not what was committed .* remove .*stage.json"):
+        again.run_stage("a", {}, body)
+    (Path(run.path) / "stages" / "a" / RECORD).unlink()
+    assert storage.read_bytes(again.run_stage("a", {}, body).output("out")) == b"content"
+    assert body.calls == 2
+
+
+def test_a_process_that_may_not_write_any_more_commits_nothing(run: RunDirectory) -> None:
+    def guard() -> None:
+        if body.calls:
+            raise StorageError("another driver took the run over")
+
+    body = Counting()
+    run.guard = guard
+    with pytest.raises(StorageError, match="took the run over"):
+        run.run_stage("a", {}, body)
+    assert run.committed("a") is None
+
+
 def test_an_interrupted_repair_is_not_taken_for_a_commit(run: RunDirectory) -> None:
     """The old record must not vouch for half of the output that is being written again."""
     body = Counting("whole")

@@ -1,0 +1,87 @@
+"""Two drivers on one run: one refuses, whatever the clocks say; a dead one is followed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from afmrl_ray.cit.lease import FILE, Lease
+from afmrl_ray.errors import StorageError
+
+BEAT = 0.1
+
+
+def left_by(folder: Path, **changes: object) -> None:
+    record = {"token": "x", "host": "elsewhere", "pid": 1, "started": 0.0, "count": 7, "beat_s": BEAT, **changes}
+    (folder / FILE).write_text(json.dumps(record))
+
+
+def held_by_another_process(folder: Path) -> subprocess.Popen[str]:
+    code = (
+        "import sys, time\n"
+        "from afmrl_ray.cit.lease import Lease\n"
+        f"with Lease({str(folder)!r}, beat_s={BEAT}):\n"
+        "    print('held', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == "held"
+    return process
+
+
+def test_a_second_driver_refuses_and_follows_once_the_first_is_killed(tmp_path: Path) -> None:
+    first = held_by_another_process(tmp_path)
+    with pytest.raises(StorageError, match=f"process {first.pid} on .* works on this run"), Lease(str(tmp_path)):
+        pass
+    first.kill()
+    first.wait()
+    assert (tmp_path / FILE).exists()
+    with Lease(str(tmp_path)):
+        assert json.loads((tmp_path / FILE).read_text())["pid"] != first.pid
+    assert not (tmp_path / FILE).exists()
+
+
+def test_a_driver_elsewhere_is_judged_by_its_count_alone(tmp_path: Path) -> None:
+    left_by(tmp_path, started=time.time() + 1e6)
+    with Lease(str(tmp_path), beat_s=BEAT):
+        pass
+    left_by(tmp_path)
+    moving = threading.Timer(BEAT, left_by, (tmp_path,), {"count": 8})
+    moving.start()
+    with pytest.raises(StorageError, match="on elsewhere, works on this run"), Lease(str(tmp_path), beat_s=BEAT):
+        pass
+
+
+def test_a_process_of_the_same_number_that_began_at_another_time_is_another_one(tmp_path: Path) -> None:
+    import socket
+
+    left_by(tmp_path, host=socket.gethostname(), pid=1, started=1.0)
+    with Lease(str(tmp_path), beat_s=BEAT):
+        pass
+
+
+def test_a_driver_that_lost_its_run_notices(tmp_path: Path) -> None:
+    with Lease(str(tmp_path), beat_s=BEAT) as lease:
+        lease.check()
+        left_by(tmp_path)
+        deadline = time.monotonic() + 20
+        while lease.lost is None and time.monotonic() < deadline:
+            time.sleep(BEAT)
+        with pytest.raises(StorageError, match="process 1 on elsewhere took the run over"):
+            lease.check()
+    # What belongs to the other one is left to it.
+    assert (tmp_path / FILE).exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"token"'])
+def test_a_file_that_was_cut_off_holds_nobody_up(tmp_path: Path, content: str) -> None:
+    (tmp_path / FILE).write_text(content)
+    with Lease(str(tmp_path), beat_s=BEAT):
+        pass

@@ -1,0 +1,74 @@
+"""The undisturbed run that trials are compared with, and their table at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.harness import ROOT, Job, Outcome
+
+TRIALS = int(os.environ.get("AFMRL_TRIALS", "1"))
+_outcomes: list[Outcome] = []
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """Results and seconds of a run that nothing was done to."""
+
+    results: dict[str, Any]
+    seconds: float
+
+
+@pytest.fixture(scope="session")
+def staging(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("staging")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, staging: Path) -> Undisturbed:
+    job = Job(tmp_path_factory.mktemp("undisturbed") / "run", staging)
+    began = time.monotonic()
+    job.start()
+    assert job.wait() == 0, job.told()
+    seconds = time.monotonic() - began
+    job.check_nothing_is_left()
+    return Undisturbed(job.results(), seconds)
+
+
+@pytest.fixture
+def note() -> Callable[[Outcome], None]:
+    """Keep a trial for the table, and in `runs/bench/faults.jsonl`."""
+
+    def keep(outcome: Outcome) -> None:
+        _outcomes.append(outcome)
+        path = ROOT / "runs" / "bench" / "faults.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(json.dumps(asdict(outcome)) + "\n")
+
+    return keep
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if not _outcomes:
+        return
+    terminalreporter.section("faults")
+    terminalreporter.write_line(
+        f"{'fault':<20} {'trials':>6} {'went on':>8} {'resumed':>8} {'lost s, median':>15} {'max':>6}"
+    )
+    for fault in sorted({outcome.fault for outcome in _outcomes}):
+        here = [outcome for outcome in _outcomes if outcome.fault == fault]
+        lost = [outcome.lost_s for outcome in here]
+        went_on = sum(outcome.resumes == 0 for outcome in here)
+        terminalreporter.write_line(
+            f"{fault:<20} {len(here):>6} {went_on:>8} {len(here) - went_on:>8} "
+            f"{statistics.median(lost):>15.1f} {max(lost):>6.1f}"
+        )
