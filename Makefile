@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CATALOGUE ?= ../shared/data/grocery/products.parquet
 RUN ?= runs/ladder-s0
+TRIALS ?= 20
 export RAY_ENABLE_AUTO_CONNECT := 0
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch-extensions
 
@@ -85,8 +86,8 @@ serve: $(VENV)/.installed ## serve the best round of the demo on this machine, p
 bench-serve: $(VENV)/.installed ## throughput, overload, kills and 10,000 hostile requests against a real Serve (about 40 minutes; needs wrk)
 	$(BIN)/python jobs/bench/serve.py
 
-chaos: $(VENV)/.installed ## the tests that kill things
-	$(BIN)/python -m pytest -m slow --timeout 1800
+chaos: $(VENV)/.installed ## the tests that kill things: each kill TRIALS times, 100,000 inputs for the readers
+	AFMRL_TRIALS=$(TRIALS) AFMRL_FUZZ=100000 $(BIN)/python -m pytest -m "slow or fuzz"
 
 clean: ## remove the environment, caches and runs
 	rm -rf $(VENV) .venv-bench runs .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache *.egg-info

@@ -32,7 +32,7 @@ fuzzed = settings(
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
-pytestmark = pytest.mark.timeout(3000 if EACH > 1000 else 300)
+pytestmark = [pytest.mark.fuzz, pytest.mark.timeout(3000 if EACH > 1000 else 300)]
 
 texts = st.text(max_size=60)
 letters = [*"abc:;<|>,  \n\u200b\ud7ff\U0001f600", "color", ": ", "; ", "<|im_end|>"]
