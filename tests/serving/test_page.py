@@ -116,6 +116,8 @@ def test_upload_search_and_remove_a_chip(browser: Any, site: Site, upload: Path)
     tab = Tab(browser, site)
     before = tab.search("red mug", upload)
     assert len(before) == 12
+    assert not tab.page.is_visible("#key-field")
+    assert not tab.page.is_visible("#hint")
     assert [chip.split(":")[0] for chip in tab.chips()] == ["color", "round", "size"]
     assert "attributes" in tab.page.inner_text("#times")
     assert "ms" in tab.page.inner_text("#times")
@@ -193,6 +195,7 @@ def test_a_refusal_is_told_and_a_key_opens(browser: Any, served_run: RunDirector
         tab.page.fill("#title", "red mug")
         tab.page.click("button[type=submit]")
         tab.page.wait_for_selector("#status.wrong")
+        assert tab.page.is_visible("#key-field")
         tab.page.fill("#key", key)
         tab.page.keyboard.press("Enter")
         assert len(tab.hits()) == 12
