@@ -71,7 +71,8 @@ ablation: $(VENV)/.installed ## readings of stage 1's loss on two catalogues, 3 
 
 ladder: $(VENV)/.installed ## the ladder, 5 seeds synthetic and 3 on photographs, resumable (hours on 2 cores)
 	$(BIN)/python jobs/bench/ladder.py --config jobs/configs/ladder.yaml --seeds 0 1 2 3 4
-	$(BIN)/python jobs/bench/ladder.py --config jobs/configs/ladder-grocery.yaml --seeds 0 1 2 catalogue.path=$(CATALOGUE)
+	$(BIN)/python jobs/bench/ladder.py --config jobs/configs/ladder-grocery.yaml --seeds 0 1 2 \
+	  --rungs clip fg-clip vlm2vec agcl distilled rl cit-2 cit-3 rl-queries oracle-input oracle -- catalogue.path=$(CATALOGUE)
 
 ladder-sweep: $(VENV)/.installed ## the rungs while the catalogue's knobs are turned, one seed, resumable (hours on 2 cores)
 	$(BIN)/python jobs/bench/ladder_sweep.py --config jobs/configs/ladder.yaml

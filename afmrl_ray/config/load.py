@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -14,6 +14,9 @@ from afmrl_ray.errors import ConfigError
 
 _TAGS = {"retrieval", "labels", "column", "openai", "model"}
 """Kinds of protocols and teachers, which pydantic puts into the place of an error."""
+
+
+Checked = TypeVar("Checked", bound=BaseModel)
 
 
 def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -66,10 +69,19 @@ def validate(values: Mapping[Any, Any]) -> Config:
     Raises:
         ConfigError: see `load_config`; only the first error is told, in one line.
     """
+    return validate_as(Config, values)
+
+
+def validate_as(model: type[Checked], values: Any) -> Checked:
+    """Plain values, or the model itself, as a model.
+
+    Raises:
+        ConfigError: see `load_config`; only the first error is told, in one line.
+    """
     try:
-        return Config.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_first_error(error)) from error
+        raise ConfigError(_first_error(error, model)) from error
 
 
 def dump_yaml(config: Config) -> str:
@@ -79,11 +91,11 @@ def dump_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
 
 
-def _first_error(error: ValidationError) -> str:
+def _first_error(error: ValidationError, model: type[BaseModel]) -> str:
     first = error.errors()[0]
     key = ".".join(_written(first["loc"]))
     if first["type"] == "extra_forbidden":
-        nearest = difflib.get_close_matches(key, list(known_keys(Config)), n=1, cutoff=0.0)
+        nearest = difflib.get_close_matches(key, list(known_keys(model)), n=1, cutoff=0.0)
         return f"unknown config key {key!r}; the nearest known key is {nearest[0]!r}"
     message = first["msg"].removeprefix("Value error, ")
     return (

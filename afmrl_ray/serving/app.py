@@ -16,6 +16,7 @@ from ray.serve.handle import DeploymentHandle
 
 from afmrl_ray import storage
 from afmrl_ray.cit.index_stage import thumbnail
+from afmrl_ray.config.load import validate_as
 from afmrl_ray.config.serving import ReplicasConfig, ServingConfig
 from afmrl_ray.errors import ConfigError
 from afmrl_ray.serving.api import make_api
@@ -103,12 +104,16 @@ class Ingress:
         return os.getpid()
 
 
-def app_builder(arguments: ServingConfig) -> serve.Application:
+def app_builder(arguments: ServingConfig | Mapping[str, Any]) -> serve.Application:
     """The application of a run.
 
+    Args:
+        arguments: typed, or plain as `serve run` and deploy files hand them over.
+
     Raises:
-        UserError: the run cannot be served, or nobody could ask.
+        UserError: an argument is wrong, the run cannot be served, or nobody could ask.
     """
+    arguments = validate_as(ServingConfig, arguments)
     run = split_run(arguments.run)
     Keys.read(arguments.auth)
     state_dir = arguments.state_dir or storage.join(run.path, "serving")

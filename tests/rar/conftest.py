@@ -1,17 +1,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from afmrl_ray.catalogue import StagedCatalogue
+from afmrl_ray.attributes.text import parse_attributes
+from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue
+from afmrl_ray.config import validate
 from afmrl_ray.config.catalogue import SideConfig
 from afmrl_ray.config.models import AdapterConfig, EncoderConfig, GeneratorConfig
 from afmrl_ray.config.train import RewardConfig
+from afmrl_ray.models.annotate import GeneratorRef
 from afmrl_ray.rar.module import PolicySpec
 from afmrl_ray.rar.reward_spec import KINDS, Gallery, RewardSpec
-from afmrl_ray.retrieval.embed import Encoder, EncoderRef
+from afmrl_ray.rar.trainer import RARJob, RARTrainer
+from afmrl_ray.retrieval.embed import Encoder, EncoderRef, save_embeddings
 
 PICTURE = {"min_pixels": 784, "max_pixels": 3136}
 
@@ -80,3 +86,47 @@ def reward(ray_local, tiny_checkpoints, tiny_catalogue_ref) -> RewardFixture:
 def reward_config(**changes) -> RewardConfig:
     pool = {"num_workers": 2, "cpus_per_worker": 0.5, "batch_size": 3}
     return RewardConfig(**{"k": 4, "pool": pool, "timeout_s": 60, "backoff_s": 0.05, **changes})
+
+
+def every_text_counts(texts, max_attributes):
+    """In place of `experience.parse_completions`: random weights write nonsense, so every text is some attribute."""
+    return [
+        parse_attributes(f"it: {text.encode().hex() or 'none'}", max_attributes=9, complete=True) for text, _ in texts
+    ]
+
+
+def small_trainer(checkpoints: dict[str, str], catalogue_ref: CatalogueRef, folder: Path, **rar: Any) -> RARTrainer:
+    """A trainer with two prompts of three completions a step, in `folder`."""
+    config = validate(
+        {
+            "generator": {"picture": PICTURE, "max_new_tokens": 6},
+            "rar": {
+                "prompts_per_step": 2,
+                "group_size": 3,
+                "checkpoint_every": 2,
+                "heldout_samples": 1,
+                "num_learners": 0,
+                "cpus_per_learner": 0.5,
+                "optimizer": {"learning_rate": 1e-3},
+                "rollout": {"pool": {"cpus_per_worker": 0.5, "batch_size": 1}},
+                **rar,
+            },
+        }
+    )
+    encoder = EncoderRef(checkpoints["encoder"], EncoderConfig(picture=PICTURE))
+    folder.mkdir(parents=True, exist_ok=True)
+    gallery = str(folder / "gallery.safetensors")
+    rows = np.arange(len(catalogue_ref.open()))
+    vectors = Encoder(encoder, catalogue_ref).embed(rows.tolist(), [""] * len(rows), inputs="both")
+    save_embeddings(gallery, rows, vectors)
+    job = RARJob(
+        generator=GeneratorRef(checkpoints["generator"], config.generator),
+        encoder=encoder,
+        catalogue=catalogue_ref,
+        gallery=gallery,
+        heldout_gallery=gallery,
+        gallery_version="v1",
+        directory=str(folder),
+        name="rar-r0",
+    )
+    return RARTrainer(config, job)

@@ -8,16 +8,11 @@ import numpy as np
 import pytest
 
 from afmrl_ray import storage
-from afmrl_ray.attributes.text import parse_attributes
-from afmrl_ray.config import validate
-from afmrl_ray.config.models import EncoderConfig
-from afmrl_ray.models.annotate import GeneratorRef
 from afmrl_ray.rar import experience, trainer
 from afmrl_ray.rar.reward_spec import KINDS, Scores
-from afmrl_ray.rar.trainer import RARJob, RARTrainer
-from afmrl_ray.retrieval.embed import EncoderRef, save_embeddings
+from afmrl_ray.rar.trainer import RARTrainer
 from afmrl_ray.training.metrics_log import read_metrics
-from tests.rar.conftest import PICTURE
+from tests.rar.conftest import every_text_counts, small_trainer
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 STEPS = 4
@@ -55,47 +50,10 @@ class Rule:
 def make(ray_local, tiny_checkpoints, tiny_catalogue_ref, tmp_path, monkeypatch):
     """Makes trainers on one catalogue; random weights write nonsense, so every text counts as some attribute."""
     monkeypatch.setattr(trainer, "RewardPool", Rule)
-    monkeypatch.setattr(
-        experience,
-        "parse_completions",
-        lambda texts, max_attributes: [
-            parse_attributes(f"it: {text.encode().hex() or 'none'}", max_attributes=9, complete=True)
-            for text, _ in texts
-        ],
-    )
-    catalogue = tiny_catalogue_ref.open()
-    gallery = str(tmp_path / "gallery.safetensors")
-    save_embeddings(gallery, np.arange(len(catalogue)), np.zeros((len(catalogue), 2), np.float32))
+    monkeypatch.setattr(experience, "parse_completions", every_text_counts)
 
     def made(folder: str, **rar) -> RARTrainer:
-        config = validate(
-            {
-                "generator": {"picture": PICTURE, "max_new_tokens": 6},
-                "rar": {
-                    "steps": STEPS,
-                    "prompts_per_step": 2,
-                    "group_size": 3,
-                    "checkpoint_every": 2,
-                    "heldout_samples": 1,
-                    "num_learners": 0,
-                    "cpus_per_learner": 0.5,
-                    "optimizer": {"learning_rate": 1e-3},
-                    "rollout": {"pool": {"cpus_per_worker": 0.5, "batch_size": 1}},
-                    **rar,
-                },
-            }
-        )
-        job = RARJob(
-            generator=GeneratorRef(tiny_checkpoints["generator"], config.generator),
-            encoder=EncoderRef(tiny_checkpoints["encoder"], EncoderConfig(picture=PICTURE)),
-            catalogue=tiny_catalogue_ref,
-            gallery=gallery,
-            heldout_gallery=gallery,
-            gallery_version="v1",
-            directory=str(tmp_path / folder),
-            name="rar-r0",
-        )
-        return RARTrainer(config, job)
+        return small_trainer(tiny_checkpoints, tiny_catalogue_ref, tmp_path / folder, **{"steps": STEPS, **rar})
 
     return made
 

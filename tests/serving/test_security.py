@@ -7,7 +7,7 @@ import stat
 
 import pytest
 
-from afmrl_ray.config.serving import AuthConfig
+from afmrl_ray.config.serving import AuthConfig, ServingConfig
 from afmrl_ray.errors import ConfigError
 from afmrl_ray.serving.security import Keys, new_key
 from tests.serving.conftest import Application
@@ -92,8 +92,15 @@ def test_the_job_prints_a_key_and_keeps_its_digest(tmp_path, capsys) -> None:
     assert main(["shop", "--file", str(tmp_path)]) == 2
 
 
-def test_flat_arguments_of_serve_run_are_sections() -> None:
-    from afmrl_ray.config.serving import ServingConfig
+def test_serve_hands_over_plain_arguments_with_flat_keys(served_run, tmp_path) -> None:
+    """As `serve run module:builder section.field=value` does."""
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build
 
-    found = ServingConfig.model_validate({"run": "r", "auth.anonymous_on_loopback": "true", "limits.k": "7"})
-    assert (found.auth.anonymous_on_loopback, found.limits.k) == (True, 7)
+    from afmrl_ray.serving import app_builder
+
+    given = {"run": served_run.path, "state_dir": str(tmp_path), "auth.anonymous_on_loopback": "true", "limits.k": "7"}
+    (config, *_) = build(app_builder, given)._bound_deployment.init_args
+    assert isinstance(config, ServingConfig)
+    assert (config.auth.anonymous_on_loopback, config.limits.k) == (True, 7)
+    with pytest.raises(ConfigError, match=r"unknown config key 'limits.kk'; the nearest known key is 'limits.k'"):
+        build(app_builder, {**given, "limits.kk": "7"})
