@@ -24,7 +24,7 @@ from afmrl_ray.errors import CatalogueError, ConfigError, StorageError
 from afmrl_ray.serving.uploads import upload_fault
 
 READERS = 5
-EACH = max(1, int(os.environ.get("AFMRL_FUZZ", "1500")) // READERS)
+EACH = max(1, int(os.environ.get("AFMRL_FUZZ", "500")) // READERS)
 fuzzed = settings(
     max_examples=EACH,
     deadline=None,
