@@ -47,8 +47,9 @@ class BM25:
         documents = [tokenize(text) for text in corpus]
         if not any(documents):
             raise CatalogueError(
-                f"BM25: none of the {len(documents)} attribute texts has a word; "
-                "annotate these listings first, or set agcl.lexical.enabled=false"
+                f"BM25: none of the {len(documents)} attribute texts has a word; annotate these listings, or train the "
+                "generator longer where all that it wrote is invalid (reasons: attributes-r*/stage.json), or set "
+                "agcl.lexical.enabled=false"
             )
         statistics = BM25Okapi(documents, k1=self.k1, b=self.b, epsilon=self.epsilon)
         self._columns = {word: column for column, word in enumerate(statistics.idf)}
