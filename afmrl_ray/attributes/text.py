@@ -52,6 +52,12 @@ def normalise_attributes(attributes: Mapping[str, str | None] | Iterable[tuple[s
     return tuple(found.items())
 
 
+def stored_attributes(text: str) -> Attributes:
+    """The pairs of a text that is kept as attributes, however many; none where it is not in normal form."""
+    found = parse_attributes(text, max_attributes=text.count(SEPARATOR) + 1)
+    return () if isinstance(found, InvalidAttributes) else found
+
+
 def parse_attributes(text: str, *, max_attributes: int, complete: bool = True) -> Attributes | InvalidAttributes:
     """Read attributes that a model wrote; `parse(format(a)) == a` for non-empty `a` in normal form.
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from afmrl_ray import storage
 from afmrl_ray.attributes.store import read_attributes
-from afmrl_ray.attributes.text import SEPARATOR, InvalidAttributes, parse_attributes
+from afmrl_ray.attributes.text import stored_attributes
 from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue
 from afmrl_ray.cit.stages import StageOutcome
 from afmrl_ray.config import Config
@@ -128,9 +128,8 @@ def write_items(path: str, records: Iterable[ItemRecord]) -> None:
         connection.executescript(_SCHEMA)
         for place, record in enumerate(records):
             connection.execute("INSERT INTO items VALUES (?, ?, ?, ?, ?, ?, ?)", (place, *record))
-            pairs = parse_attributes(record.attributes, max_attributes=record.attributes.count(SEPARATOR) + 1)
-            if not isinstance(pairs, InvalidAttributes):
-                connection.executemany("INSERT INTO pairs VALUES (?, ?, ?)", [(*pair, place) for pair in pairs])
+            pairs = [(*pair, place) for pair in stored_attributes(record.attributes)]
+            connection.executemany("INSERT INTO pairs VALUES (?, ?, ?)", pairs)
         connection.executescript(_INDEXES)
         connection.commit()
     finally:

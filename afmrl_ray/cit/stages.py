@@ -22,7 +22,6 @@ from afmrl_ray.errors import StorageError
 log = logging.getLogger(__name__)
 
 RECORD = "stage.json"
-_NUMBERS = ("seconds", "peak_memory_mb")
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "name": str,
     "fingerprint": str,
@@ -32,7 +31,8 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "digests": dict,
     "metrics": dict,
     "committed_at": str,
-    **dict.fromkeys(_NUMBERS, (int, float)),
+    "seconds": (int, float),
+    "peak_memory_mb": (int, float),
 }
 """Of a record, with their types."""
 
@@ -57,8 +57,11 @@ class Stage:
     name: str
     fingerprint: str
     directory: str
+    inputs: dict[str, Any]
     outputs: dict[str, str]
+    digests: dict[str, str]
     metrics: dict[str, Any]
+    committed_at: str
     seconds: float
     peak_memory_mb: float
 
@@ -105,20 +108,6 @@ class RunDirectory:
         Raises:
             StorageError: its record is damaged.
         """
-        record = self.record(name)
-        if record is None:
-            return None
-        return Stage(
-            directory=storage.join(self.path, "stages", name, record["attempt"]),
-            **{field: record[field] for field in ("name", "fingerprint", "outputs", "metrics", *_NUMBERS)},
-        )
-
-    def record(self, name: str) -> dict[str, Any] | None:
-        """What was committed with a stage: see `run_stage`; none = it is not committed.
-
-        Raises:
-            StorageError: it is damaged.
-        """
         path = storage.join(self.path, "stages", name, RECORD)
         if not storage.exists(path):
             return None
@@ -128,15 +117,18 @@ class RunDirectory:
                 f"{path}: is no record of a stage ({fault}); put it back from a copy, or remove it and run the same "
                 "command to have the stage made again"
             )
-        return record
+        return Stage(
+            directory=storage.join(self.path, "stages", name, record["attempt"]),
+            **{field: record[field] for field in _FIELDS if field != "attempt"},
+        )
 
     def stages(self) -> list[Stage]:
         """All committed stages in the order of their commits."""
         root = storage.join(self.path, "stages")
         paths = (path.split("/") for path in storage.list_files(root))
         names = [parts[0] for parts in paths if len(parts) == 2 and parts[1] == RECORD]
-        records = [(found["committed_at"], name) for name in names if (found := self.record(name)) is not None]
-        return [stage for _, name in sorted(records) if (stage := self.committed(name)) is not None]
+        found = [stage for name in names if (stage := self.committed(name)) is not None]
+        return sorted(found, key=lambda stage: (stage.committed_at, stage.name))
 
     def run_stage(self, name: str, inputs: dict[str, Any], body: Body, *, resumable: bool = False) -> Stage:
         """Return the committed stage of these inputs, running `body` first if there is none.
@@ -198,11 +190,10 @@ class RunDirectory:
         """
         if stage.fingerprint in self._verified:
             return
-        record = storage.join(self.path, "stages", stage.name, RECORD)
-        digests = (self.record(stage.name) or {"digests": {}})["digests"]
         for name in stage.outputs:
             path = stage.output(name)
-            if digest_path(path) != digests.get(name):
+            if digest_path(path) != stage.digests.get(name):
+                record = storage.join(self.path, "stages", stage.name, RECORD)
                 raise StorageError(
                     f"stage {stage.name}: {path} is not what was committed (SHA-256 differs); put it back from a copy, "
                     f"or remove {record} and run the same command to have the stage made again"

@@ -166,7 +166,7 @@ def collect(run: RunDirectory) -> RunSummary:
     record = _without_credentials(run.read_run())
     config = record.get("config", {})
     found = {stage.name: stage for stage in run.stages()}
-    inputs = {name: stored["inputs"] for name in found if (stored := run.record(name)) is not None}
+    inputs = {name: stage.inputs for name, stage in found.items()}
     numbers = sorted({int(match[1]) for name in found if (match := _ROUND.search(name))})
     # The attributes written after the last RAR are no round of their own.
     rounds = [each for each in (_round(found, number) for number in numbers) if each.number == 0 or each.agcl]

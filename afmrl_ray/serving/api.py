@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from afmrl_ray.attributes.text import SEPARATOR, InvalidAttributes, parse_attributes
+from afmrl_ray.attributes.text import stored_attributes
 from afmrl_ray.config.serving import ServingConfig
 from afmrl_ray.errors import UserError
 from afmrl_ray.serving.bundle import Bundle
@@ -361,8 +361,7 @@ def _used(written: Written) -> dict[str, Any]:
 
 
 def _pairs(text: str) -> dict[str, str]:
-    parsed = parse_attributes(text, max_attributes=text.count(SEPARATOR) + 1)
-    return {} if isinstance(parsed, InvalidAttributes) else dict(parsed)
+    return dict(stored_attributes(text))
 
 
 def _encoded(vector: np.ndarray, encoding: str) -> list[float] | str:

@@ -99,7 +99,7 @@ def open_bundle(run: RunDirectory, number: int | None = None) -> Bundle:
     encoder = _needed(run, f"agcl-r{number}", number)
     generator = _needed(run, f"rar-r{number}", number)
     attributes = _needed(run, f"attributes-r{number + 1}", number)
-    built_from = (run.record(index.name) or {})["inputs"]["upstream"]
+    built_from = index.inputs["upstream"]
     for stage in (encoder, attributes):
         if built_from.get(stage.name) != stage.fingerprint:
             raise ConfigError(

@@ -22,6 +22,7 @@ from afmrl_ray.serving.models import Embedding, EncoderInput, ServedEncoder, Ser
 from afmrl_ray.serving.round_index import Filters, Hit, LiveIndex, localised, merge
 from afmrl_ray.serving.store import Embedded, ItemStore, State, StoredItem
 from afmrl_ray.serving.uploads import Upload
+from afmrl_ray.training.cluster import torch_threads
 
 _HUNG_AFTER = 10
 """A batch that runs for so many request timeouts will never end."""
@@ -82,9 +83,8 @@ class EncoderDeployment:
     """Embeds; requests are batched by tokens."""
 
     def __init__(self, config: ServingConfig, bundle: Bundle) -> None:
-        self._budget = config.batching.tokens
-        threads = max(1, int(config.encoder.cpus))
-        self._encoder = ServedEncoder(rounds_kept=config.rounds_kept, tokens=max(self._budget, 1))
+        threads = torch_threads(config.encoder.cpus)
+        self._encoder = ServedEncoder(rounds_kept=config.rounds_kept, tokens=config.batching.tokens)
         self._compute = _Compute(threads, _HUNG_AFTER * config.limits.request_s)
         self._prepare = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
         self._encoder.load(bundle)
@@ -98,7 +98,7 @@ class EncoderDeployment:
 
         rows = await asyncio.get_running_loop().run_in_executor(self._prepare, prepare)
         tokens = sum(len(row) for row in rows)
-        vectors = await self._batched(_Asked(bundle, rows, min(tokens, self._budget)))
+        vectors = await self._batched(_Asked(bundle, rows, tokens))
         return [Embedding(vector, len(row)) for vector, row in zip(vectors, rows, strict=True)]
 
     async def _run(self, batch: list[_Asked]) -> list[np.ndarray]:
@@ -125,8 +125,7 @@ class GeneratorDeployment:
     """Writes attributes; requests are batched by tokens."""
 
     def __init__(self, config: ServingConfig, bundle: Bundle) -> None:
-        self._budget = config.batching.tokens
-        threads = max(1, int(config.generator.cpus))
+        threads = torch_threads(config.generator.cpus)
         self._generator = ServedGenerator(rounds_kept=config.rounds_kept, max_pairs=config.max_pairs)
         self._compute = _Compute(threads, _HUNG_AFTER * config.limits.request_s)
         self._generator.load(bundle)
@@ -135,7 +134,7 @@ class GeneratorDeployment:
     async def write(self, bundle: Bundle, upload: Upload) -> tuple[str, str]:
         """Attribute text and reason of invalidity."""
         tokens = self._generator.tokens(bundle, upload)
-        return await self._batched(_Asked(bundle, upload, min(tokens, self._budget)))
+        return await self._batched(_Asked(bundle, upload, tokens))
 
     async def _run(self, batch: list[_Asked]) -> list[tuple[str, str]]:
         found: dict[int, tuple[str, str]] = {}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from afmrl_ray import storage
-from afmrl_ray.attributes.text import SEPARATOR, InvalidAttributes, parse_attributes
+from afmrl_ray.attributes.text import stored_attributes
 from afmrl_ray.cit.index_stage import ITEMS, VECTORS, ItemRecord, write_items
 from afmrl_ray.retrieval.ann import build_index, open_index, save_index, search_index, stored_vectors
 from afmrl_ray.serving.bundle import Bundle
@@ -320,5 +320,4 @@ def _ties(scores: np.ndarray, k: int) -> int:
 def _matches(item: Put, filters: Filters) -> bool:
     if filters.category is not None and item.category != filters.category:
         return False
-    pairs = parse_attributes(item.attributes, max_attributes=item.attributes.count(SEPARATOR) + 1)
-    return not isinstance(pairs, InvalidAttributes) and set(filters.attributes) <= set(pairs)
+    return set(filters.attributes) <= set(stored_attributes(item.attributes))

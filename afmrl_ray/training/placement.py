@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
 from afmrl_ray.config.cluster import PoolConfig
 from afmrl_ray.errors import ResourceError
-
-log = logging.getLogger(__name__)
+from afmrl_ray.training.cluster import pool_demand, words
 
 
 class Room:
@@ -57,8 +55,7 @@ def _take(name: str, pool: PoolConfig) -> Any:
     from ray.util import placement_group, remove_placement_group
 
     placement = pool.placement
-    each = {"CPU": pool.cpus_per_worker, "GPU": pool.gpus_per_worker, **placement.resources}
-    bundle = {resource: amount for resource, amount in each.items() if amount}
+    bundle = {resource: amount for resource, amount in pool_demand(pool).each.items() if amount}
     group = placement_group(
         [bundle] * pool.num_workers,
         strategy=placement.strategy.upper(),
@@ -68,21 +65,15 @@ def _take(name: str, pool: PoolConfig) -> Any:
     if not group.wait(placement.timeout_s):
         remove_placement_group(group)
         raise ResourceError(
-            f"{name}: no room for {pool.num_workers} actors with {_words(bundle)} each"
+            f"{name}: no room for {pool.num_workers} actors with {words(bundle)} each"
             f"{_labelled(placement.labels)}, placement {placement.strategy}, within placement.timeout_s "
             f"{placement.timeout_s:g} s. {_there()}"
         )
     return group
 
 
-def _words(amounts: Mapping[str, float]) -> str:
-    return ", ".join(f"{amount:g} {name}" for name, amount in amounts.items())
-
-
 def _labelled(labels: Mapping[str, str]) -> str:
-    if not labels:
-        return ""
-    return " on nodes labelled " + ", ".join(f"{name}={value}" for name, value in labels.items())
+    return f" on nodes labelled {_pairs(labels)}" if labels else ""
 
 
 def _there() -> str:
@@ -99,9 +90,9 @@ def _there() -> str:
             if not name.startswith("node:") and name not in ("memory", "object_store_memory")
         }
         labels = {name: value for name, value in node["Labels"].items() if name != "ray.io/node-id"}
-        shown.append(f"{_words(resources)}{f' ({_pairs(labels)})' if labels else ''}")
+        shown.append(f"{words(resources)}{f' ({_pairs(labels)})' if labels else ''}")
     unused = {name: free.get(name, 0.0) for name in ("CPU", "GPU")}
-    return f"The cluster has {len(nodes)} nodes: {'; '.join(shown)}. Unused: {_words(unused)}"
+    return f"The cluster has {len(nodes)} nodes: {'; '.join(shown)}. Unused: {words(unused, zeros=True)}"
 
 
 def _pairs(labels: Mapping[str, str]) -> str:

@@ -369,7 +369,7 @@ def measured(
         def part(name: str, work: Callable[[], Any]) -> None:
             print(f"  {size}: {name}", flush=True)
             found[name] = work()
-            if name != "kills" and not isinstance(found[name], list):
+            if not isinstance(found[name], list):
                 print(f"    {found[name]}", flush=True)
 
         with Served(subject, port, folder) as served:
