@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 CATALOGUE ?= ../shared/data/grocery/products.parquet
 RUN ?= runs/ladder-s0
 TRIALS ?= 20
+TEST_PROCESSES ?= 2
 export RAY_ENABLE_AUTO_CONNECT := 0
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch-extensions
 
@@ -27,7 +28,7 @@ demo-grocery: $(VENV)/.installed ## the same on real photographs: make demo-groc
 	$(BIN)/python jobs/run_cit.py --config jobs/configs/grocery.yaml catalogue.path=$(CATALOGUE)
 
 test: $(VENV)/.installed ## the tests, but for those marked slow
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile
 
 lint: $(VENV)/.installed ## ruff, mypy, import rules
 	$(BIN)/ruff check .

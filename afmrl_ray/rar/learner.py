@@ -288,7 +288,8 @@ class GRPOLearner(TorchLearner):
         """Read what `save_engine` wrote after update number `version`."""
         with tempfile.TemporaryDirectory() as local:
             storage.copy_dir(path, local)
-            self._engine.load(local)
+            remedy = f"remove {storage.parent(path)} to go on from the checkpoint before it"
+            self._engine.load(local, location=path, remedy=remedy)
         self._version = version
 
     def export_weights(self) -> tuple[int, str, list[Any]] | None:

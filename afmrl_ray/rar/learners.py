@@ -103,7 +103,8 @@ class Learners:
         failed = [result.get() for result in results if not result.ok]
         for error in failed:
             if isinstance(error, UserError):
-                raise error
+                # Ray's own copy of it would tell the learner's whole traceback.
+                raise getattr(error, "cause", error)
         if failed or not list(results):
             raise LearnerLostError(f"a learner failed: {failed[0] if failed else 'none is left'}")
         return [result.get() for result in results]

@@ -16,6 +16,7 @@ from afmrl_ray import storage
 from afmrl_ray.config.models import OptimizerConfig
 from afmrl_ray.errors import CheckpointError
 from afmrl_ray.training.reshard import universal_checkpoint
+from afmrl_ray.training.seal import check_seals, seal
 
 _TAG = "engine"
 _LAYOUT = "layout.json"
@@ -104,16 +105,21 @@ class Engine:
         self._engine.save_checkpoint(directory, tag=_TAG, exclude_frozen_parameters=True)
         if dist.get_rank() == 0:
             storage.write_json(os.path.join(directory, _LAYOUT), self.layout)
+        seal(directory, dist.get_rank())
 
-    def load(self, directory: str) -> None:
+    def load(self, directory: str, *, location: str, remedy: str) -> None:
         """Read what `save` wrote, with any number of ranks; call it on every rank.
 
         Without partitions (ZeRO 0) every rank reads the same; partitions of another number of ranks are converted
         first.
 
+        Args:
+            location: where a person finds what is in `directory` now.
+            remedy: what a person can do where the checkpoint is damaged, beside putting a copy back.
+
         Raises:
             FileNotFoundError: the directory holds no such checkpoint.
-            CheckpointError: it was written with another ZeRO stage, or cannot be converted.
+            CheckpointError: it is damaged, was written with another ZeRO stage, or cannot be converted.
         """
         wrote = storage.read_json(os.path.join(directory, _LAYOUT))
         if wrote["zero_stage"] != self._zero_stage:
@@ -121,7 +127,9 @@ class Engine:
                 f"{directory}: written with ZeRO {wrote['zero_stage']}, this training has zero_stage "
                 f"{self._zero_stage}; set zero_stage={wrote['zero_stage']}, or start afresh under another run.name"
             )
-        if self._zero_stage == 0 or wrote["world_size"] == dist.get_world_size():
+        rank, world = dist.get_rank(), dist.get_world_size()
+        check_seals(directory, location=location, wrote=wrote["world_size"], rank=rank, world=world, remedy=remedy)
+        if self._zero_stage == 0 or wrote["world_size"] == world:
             self._read(directory)
             return
         with universal_checkpoint(directory, _TAG, wrote=wrote["world_size"]) as converted:

@@ -186,7 +186,11 @@ def _restore(engine: Engine) -> int:
     if checkpoint is None:
         return 0
     with checkpoint.as_directory() as directory:
-        engine.load(os.path.join(directory, "engine"))
+        engine.load(
+            os.path.join(directory, "engine"),
+            location=storage.join(checkpoint.path, "engine"),
+            remedy=f"remove {storage.parent(checkpoint.path)} to begin this training anew",
+        )
         start = int(storage.read_json(os.path.join(directory, "progress.json"))["step"])
         # The folder may be a temporary one: nobody leaves before everybody has read.
         dist.barrier()

@@ -42,6 +42,7 @@ def kill_a_worker_after(first_checkpoint: Path) -> None:
     os.kill(workers[-1].pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_finished_training_asked_again_gives_the_same_at_once(
     ray_local, tiny_checkpoints, tiny_catalogue_ref, tmp_path
 ):

@@ -51,6 +51,7 @@ class FakePipeline:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_rungs_share_what_they_share_and_differ_in_what_they_name(ray_local, tmp_path):
     config = ladder_config(tmp_path)

@@ -6,13 +6,14 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from afmrl_ray.cit.stages import RunDirectory
 from tests.faults.harness import ROOT, Job, Outcome
 
 TRIALS = int(os.environ.get("AFMRL_TRIALS", "1"))
@@ -21,10 +22,17 @@ _outcomes: list[Outcome] = []
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """Results and seconds of a run that nothing was done to."""
+    """Results, seconds and folder of a run that nothing was done to."""
 
+    folder: Path
     results: dict[str, Any]
     seconds: float
+
+    def seconds_of(self, again: Iterable[str]) -> float:
+        """What the same run would take if it took over all stages but these."""
+        again = set(again)
+        stages = RunDirectory(str(self.folder), "t").stages()
+        return self.seconds - sum(stage.seconds for stage in stages if stage.name not in again)
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +48,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, staging: Path) -> Undi
     assert job.wait() == 0, job.told()
     seconds = time.monotonic() - began
     job.check_nothing_is_left()
-    return Undisturbed(job.results(), seconds)
+    return Undisturbed(job.folder, job.results(), seconds)
 
 
 @pytest.fixture
@@ -62,13 +70,12 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         return
     terminalreporter.section("faults")
     terminalreporter.write_line(
-        f"{'fault':<20} {'trials':>6} {'went on':>8} {'resumed':>8} {'lost s, median':>15} {'max':>6}"
+        f"{'fault':<20} {'trials':>6} {'runs':>5} {'resumed':>8} {'lost s, median':>15} {'max':>6}"
     )
     for fault in sorted({outcome.fault for outcome in _outcomes}):
         here = [outcome for outcome in _outcomes if outcome.fault == fault]
         lost = [outcome.lost_s for outcome in here]
-        went_on = sum(outcome.resumes == 0 for outcome in here)
         terminalreporter.write_line(
-            f"{fault:<20} {len(here):>6} {went_on:>8} {len(here) - went_on:>8} "
-            f"{statistics.median(lost):>15.1f} {max(lost):>6.1f}"
+            f"{fault:<20} {sum(outcome.trials for outcome in here):>6} {len(here):>5} "
+            f"{sum(outcome.resumes for outcome in here):>8} {statistics.median(lost):>15.1f} {max(lost):>6.1f}"
         )

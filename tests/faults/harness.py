@@ -6,12 +6,14 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from tests.cit.conftest import run_values
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "AFMRL_FAULT_TRIAL"
 PATIENCE_S = 900
+A_RUN = 3
+"""Trials in one run: Ray Train's `max_failures` and the restarts of a rollout actor allow as many."""
 COMPARED = ("distill", "attributes-r0", "agcl-r0", "rar-r0", "evaluate-r0")
 
 TITLES = {
@@ -39,39 +43,71 @@ TITLES = {
 }
 """What `ps` shows of a process, by what it is; the driver is found by its id."""
 
+STAGES = {
+    "train worker": ("distill", "agcl-r0"),
+    "train controller": ("distill", "agcl-r0"),
+    "rollout actor": ("rar-r0",),
+    "learner": ("rar-r0",),
+    "reward actor": ("rar-r0",),
+    "data worker": ("attributes-r0", "evaluate-r0"),
+}
+"""Where a kind of process is about; the others are about in all stages."""
+
+WHOLE_RUN = ("driver", "raylet", "head")
+"""Processes without which a job on a Ray of its own cannot go on."""
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """A trial.
+    """Trials in one run.
 
     Attributes:
         fault: what was done.
-        seed: of the moment.
+        seed: of the moments.
+        trials: times that it was done.
         resumes: times that the same command had to be given again.
-        lost_s: seconds longer than the undisturbed run.
+        lost_s: seconds that each cost, against the undisturbed run.
     """
 
     fault: str
     seed: int
+    trials: int
     resumes: int
     lost_s: float
 
 
 class Job:
-    """`jobs/run_cit.py` on a small run in a folder of its own."""
+    """`jobs/run_cit.py` on a small run in a folder of its own.
 
-    def __init__(self, folder: Path, staging: Path) -> None:
+    Args:
+        folder: of the run, its config and its log.
+        staging: of the catalogue, shared by all jobs.
+        storage_path: of the run; none = `folder`.
+        reward: changes of `rar.reward`.
+    """
+
+    def __init__(
+        self, folder: Path, staging: Path, *, storage_path: str | None = None, reward: dict[str, Any] | None = None
+    ) -> None:
         self.folder, self.log = folder, folder / "log"
         self.mark = uuid.uuid4().hex
         folder.mkdir(parents=True)
+        self.run = RunDirectory(storage_path or str(folder), "t")
         values = run_values(folder, ray={"num_cpus": 4, "object_store_mb": 100})
+        values["run"]["storage_path"] = storage_path or str(folder)
         values["catalogue"]["staging_dir"] = str(staging)
         values["rar"]["num_learners"] = 1
         values["rar"]["cpus_per_learner"] = 0.5
+        values["rar"]["reward"] |= reward or {}
         self.config = folder / "config.yaml"
         self.config.write_text(dump_yaml(validate(values)))
-        self.run = RunDirectory(str(folder), "t")
         self.process: subprocess.Popen[bytes] | None = None
+
+    def begin_from(self, finished: Path, again: Iterable[str]) -> None:
+        """Take over the stages of a finished run, but for those to be made again."""
+        shutil.copytree(finished / "t", self.folder / "t")
+        for name in again:
+            shutil.rmtree(self.folder / "t" / "stages" / name)
 
     def start(self) -> None:
         environment = {**os.environ, "RAY_ADDRESS": "", "PYTHONUNBUFFERED": "1", MARK: self.mark}
@@ -104,7 +140,7 @@ class Job:
         """A process to do it to."""
         assert self.process is not None
         if fault == "driver":
-            return psutil.Process(self.process.pid)
+            return psutil.Process(self.process.pid) if self.process.poll() is None else None
         found = []
         for process in self.marked():
             try:
@@ -116,8 +152,7 @@ class Job:
 
     def commits(self) -> dict[str, str]:
         """When each stage was committed."""
-        records = (self.folder / "t" / "stages").glob("*/stage.json")
-        return {path.parent.name: json.loads(path.read_text())["committed_at"] for path in records}
+        return {stage.name: stage.committed_at for stage in self.run.stages()}
 
     def results(self) -> dict[str, Any]:
         """Numbers and outputs of the stages that are compared."""
@@ -137,32 +172,52 @@ class Job:
             time.sleep(1)
 
 
-def strike(job: Job, fault: str, seed: int, blow: Callable[[psutil.Process], None]) -> dict[str, str]:
-    """Do it at a random moment after a target has appeared; what was committed then."""
-    dice = random.Random(f"{fault} {seed}")
-    # Targets come and go with the stages: which appearance, and when in it.
-    skipped, delay = dice.randrange(2) if fault in ("train worker", "data worker") else 0, dice.uniform(0, 4)
-    if fault in ("driver", "raylet", "head"):
-        delay = dice.uniform(5, 60)
-    seen: set[int] = set()
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        assert job.process is not None
-        assert job.process.poll() is None, f"the job ended before anything could be done to it: {job.told()}"
-        assert time.monotonic() < deadline, f"no {fault} appeared"
-        target = job.find(fault)
-        if target is not None and target.pid not in seen:
-            seen.add(target.pid)
-            if len(seen) > skipped:
-                time.sleep(delay)
-                before = job.commits()
-                try:
-                    blow(target)
-                except psutil.NoSuchProcess:
-                    delay /= 2
-                    continue
-                return before
-        time.sleep(0.1)
+class Blows(threading.Thread):
+    """Does something to a kind of process, at random moments while a job runs, until that was done `times` times.
+
+    Args:
+        job: started already; the same command may be given again meanwhile.
+        fault: whom it is done to, of `TITLES`, or `driver`.
+        seed: of the moments.
+        times: trials; fewer where the job ends first.
+        blow: what is done.
+
+    Attributes:
+        given: trials so far.
+        before: stages that were committed at some blow, with the time of their commit.
+    """
+
+    def __init__(
+        self, job: Job, fault: str, seed: int, times: int, blow: Callable[[psutil.Process], None] | None = None
+    ) -> None:
+        super().__init__(name=f"blows to {fault}", daemon=True)
+        self._job, self._fault, self._times, self._blow = job, fault, times, blow or kill
+        self._dice = random.Random(f"{fault} {seed}")
+        self._over = threading.Event()
+        self.given = 0
+        self.before: dict[str, str] = {}
+
+    def run(self) -> None:
+        struck: set[int] = set()
+        while self.given < self._times and not self._over.is_set():
+            target = self._job.find(self._fault)
+            if target is None or target.pid in struck:
+                self._over.wait(0.2)
+                continue
+            # Those that live as long as the job are hit anywhere in it, others while they are about.
+            self._over.wait(self._dice.uniform(5, 60) if self._fault in WHOLE_RUN else self._dice.uniform(0, 4))
+            before = self._job.commits()
+            try:
+                self._blow(target)
+            except psutil.NoSuchProcess:
+                continue
+            struck.add(target.pid)
+            self.before |= before
+            self.given += 1
+
+    def end(self) -> None:
+        self._over.set()
+        self.join()
 
 
 def kill(process: psutil.Process) -> None:

@@ -1,17 +1,26 @@
-"""A disk that fills up, and a second driver: the job ends with a line that says what to do, and goes on afterwards."""
+"""Storage that fails and stages that are not what they were: a line says what to do, and the run goes on afterwards."""
 
 from __future__ import annotations
 
+import os
+import random
+import re
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import Undisturbed
-from tests.faults.harness import PATIENCE_S, ROOT, Job
+from afmrl_ray.cit.stages import RunDirectory, StageOutcome
+from afmrl_ray.errors import StorageError
+from tests.cluster.s3 import create_bucket, s3_environment
+from tests.faults.conftest import TRIALS, Undisturbed
+from tests.faults.flaky_s3 import FlakyS3
+from tests.faults.harness import PATIENCE_S, ROOT, Job, Outcome
+from tests.jobs.test_jobs import free_ports
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
@@ -67,3 +76,68 @@ def test_a_second_driver_refuses_and_the_first_is_not_disturbed(
     assert "another driver, process " in second.stderr.strip().splitlines()[-1]
     assert job.wait() == 0, job.told()
     assert job.results() == undisturbed.results
+
+
+def test_a_store_that_turns_away_each_tenth_write_costs_nothing_but_time(
+    undisturbed: Undisturbed,
+    staging: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    note: Callable[[Outcome], None],
+) -> None:
+    (port,) = free_ports(1)
+    server = FlakyS3(port, every=10)
+    server.start()
+    for name, value in s3_environment(port).items():
+        monkeypatch.setenv(name, value)
+    create_bucket(port, "flaky")
+    job = Job(tmp_path / "run", staging, storage_path="s3://flaky/runs")
+    began = time.monotonic()
+    job.start()
+    assert job.wait() == 0, job.told()
+    assert server.failed > 10
+    assert job.results() == undisturbed.results
+    server.stop()
+    note(Outcome("each tenth write fails", 0, server.failed, 0, time.monotonic() - began - undisturbed.seconds))
+
+
+def _must_not_run(directory: str) -> StageOutcome:
+    raise AssertionError(f"{directory} was made again")
+
+
+@pytest.mark.parametrize("seed", range(TRIALS))
+def test_a_flipped_byte_in_a_committed_stage_is_named(
+    seed: int, undisturbed: Undisturbed, tmp_path: Path, note: Callable[[Outcome], None]
+) -> None:
+    dice = random.Random(seed)
+    shutil.copytree(undisturbed.folder / "t", tmp_path / "t")
+    stage = dice.choice([stage for stage in RunDirectory(str(tmp_path), "t").stages() if stage.outputs])
+    roots = [Path(stage.output(name)) for name in stage.outputs]
+    files = sorted(
+        file for root in roots for file in [root, *root.rglob("*")] if file.is_file() and file.stat().st_size
+    )
+    file = dice.choice(files)
+    content = bytearray(file.read_bytes())
+    content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+    file.write_bytes(content)
+    with pytest.raises(StorageError, match=rf"^stage {stage.name}: .*SHA-256 differs.*put it back from a copy"):
+        RunDirectory(str(tmp_path), "t").run_stage(stage.name, stage.inputs, _must_not_run)
+    note(Outcome("flipped byte in a stage", seed, 1, 1, 0.0))
+
+
+def test_clocks_that_disagree_ask_for_no_stage_again(undisturbed: Undisturbed, staging: Path, tmp_path: Path) -> None:
+    """A run whose records and files were stamped by a clock a day ahead, and another stage by one a day behind."""
+    job = Job(tmp_path / "run", staging)
+    shutil.copytree(undisturbed.folder / "t", job.folder / "t")
+    records = sorted((job.folder / "t" / "stages").glob("*/stage.json"))
+    for number, record in enumerate(records):
+        year = "2099" if number % 2 else "1999"
+        stamped = re.sub(r'"committed_at": "\d{4}', f'"committed_at": "{year}', record.read_text())
+        record.write_text(stamped)
+        for file in record.parent.rglob("*"):
+            os.utime(file, (4e9, 4e9) if number % 2 else (9e8, 9e8))
+    before = job.commits()
+    job.start()
+    assert job.wait() == 0, job.told()
+    assert job.commits() == before
+    assert "running" not in job.told()

@@ -226,6 +226,7 @@ def test_an_import_over_the_threshold_leaves_nothing_behind(tmp_path, capsys):
     assert "--ids test:query: given twice" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_a_job_is_submitted_to_a_running_cluster(tmp_path):
     """`ray start` with its job server, then `ray job submit` of the same script, unchanged."""

@@ -122,7 +122,10 @@ def test_a_shared_prompt_that_gives_other_numbers_is_found_at_first_use(policy_s
         update(policy_spec, columns, num_learners=0, shared_prompt="on")
 
 
-@pytest.mark.parametrize(("learners", "zero_stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
+@pytest.mark.parametrize(
+    ("learners", "zero_stage"),
+    [(1, 0), (2, 0), *(pytest.param(2, stage, marks=pytest.mark.slow) for stage in (1, 2)), (2, 3)],
+)
 def test_the_number_of_learners_changes_nothing(policy_spec, columns, whole, learners, zero_stage):
     settings = {"num_learners": learners, "zero_stage": zero_stage, "tokens_per_microbatch": 150}
     tensors, stats = update(policy_spec, columns, **settings)
@@ -160,7 +163,7 @@ def test_the_update_moves_the_policy_and_the_kl_to_the_start_with_it(policy_spec
     assert stats["logprob_gap"] > 1e-4
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2])
+@pytest.mark.parametrize("zero_stage", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_one_learner_goes_on_where_two_stopped(policy_spec, columns, tmp_path, zero_stage):
     shared: dict = {"steps": 3, "zero_stage": zero_stage}
     path = str(tmp_path / "engine")

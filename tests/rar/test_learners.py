@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ import torch
 
 from afmrl_ray.config.models import OptimizerConfig
 from afmrl_ray.config.train import RARConfig
+from afmrl_ray.errors import CheckpointError
 from afmrl_ray.rar.checkpoint import Checkpoints
 from afmrl_ray.rar.learners import LearnerLostError, Learners
 from afmrl_ray.rar.messages import Group
@@ -77,7 +81,33 @@ def test_a_killed_learner_leaves_the_numbers_of_an_undisturbed_training(policy_s
         }
 
 
-def test_learners_that_keep_dying_end_the_training(policy_spec, tmp_path, monkeypatch):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_there(ray_local, policy_spec, tmp_path):
+    checkpoints = Checkpoints(str(tmp_path))
+    with closing(Learners(settings(), policy_spec, checkpoints)) as learners:
+        learners.restore(0)
+        learners.save(1, {})
+        learners.save(2, {})
+        (shard,) = (tmp_path / "step_0000002/engine").rglob("*model_states.pt")
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"SHA-256") as caught:
+            learners.restore(2)
+    assert "\n" not in str(caught.value)
+    assert f"remove {tmp_path}/step_0000002 to go on from the checkpoint before it" in str(caught.value)
+    shutil.rmtree(tmp_path / "step_0000002")
+    assert checkpoints.latest() == {"step": 1}
+    with closing(Learners(settings(), policy_spec, checkpoints)) as learners:
+        learners.restore(1)
+
+
+@contextmanager
+def closing(learners: Learners) -> Iterator[Learners]:
+    yield learners
+    learners.shutdown()
+
+
+def test_learners_that_keep_dying_end_the_training(ray_local, policy_spec, tmp_path, monkeypatch):
     learners = Learners(settings(), policy_spec, Checkpoints(str(tmp_path)))
     attempts = []
 

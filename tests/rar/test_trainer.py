@@ -77,7 +77,7 @@ def weights(folder: str) -> bytes:
     return b"".join(storage.read_bytes(f"{folder}/model/{name}") for name in names)
 
 
-@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("lag", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(make, tmp_path, lag):
     whole = run(make("whole", max_staleness=lag))
     run(make("stopped", max_staleness=lag), stop_after=3)

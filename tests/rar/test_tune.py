@@ -29,6 +29,7 @@ def trial(make):
     return made
 
 
+@pytest.mark.slow
 def test_a_trial_steps_stops_and_goes_on_with_its_own_settings(trial, tmp_path):
     first = trial(kl_coef=5.0)
     for _ in range(3):

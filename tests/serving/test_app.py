@@ -237,6 +237,7 @@ def test_a_new_user_config_moves_to_its_round(
     serving(1)
 
 
+@pytest.mark.slow
 def test_a_restarted_application_serves_what_it_served(
     server: Server, served_run: RunDirectory, state_dir: str
 ) -> None:
@@ -254,6 +255,7 @@ def test_a_restarted_application_serves_what_it_served(
     assert server.ask("GET", "/v1/items/kept").json()["attributes"] == {"color": "green"}
 
 
+@pytest.mark.slow
 def test_full_queues_are_answered_503_with_retry_after(port: int, served_run: RunDirectory, tmp_path) -> None:
     from ray import serve
 

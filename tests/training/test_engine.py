@@ -48,7 +48,7 @@ def train(rank: int, world: int, stage: int, cut: int, folder: str, resume: bool
             engine.close()
             net = model()
             engine = Engine(net, OPTIMIZER, steps=4, zero_stage=stage)
-            engine.load(folder)
+            engine.load(folder, location="here", remedy="begin anew")
         parts = own.chunk(cut)
         for index, part in enumerate(parts):
             engine.backward(engine(part).square().sum() / len(own), last=index + 1 == len(parts))
@@ -101,7 +101,7 @@ def train_by_tiny_steps(rank: int, world: int, stage: int, folder: str) -> None:
             dist.barrier()
             engine.close()
             net, engine = fresh()
-            engine.load(folder)
+            engine.load(folder, location="here", remedy="begin anew")
         for last in (False, True):
             engine.backward(engine(SIGNS.bfloat16()) / 2, last=last)
         norm = engine.step()["gradient_norm"]

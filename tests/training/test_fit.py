@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from afmrl_ray import storage
-from afmrl_ray.errors import UserError
+from afmrl_ray.errors import CheckpointError, UserError
 from tests.training.toy import EVERY, STEPS, final_weights, relative_to_update, steps_done, train
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -91,6 +92,21 @@ def test_one_worker_goes_on_where_two_stopped(calm, tmp_path, zero_stage):
     done = steps_done(tmp_path)
     assert [step for step, _ in done[-EVERY:]] == [STEPS - 2, STEPS - 1]
     assert (0, 1) not in done, "one worker began afresh"
+    assert relative_to_update(final_weights(tmp_path), final_weights(calm)) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_named_and_without_it_the_training_begins_anew(calm, tmp_path):
+    with pytest.raises(UserError, match="stopped as asked"):
+        train(str(tmp_path), at=2 * EVERY, event="stop", num_workers=1, max_failures=0)
+    for shard in (tmp_path / "train/toy").glob("step_*/engine/engine/*model_states.pt"):
+        shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"step_\d+/engine: engine/mp_rank_00_model_states.pt is not") as caught:
+        train(str(tmp_path), num_workers=1, max_failures=0)
+    assert "\n" not in str(caught.value)
+    assert f"remove {tmp_path}/train/toy to begin" in str(caught.value)
+    shutil.rmtree(tmp_path / "train/toy")
+    train(str(tmp_path), num_workers=1)
     assert relative_to_update(final_weights(tmp_path), final_weights(calm)) < 1e-5
 
 

@@ -13,6 +13,7 @@ from afmrl_ray import storage
 from afmrl_ray.config.models import OptimizerConfig
 from afmrl_ray.errors import CheckpointError
 from afmrl_ray.training.engine import Engine, schedule_factor
+from afmrl_ray.training.seal import seal
 from tests.process_group import run_workers
 
 OPTIMIZER = OptimizerConfig(learning_rate=0.05, schedule="linear", warmup_share=0.25, gradient_clip=0.5)
@@ -53,7 +54,7 @@ def two_steps(rank: int, world: int, first: int, folder: str) -> None:
         net = model(kind)
         engine = Engine(net, OPTIMIZER, steps=STEPS, zero_stage=stage)
         if first:
-            engine.load(f"{folder}/{stage}-{kind}-{first}")
+            engine.load(f"{folder}/{stage}-{kind}-{first}", location="here", remedy="begin anew")
         own = data().chunk(world)[rank]
         for _ in range(2):
             engine.backward(engine(own).square().mean())
@@ -72,7 +73,7 @@ def refusals(rank: int, world: int, asked: list[tuple[str, int]], told: str) -> 
     for folder, stage in asked:
         engine = Engine(model("full"), OPTIMIZER, steps=STEPS, zero_stage=stage)
         with pytest.raises(CheckpointError) as caught:
-            engine.load(folder)
+            engine.load(folder, location="here", remedy="begin anew")
         messages.append(str(caught.value))
         engine.close()
     storage.write_json(told, messages)
@@ -112,6 +113,7 @@ def test_what_cannot_be_loaded_is_told_in_one_line_and_costs_nothing(trained, tm
     for stage, folder in damaged.items():
         storage.copy_dir(f"{trained}/{stage}-full-2", str(folder))
         (folder / "engine" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+        seal(str(folder), rank=1)
     files = [list(storage.list_files(str(folder))) for folder in damaged.values()]
     asked = [(f"{trained}/1-full-2", 2), *((str(folder), stage) for stage, folder in damaged.items())]
     told = str(tmp_path / "told.json")

@@ -1,0 +1,101 @@
+"""A cluster of two raylets on this machine, each with resources and labels of its own, that asks for a token."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.jobs.test_jobs import ROOT, free_ports
+
+RAY = str(Path(sys.executable).parent / "ray")
+
+
+class Cluster:
+    """A head and a worker.
+
+    Args:
+        folder: for the token.
+        more: environment of every process, beside the token.
+
+    Attributes:
+        environment: of a client that may come in.
+        address: of the dashboard, for jobs.
+        gcs: host and port that drivers connect to.
+    """
+
+    def __init__(self, folder: Path, more: dict[str, str]) -> None:
+        port, self.dashboard, *agents = free_ports(6)
+        self.gcs = f"127.0.0.1:{port}"
+        token = folder / "token"
+        token.write_text(secrets.token_hex(32))
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_ADDRESS", "RAY_AUTH"))}
+        self.environment = {**kept, **more, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        self.address = f"http://127.0.0.1:{self.dashboard}"
+        common = ["--num-cpus=2", "--object-store-memory=100000000", "--block"]
+        # Two agents in one directory clear away each other's runtime environments. (Short: sockets' paths are limited.)
+        self._temporary = [f"/tmp/tr{os.getpid()}{node}" for node in "hw"]
+        head = [
+            f"--port={port}", "--head", "--node-ip-address=127.0.0.1", "--include-dashboard=true",
+            f"--dashboard-port={self.dashboard}", "--labels=afmrl/role=train",
+            '--resources={"train_slot": 4}',
+        ]  # fmt: skip
+        worker = [
+            f"--address={self.gcs}", "--node-ip-address=127.0.0.1", "--labels=afmrl/role=reward",
+            '--resources={"reward_slot": 1}',
+        ]  # fmt: skip
+        self.raylets: list[subprocess.Popen[bytes]] = []
+        self._plans = []
+        for options, (agent, metrics), folder in zip(
+            (head, worker), (agents[:2], agents[2:]), self._temporary, strict=True
+        ):
+            own = [
+                f"--temp-dir={folder}",
+                f"--dashboard-agent-listen-port={agent}",
+                f"--metrics-export-port={metrics}",
+            ]
+            self._plans.append([*options, *own, *common])
+
+    def start(self) -> None:
+        for options in self._plans:
+            self.raylets.append(self._start(options))
+            self._wait_for(len(self.raylets))
+
+    def _start(self, options: list[str]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [RAY, "start", *options], env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    def _wait_for(self, nodes: int) -> None:
+        deadline = time.monotonic() + 400
+        while len(self.listed("nodes")) < nodes:
+            assert time.monotonic() < deadline, f"{nodes} nodes never came up"
+            time.sleep(1)
+
+    def ray(self, *words: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [RAY, *words], env=environment or self.environment, capture_output=True, text=True, timeout=900, check=False
+        )
+
+    def listed(self, kind: str) -> list[dict[str, Any]]:
+        done = self.ray("list", kind, "--address", self.address, "--format", "json", "--detail", "--limit", "1000")
+        return json.loads(done.stdout) if done.stdout.lstrip().startswith("[") else []
+
+    def submit(self, name: str, config: Path, *words: str) -> subprocess.CompletedProcess[str]:
+        return self.ray(
+            "job", "submit", "--address", self.address, "--submission-id", name, "--working-dir", str(ROOT), *words,
+            "--", sys.executable, "jobs/run_cit.py", "--config", str(config),
+        )  # fmt: skip
+
+    def close(self) -> None:
+        for raylet in reversed(self.raylets):
+            raylet.terminate()
+            raylet.wait(60)
+        for folder in self._temporary:
+            shutil.rmtree(folder, ignore_errors=True)

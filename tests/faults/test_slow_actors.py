@@ -1,0 +1,101 @@
+"""Actors that neither die nor answer in time: a runner that is 20 times slower, a reward actor that stands still."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.faults.conftest import TRIALS, Undisturbed
+from tests.faults.harness import Blows, Job, Outcome
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
+
+SLOWNESS = 20
+TURN_S = 0.2
+
+
+class Dragged(threading.Thread):
+    """Lets a kind of process run for one part in `SLOWNESS` of the time.
+
+    Attributes:
+        seconds: that one of them was held back.
+    """
+
+    def __init__(self, job: Job, fault: str) -> None:
+        super().__init__(name=f"drags {fault}", daemon=True)
+        self._job, self._fault = job, fault
+        self._over = threading.Event()
+        self.seconds = 0.0
+
+    def run(self) -> None:
+        target: psutil.Process | None = None
+        while not self._over.is_set():
+            if target is None or not target.is_running():
+                target = self._job.find(self._fault)
+                self._over.wait(0.0 if target else 0.2)
+                continue
+            try:
+                target.send_signal(signal.SIGSTOP)
+                self._over.wait(TURN_S * (1 - 1 / SLOWNESS))
+                self.seconds += TURN_S * (1 - 1 / SLOWNESS)
+                target.send_signal(signal.SIGCONT)
+            except psutil.NoSuchProcess:
+                target = None
+            self._over.wait(TURN_S / SLOWNESS)
+
+    def end(self) -> None:
+        self._over.set()
+        self.join()
+
+
+def test_a_runner_20_times_slower_changes_no_number(
+    undisturbed: Undisturbed, staging: Path, tmp_path: Path, note: Callable[[Outcome], None]
+) -> None:
+    job = Job(tmp_path / "run", staging)
+    job.begin_from(undisturbed.folder, ["rar-r0"])
+    began = time.monotonic()
+    job.start()
+    dragged = Dragged(job, "rollout actor")
+    dragged.start()
+    assert job.wait() == 0, job.told()
+    dragged.end()
+    assert dragged.seconds > 1
+    assert job.results() == undisturbed.results
+    lost = time.monotonic() - began - undisturbed.seconds_of(["rar-r0"])
+    note(Outcome("runner 20 times slower", 0, 1, 0, lost))
+
+
+@pytest.mark.parametrize("seed", range(math.ceil(TRIALS / 2)))
+def test_a_hung_reward_actor_is_passed_over(
+    seed: int, undisturbed: Undisturbed, staging: Path, tmp_path: Path, note: Callable[[Outcome], None]
+) -> None:
+    hung: list[psutil.Process] = []
+
+    def stand_still(process: psutil.Process) -> None:
+        # One of the two must answer.
+        for other in hung:
+            other.send_signal(signal.SIGCONT)
+        process.send_signal(signal.SIGSTOP)
+        hung[:] = [process]
+
+    two = {"timeout_s": 5, "pool": {"num_workers": 2, "cpus_per_worker": 0.25}}
+    job = Job(tmp_path / "run", staging, reward=two)
+    job.begin_from(undisturbed.folder, ["rar-r0"])
+    began = time.monotonic()
+    job.start()
+    blows = Blows(job, "reward actor", seed, min(2, TRIALS), stand_still)
+    blows.start()
+    assert job.wait() == 0, job.told()
+    blows.end()
+    assert blows.given
+    job.check_nothing_is_left()
+    assert job.results() == undisturbed.results
+    lost = time.monotonic() - began - undisturbed.seconds_of(["rar-r0"])
+    note(Outcome("hung reward actor", seed, blows.given, 0, lost / blows.given))

@@ -1,0 +1,89 @@
+"""The ladder's programs on a run small enough for tests."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from afmrl_ray.config import dump_yaml, load_config
+from tests.cit.test_ladder import ladder_config
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNGS = ["vlm2vec", "agcl", "distilled", "rl"]
+
+
+def bench(folder: Path, program: str, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "jobs/bench" / program), *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": ""},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        check=False,
+    )
+
+
+def commits(folder: Path) -> dict[str, str]:
+    records = sorted(folder.glob("t*/stages/*/stage.json"))
+    return {str(path): json.loads(path.read_text())["committed_at"] for path in records}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_the_ladder_is_climbed_once_and_its_first_run_tells_what_attributes_cost(tmp_path: Path) -> None:
+    config = tmp_path / "ladder.yaml"
+    config.write_text(dump_yaml(ladder_config(tmp_path, ray={"num_cpus": 4, "object_store_mb": 100})))
+    climb = ("--config", str(config), "--seeds", "0", "1", "--processes", "1", "--rungs", *RUNGS)
+    done = bench(tmp_path, "ladder.py", *climb)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((tmp_path / "t/ladder.json").read_text())
+    assert record["seeds"] == 2
+    assert [rung["key"] for rung in record["rungs"]] == RUNGS
+    assert all(rung["seeds"] == 2 for rung in record["rungs"])
+    gains = [rung["gain"]["fine"]["hit@1"] for rung in record["rungs"][1:]]
+    assert all(gain["low"] <= gain["mean"] <= gain["high"] for gain in gains)
+    assert (tmp_path / "t/ladder.md").read_text() in done.stdout
+    assert (tmp_path / "t/ladder.png").stat().st_size > 10_000
+    assert "Ladder: " in (tmp_path / "t-s0/report/index.html").read_text("utf-8")
+    before = commits(tmp_path)
+    assert bench(tmp_path, "ladder.py", *climb).returncode == 0
+    assert commits(tmp_path) == before
+
+    asked = ("--run", str(tmp_path / "t-s0"), "--timed", "2", "--repeats", "1", "--cut", "1")
+    cost = bench(tmp_path, "inference_cost.py", *asked)
+    assert cost.returncode == 0, cost.stderr[-3000:]
+    for way in ("no attributes", "all, from a cache", "first 1", "all, written"):
+        assert way in cost.stdout
+    assert list((tmp_path / "runs/bench").glob("*.png"))
+
+
+def sweep_program(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "jobs/bench"))
+    return importlib.import_module("ladder_sweep")
+
+
+def test_every_setting_of_the_sweep_is_a_run_of_its_own_that_changes_what_it_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sweep = sweep_program(monkeypatch)
+    base = load_config(str(ROOT / "jobs/configs/ladder.yaml"))
+    cells = sweep.cells(base)
+    assert len({config.run.name for _, _, config in cells}) == len(cells)
+    told = [config.model_dump(exclude={"run"}) for _, _, config in cells]
+    assert told[0] == base.model_dump(exclude={"run"})
+    assert all(told.count(each) == 1 for each in told), "two settings are the same"
+
+
+def test_the_sweeps_table_has_gains_with_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = sweep_program(monkeypatch)
+    gain = {"mean": 0.021, "low": -0.003, "high": 0.045}
+    rows = [{"knob": "k", "setting": "s", "hit@1": {"low": 0.25, "high": 0.3}, "gain": {"high": gain}, "f1": {}}]
+    assert sweep.table(rows).splitlines()[-1] == "| k: s | 25.0 % | +2.1 [-0.3, +4.5] |"

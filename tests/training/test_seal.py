@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from afmrl_ray.errors import CheckpointError
+from afmrl_ray.training.seal import check_seals, seal
+
+SHARDS = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_optim.pt", "bf16_zero_pp_rank_1_optim.pt", "deep/layout.json")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    for name in SHARDS:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(name.encode() * 40)
+    for rank in range(2):
+        seal(str(tmp_path), rank)
+    return tmp_path
+
+
+def check(folder: Path, *, world: int) -> None:
+    for rank in range(world):
+        check_seals(str(folder), location="s3://b/step", wrote=2, rank=rank, world=world, remedy="begin anew")
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_what_was_saved_passes_on_any_number_of_ranks(checkpoint, world):
+    check(checkpoint, world=world)
+
+
+@pytest.mark.parametrize("name", SHARDS)
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("harm", ["cut", "flip", "remove"])
+def test_a_damaged_shard_is_named_by_some_rank(checkpoint, name, world, harm):
+    path = checkpoint / name
+    content = path.read_bytes()
+    if harm == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-1] if harm == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match=rf"^s3://b/step: {name} is not what .* or begin anew$"):
+        check(checkpoint, world=world)
+
+
+def test_a_rank_vouches_only_for_its_own_shards(checkpoint):
+    (checkpoint / "bf16_zero_pp_rank_1_optim.pt").write_bytes(b"")
+    check_seals(str(checkpoint), location="s3://b/step", wrote=2, rank=0, world=2, remedy="begin anew")
+    with pytest.raises(CheckpointError):
+        check_seals(str(checkpoint), location="s3://b/step", wrote=2, rank=1, world=2, remedy="begin anew")
+
+
+def test_a_missing_seal_is_told(checkpoint):
+    (checkpoint / "sealed-1.json").unlink()
+    with pytest.raises(CheckpointError, match=r"sealed-1\.json is missing"):
+        check(checkpoint, world=1)
