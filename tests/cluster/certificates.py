@@ -10,6 +10,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from ray.util import get_node_ip_address
 
 
 def _name(common: str) -> x509.Name:
@@ -30,7 +31,7 @@ def _builder(subject: str, issuer: str, key: ec.EllipticCurvePrivateKey) -> x509
 
 
 def write_certificates(folder: Path) -> dict[str, str]:
-    """Write an authority and a node's certificate for 127.0.0.1 below `folder`.
+    """Write an authority and a node's certificate for this machine below `folder`.
 
     Returns:
         The environment with which Ray uses them.
@@ -41,7 +42,9 @@ def write_certificates(folder: Path) -> dict[str, str]:
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(authority, hashes.SHA256())
     )
-    addresses = [x509.IPAddress(ipaddress.ip_address("127.0.0.1")), x509.DNSName("localhost")]
+    # A node calls itself by the address of its network, whatever it was told to listen on.
+    ips = dict.fromkeys(("127.0.0.1", get_node_ip_address()))
+    addresses = [*(x509.IPAddress(ipaddress.ip_address(ip)) for ip in ips), x509.DNSName("localhost")]
     signed = (
         _builder("node", "authority", node)
         .add_extension(x509.SubjectAlternativeName(addresses), critical=False)
