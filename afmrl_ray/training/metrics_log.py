@@ -7,11 +7,13 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from afmrl_ray import storage
+from afmrl_ray.errors import StorageError
 
 GAUGE = "afmrl_training"
 """Name of the gauge with the latest numbers of each training in Ray's own metrics; Ray puts `ray_` before it."""
@@ -46,25 +48,43 @@ class MetricsLog:
             self._file.write_bytes(storage.read_bytes(storage.join(directory, "metrics.jsonl")))
         if not self._file.exists():
             return
-        kept = [line for line in self._file.read_text().splitlines() if line and json.loads(line)["step"] < step]
-        self._file.write_text("".join(line + "\n" for line in kept))
+        kept = [record for record in _records(self._file.read_text()) if record["step"] < step]
+        self._file.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Write the numbers of one step; those that are not finite are written as null."""
+        """Write the numbers of one step; those that are not finite are written as null.
+
+        Raises:
+            StorageError: they cannot be written.
+        """
         record: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
-        for name, value in values.items():
-            record[name] = float(value) if math.isfinite(value) else None
-            if math.isfinite(value):
-                self._writer.add_scalar(name, value, step)
-                if self._gauge is not None:
-                    self._gauge.set(value, {"metric": name})
-        with self._file.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        with self._told():
+            for name, value in values.items():
+                record[name] = float(value) if math.isfinite(value) else None
+                if math.isfinite(value):
+                    self._writer.add_scalar(name, value, step)
+                    if self._gauge is not None:
+                        self._gauge.set(value, {"metric": name})
+            with self._file.open("a") as file:
+                file.write(json.dumps(record) + "\n")
 
     def flush(self) -> None:
-        self._writer.flush()
-        if self._target is not None:
-            storage.copy_dir(str(self._directory), self._target)
+        """Hand on what was logged.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        with self._told():
+            self._writer.flush()
+            if self._target is not None:
+                storage.copy_dir(str(self._directory), self._target)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(f"{self._target or self._directory}: cannot be written ({error})") from error
 
     def close(self) -> None:
         self._writer.close()
@@ -84,4 +104,10 @@ def read_metrics(directory: str) -> list[dict[str, Any]]:
     path = storage.join(directory, "metrics.jsonl")
     if not storage.exists(path):
         return []
-    return [json.loads(line) for line in storage.read_bytes(path).decode().splitlines() if line]
+    return _records(storage.read_bytes(path).decode())
+
+
+def _records(text: str) -> list[dict[str, Any]]:
+    """One for each line, but for a last one that a full disk or a kill cut off."""
+    lines = text.split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]

@@ -6,7 +6,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from afmrl_ray.cit.stages import RunDirectory
-from tests.faults.harness import ROOT, Job, Outcome
+from tests.faults.harness import ROOT, Job, Outcome, started
 
 TRIALS = int(os.environ.get("AFMRL_TRIALS", "1"))
 _outcomes: list[Outcome] = []
@@ -49,6 +49,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, staging: Path) -> Undi
     seconds = time.monotonic() - began
     job.check_nothing_is_left()
     return Undisturbed(job.folder, job.results(), seconds)
+
+
+@pytest.fixture(autouse=True)
+def no_job_outlives_its_test() -> Iterator[None]:
+    yield
+    while started:
+        started.pop().end()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -20,7 +21,8 @@ from typing import Any
 
 import psutil
 
-from afmrl_ray.cit.stages import RunDirectory, digest_path
+from afmrl_ray import storage
+from afmrl_ray.cit.stages import RunDirectory, Stage
 from afmrl_ray.config import dump_yaml, validate
 from tests.cit.conftest import run_values
 
@@ -76,6 +78,9 @@ class Outcome:
     lost_s: float
 
 
+started: list[Job] = []
+
+
 class Job:
     """`jobs/run_cit.py` on a small run in a folder of its own.
 
@@ -101,6 +106,7 @@ class Job:
         values["rar"]["reward"] |= reward or {}
         self.config = folder / "config.yaml"
         self.config.write_text(dump_yaml(validate(values)))
+        started.append(self)
         self.process: subprocess.Popen[bytes] | None = None
 
     def begin_from(self, finished: Path, again: Iterable[str]) -> None:
@@ -160,9 +166,23 @@ class Job:
         for name in COMPARED:
             stage = self.run.committed(name)
             assert stage is not None, f"{name} is not committed"
-            models = [digest_path(stage.output("model"))] if "model" in stage.outputs else []
-            found[name] = json.dumps(stage.metrics, sort_keys=True), models
+            found[name] = json.dumps(stage.metrics, sort_keys=True), self._weights(stage)
         return found
+
+    @staticmethod
+    def _weights(stage: Stage) -> dict[str, str]:
+        """Digests of a model's tensors; an adapter's other files name the folder of its base."""
+        if "model" not in stage.outputs:
+            return {}
+        model = stage.output("model")
+        files = [name for name in storage.list_files(model) if name.endswith(".safetensors")]
+        return {name: storage.digest_file(storage.join(model, name)) for name in files}
+
+    def end(self) -> None:
+        """End whatever is left, for tests that fail amid a run."""
+        for process in self.marked():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def check_nothing_is_left(self) -> None:
         """See that no process outlives the job."""

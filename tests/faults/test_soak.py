@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import ray
 
 from afmrl_ray.rar import experience
 from tests.faults.harness import ROOT
@@ -35,7 +36,7 @@ def processes() -> Iterator[tuple[str, psutil.Process]]:
 def object_store_bytes() -> float:
     from ray._private.internal_api import memory_summary
 
-    summary = memory_summary(stats_only=True)
+    summary = memory_summary(address=ray.get_runtime_context().gcs_address, stats_only=True)
     found = [line for line in summary.splitlines() if "Plasma memory usage" in line]
     return float(found[0].split("usage")[1].split("MiB")[0]) if found else 0.0
 

@@ -116,7 +116,7 @@ class FakeRun:
                 lines = [
                     json.dumps({"step": step, **{key: self._point(key, step) for key in log}}) for step in range(STEPS)
                 ]
-                storage.write_bytes(storage.join(directory, "log", "metrics.jsonl"), "\n".join(lines).encode())
+                storage.write_bytes(storage.join(directory, "log", "metrics.jsonl"), ("\n".join(lines) + "\n").encode())
             if examples:
                 storage.write_json(storage.join(directory, "examples.json"), self._examples())
             return StageOutcome({"examples": "examples.json"} if examples else {}, metrics)

@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
+from afmrl_ray.errors import StorageError
 from afmrl_ray.training.metrics_log import MetricsLog, read_metrics, results_of
 
 
@@ -27,3 +32,26 @@ def test_no_log_reads_as_nothing(tmp_path):
 def test_what_depends_on_the_machine_is_no_result():
     values = {"loss": 0.5, "tflop": 1.0, "seconds_step": 2.0, "mfu": 0.4, "vision_cache_hit_share": 1.0, "text": "x"}
     assert results_of({**values, "tflops_per_second": 0.5, "peak_memory_mb": 9.0}) == {"loss": 0.5, "tflop": 1.0}
+
+
+def test_a_line_that_a_full_disk_cut_off_is_dropped(tmp_path):
+    log = MetricsLog(str(tmp_path))
+    for step in range(3):
+        log.log(step, {"loss": 1.0})
+    log.close()
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(file.read_text()[:-9])
+    assert [record["step"] for record in read_metrics(str(tmp_path))] == [0, 1]
+    log = MetricsLog(str(tmp_path), resume_step=2)
+    log.log(2, {"loss": 2.0})
+    log.close()
+    assert [(record["step"], record["loss"]) for record in read_metrics(str(tmp_path))] == [(0, 1), (1, 1), (2, 2)]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this machine")
+def test_a_full_disk_is_the_users_error_and_named(tmp_path):
+    log = MetricsLog(str(tmp_path))
+    (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(StorageError, match=rf"{tmp_path}: cannot be written .*No space left on device"):
+        log.log(0, {"loss": 1.0})
