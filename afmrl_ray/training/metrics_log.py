@@ -87,7 +87,8 @@ class MetricsLog:
             raise StorageError(f"{self._target or self._directory}: cannot be written ({error})") from error
 
     def close(self) -> None:
-        self._writer.close()
+        with self._told():
+            self._writer.close()
         self.flush()
         if self._target is not None:
             shutil.rmtree(self._directory)

@@ -10,9 +10,11 @@ from afmrl_ray.errors import CheckpointError
 _PARTITION = re.compile(r"zero_pp_rank_(\d+)_")
 """In DeepSpeed's names of files that hold one rank's share; all others are written by rank 0."""
 
+_SEAL = "sealed-"
+
 
 def _seal_name(rank: int) -> str:
-    return f"sealed-{rank}.json"
+    return f"{_SEAL}{rank}.json"
 
 
 def _owner(name: str) -> int:
@@ -25,7 +27,7 @@ def seal(directory: str, rank: int) -> None:
     digests = {
         name: storage.digest_file(storage.join(directory, name))
         for name in storage.list_files(directory)
-        if _owner(name) == rank and not name.startswith("sealed-")
+        if _owner(name) == rank and not name.startswith(_SEAL)
     }
     storage.write_json(storage.join(directory, _seal_name(rank)), digests)
 
