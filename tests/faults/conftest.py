@@ -17,7 +17,7 @@ from afmrl_ray.cit.stages import RunDirectory
 from tests.faults.harness import ROOT, Job, Outcome, started
 
 TRIALS = int(os.environ.get("AFMRL_TRIALS", "1"))
-_outcomes: list[Outcome] = []
+OUTCOMES = ROOT / "runs" / "bench" / "faults.jsonl"
 
 
 @dataclass(frozen=True)
@@ -60,29 +60,29 @@ def no_job_outlives_its_test() -> Iterator[None]:
 
 @pytest.fixture
 def note() -> Callable[[Outcome], None]:
-    """Keep a trial for the table, and in `runs/bench/faults.jsonl`."""
+    """Keep a trial for the table, which the end of each session prints of all trials so far."""
 
     def keep(outcome: Outcome) -> None:
-        _outcomes.append(outcome)
-        path = ROOT / "runs" / "bench" / "faults.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
+        OUTCOMES.parent.mkdir(parents=True, exist_ok=True)
+        with OUTCOMES.open("a") as file:
             file.write(json.dumps(asdict(outcome)) + "\n")
 
     return keep
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if not _outcomes:
+    if not OUTCOMES.exists():
         return
+    lines = map(json.loads, OUTCOMES.read_text().splitlines())
+    outcomes = {(line["fault"], line["seed"]): Outcome(**line) for line in lines}
     terminalreporter.section("faults")
     terminalreporter.write_line(
-        f"{'fault':<20} {'trials':>6} {'runs':>5} {'resumed':>8} {'lost s, median':>15} {'max':>6}"
+        f"{'fault':<26} {'trials':>6} {'runs':>5} {'resumed':>8} {'lost s, median':>15} {'max':>6}"
     )
-    for fault in sorted({outcome.fault for outcome in _outcomes}):
-        here = [outcome for outcome in _outcomes if outcome.fault == fault]
+    for fault in sorted({fault for fault, _ in outcomes}):
+        here = [outcome for outcome in outcomes.values() if outcome.fault == fault]
         lost = [outcome.lost_s for outcome in here]
         terminalreporter.write_line(
-            f"{fault:<20} {sum(outcome.trials for outcome in here):>6} {len(here):>5} "
+            f"{fault:<26} {sum(outcome.trials for outcome in here):>6} {len(here):>5} "
             f"{sum(outcome.resumes for outcome in here):>8} {statistics.median(lost):>15.1f} {max(lost):>6.1f}"
         )

@@ -24,6 +24,7 @@ import psutil
 from afmrl_ray import storage
 from afmrl_ray.cit.stages import RunDirectory, Stage
 from afmrl_ray.config import dump_yaml, validate
+from afmrl_ray.training.metrics_log import read_metrics, results_of
 from tests.cit.conftest import run_values
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +32,11 @@ MARK = "AFMRL_FAULT_TRIAL"
 PATIENCE_S = 900
 A_RUN = 3
 """Trials in one run: Ray Train's `max_failures` and the restarts of a rollout actor allow as many."""
+A_WHOLE_RUN = 7
+"""Trials in one run of those that end it: each is a resume."""
 COMPARED = ("distill", "attributes-r0", "agcl-r0", "rar-r0", "evaluate-r0")
+ABOUT_ACTORS = ("reward_service_", "learner_restarts")
+"""Numbers in a training's log that tell of its actors' work, and so of their deaths."""
 
 TITLES = {
     "train worker": r"ray::.*TrainWorker",
@@ -56,7 +61,7 @@ STAGES = {
 """Where a kind of process is about; the others are about in all stages."""
 
 WHOLE_RUN = ("driver", "raylet", "head")
-"""Processes without which a job on a Ray of its own cannot go on."""
+"""Processes without which a job on a Ray of its own cannot go on: after each death the command is given again."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +172,20 @@ class Job:
             stage = self.run.committed(name)
             assert stage is not None, f"{name} is not committed"
             found[name] = json.dumps(stage.metrics, sort_keys=True), self._weights(stage)
+        found["steps of rar-r0"] = self._steps("rar-r0")
         return found
+
+    def _steps(self, name: str) -> list[dict[str, float]]:
+        """What a training logged: each step once, with the rewards that it learned from, whatever died amid it."""
+        stage = self.run.committed(name)
+        assert stage is not None
+        return [
+            {
+                "step": record["step"],
+                **{key: value for key, value in results_of(record).items() if not key.startswith(ABOUT_ACTORS)},
+            }
+            for record in read_metrics(storage.join(stage.directory, "log"))
+        ]
 
     @staticmethod
     def _weights(stage: Stage) -> dict[str, str]:
@@ -244,7 +262,7 @@ def kill(process: psutil.Process) -> None:
     process.send_signal(signal.SIGKILL)
 
 
-def finish(job: Job, *, resumes: int = 3) -> int:
+def finish(job: Job, *, resumes: int = A_WHOLE_RUN) -> int:
     """Wait for the end, giving the same command again where it failed; how often that was."""
     given = 0
     while (code := job.wait()) != 0:
