@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import statistics
@@ -13,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from afmrl_ray.cit.stages import RunDirectory
 from tests.faults.harness import ROOT, Job, Outcome, started
 
 TRIALS = int(os.environ.get("AFMRL_TRIALS", "1"))
@@ -27,12 +27,6 @@ class Undisturbed:
     folder: Path
     results: dict[str, Any]
     seconds: float
-
-    def seconds_of(self, again: Iterable[str]) -> float:
-        """What the same run would take if it took over all stages but these."""
-        again = set(again)
-        stages = RunDirectory(str(self.folder), "t").stages()
-        return self.seconds - sum(stage.seconds for stage in stages if stage.name not in again)
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +43,24 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, staging: Path) -> Undi
     seconds = time.monotonic() - began
     job.check_nothing_is_left()
     return Undisturbed(job.folder, job.results(), seconds)
+
+
+@pytest.fixture(scope="session")
+def calm(
+    tmp_path_factory: pytest.TempPathFactory, undisturbed: Undisturbed, staging: Path
+) -> Callable[[Iterable[str]], float]:
+    """Seconds of a run that makes these stages again and takes over the others, with nothing done to it."""
+
+    @functools.cache
+    def seconds(again: tuple[str, ...]) -> float:
+        job = Job(tmp_path_factory.mktemp("calm") / "run", staging)
+        job.begin_from(undisturbed.folder, again)
+        began = time.monotonic()
+        job.start()
+        assert job.wait() == 0, job.told()
+        return time.monotonic() - began
+
+    return lambda again: seconds(tuple(again))
 
 
 @pytest.fixture(autouse=True)
