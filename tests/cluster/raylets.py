@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tests.jobs.test_jobs import ROOT, free_ports
 
 RAY = str(Path(sys.executable).parent / "ray")
@@ -72,9 +74,19 @@ class Cluster:
             [RAY, "start", *options], env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
 
+    def processes(self, node: int) -> list[psutil.Process]:
+        """Of the head (0) or the worker (1), but for the one that started them."""
+        return psutil.Process(self.raylets[node].pid).children(recursive=True)
+
+    def restart(self, node: int) -> None:
+        """A node whose raylet died comes back under another id."""
+        self.raylets[node].wait(60)
+        self.raylets[node] = self._start(self._plans[node])
+        self._wait_for(len(self.raylets))
+
     def _wait_for(self, nodes: int) -> None:
         deadline = time.monotonic() + 400
-        while len(self.listed("nodes")) < nodes:
+        while sum(node["state"] == "ALIVE" for node in self.listed("nodes")) < nodes:
             assert time.monotonic() < deadline, f"{nodes} nodes never came up"
             time.sleep(1)
 
@@ -99,3 +111,15 @@ class Cluster:
             raylet.wait(60)
         for folder in self._temporary:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+RAYS_OWN = ("_AutoscalingCoordinatorActor", "_UsageCollectionActor", "_StatsActor", "ActorLocationTracker")
+"""Of Ray Data: one for the whole cluster and all its jobs, none of which takes a CPU."""
+
+
+def leftovers(cluster: Cluster) -> list[str]:
+    """Actors and placement groups that still hold something."""
+    actors = [actor["class_name"] for actor in cluster.listed("actors") if actor["state"] != "DEAD"]
+    actors = [name for name in actors if name not in RAYS_OWN]
+    groups = [group["state"] for group in cluster.listed("placement-groups") if group["state"] != "REMOVED"]
+    return actors + groups

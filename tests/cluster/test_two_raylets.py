@@ -13,7 +13,7 @@ from moto.server import ThreadedMotoServer
 
 from afmrl_ray.config import dump_yaml, validate
 from tests.cit.conftest import run_values
-from tests.cluster.raylets import Cluster
+from tests.cluster.raylets import Cluster, leftovers
 from tests.cluster.s3 import create_bucket, s3_client, s3_environment
 from tests.jobs.test_jobs import free_ports
 
@@ -111,15 +111,3 @@ def test_a_run_is_stopped_and_goes_on_by_the_same_submission(cluster: Cluster, s
     while left := leftovers(cluster):
         assert time.monotonic() < deadline, f"left behind: {left}"
         time.sleep(5)
-
-
-RAYS_OWN = ("_AutoscalingCoordinatorActor", "_UsageCollectionActor", "_StatsActor", "ActorLocationTracker")
-"""Of Ray Data: one for the whole cluster and all its jobs, none of which takes a CPU."""
-
-
-def leftovers(cluster: Cluster) -> list[str]:
-    """Actors and placement groups that still hold something."""
-    actors = [actor["class_name"] for actor in cluster.listed("actors") if actor["state"] != "DEAD"]
-    actors = [name for name in actors if name not in RAYS_OWN]
-    groups = [group["state"] for group in cluster.listed("placement-groups") if group["state"] != "REMOVED"]
-    return actors + groups

@@ -30,13 +30,13 @@ from tests.cit.conftest import run_values
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "AFMRL_FAULT_TRIAL"
 PATIENCE_S = 900
-A_RUN = 3
-"""Trials in one run: Ray Train's `max_failures` and the restarts of a rollout actor allow as many."""
-A_WHOLE_RUN = 7
-"""Trials in one run of those that end it: each is a resume."""
+A_RUN = 10
+"""Trials in one run."""
+STEPS = 12
+"""Of AGCL and of RAR: enough of them to die amid."""
 COMPARED = ("distill", "attributes-r0", "agcl-r0", "rar-r0", "evaluate-r0")
-ABOUT_ACTORS = ("reward_service_", "learner_restarts")
-"""Numbers in a training's log that tell of its actors' work, and so of their deaths."""
+ABOUT_ACTORS = ("reward_service_", "learner_restarts", "rollout_restarts")
+"""Numbers of a training that tell of its actors' work, and so of their deaths."""
 
 TITLES = {
     "train worker": r"ray::.*TrainWorker",
@@ -51,8 +51,8 @@ TITLES = {
 """What `ps` shows of a process, by what it is; the driver is found by its id."""
 
 STAGES = {
-    "train worker": ("distill", "agcl-r0"),
-    "train controller": ("distill", "agcl-r0"),
+    "train worker": ("agcl-r0",),
+    "train controller": ("agcl-r0",),
     "rollout actor": ("rar-r0",),
     "learner": ("rar-r0",),
     "reward actor": ("rar-r0",),
@@ -60,8 +60,9 @@ STAGES = {
 }
 """Where a kind of process is about; the others are about in all stages."""
 
-WHOLE_RUN = ("driver", "raylet", "head")
-"""Processes without which a job on a Ray of its own cannot go on: after each death the command is given again."""
+LIFE_S = {"driver": 60.0}
+"""A blow falls up to so many seconds after its target was seen; for most kinds `A_WHILE_S`."""
+A_WHILE_S = 12.0
 
 
 @dataclass(frozen=True)
@@ -94,20 +95,30 @@ class Job:
         staging: of the catalogue, shared by all jobs.
         storage_path: of the run; none = `folder`.
         reward: changes of `rar.reward`.
+        environment: of the driver; none = a local Ray of its own.
     """
 
     def __init__(
-        self, folder: Path, staging: Path, *, storage_path: str | None = None, reward: dict[str, Any] | None = None
+        self,
+        folder: Path,
+        staging: Path,
+        *,
+        storage_path: str | None = None,
+        reward: dict[str, Any] | None = None,
+        environment: dict[str, str] | None = None,
     ) -> None:
         self.folder, self.log = folder, folder / "log"
         self.mark = uuid.uuid4().hex
+        self._environment = environment or {**os.environ, "RAY_ADDRESS": ""}
         folder.mkdir(parents=True)
         self.run = RunDirectory(storage_path or str(folder), "t")
         values = run_values(folder, ray={"num_cpus": 4, "object_store_mb": 100})
         values["run"]["storage_path"] = storage_path or str(folder)
         values["catalogue"]["staging_dir"] = str(staging)
+        values["agcl"]["steps"] = values["rar"]["steps"] = STEPS
         values["rar"]["num_learners"] = 1
         values["rar"]["cpus_per_learner"] = 0.5
+        values["rar"]["rollout"]["max_restarts"] = values["agcl"]["workers"]["max_failures"] = A_RUN
         values["rar"]["reward"] |= reward or {}
         self.config = folder / "config.yaml"
         self.config.write_text(dump_yaml(validate(values)))
@@ -121,7 +132,7 @@ class Job:
             shutil.rmtree(self.folder / "t" / "stages" / name)
 
     def start(self) -> None:
-        environment = {**os.environ, "RAY_ADDRESS": "", "PYTHONUNBUFFERED": "1", MARK: self.mark}
+        environment = {**self._environment, "PYTHONUNBUFFERED": "1", MARK: self.mark}
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "jobs/run_cit.py"), "--config", str(self.config)],
             stdout=self.log.open("ab"),
@@ -134,6 +145,17 @@ class Job:
     def wait(self) -> int:
         assert self.process is not None
         return self.process.wait(timeout=PATIENCE_S)
+
+    def lives(self) -> bool:
+        assert self.process is not None
+        return self.process.poll() is None
+
+    def resume(self) -> None:
+        """Give the same command again, after a death or where the job told to."""
+        code = self.wait()
+        assert code < 0 or "run the same command again to resume" in self.told(), self.told()
+        self.check_nothing_is_left()
+        self.start()
 
     def told(self) -> str:
         return self.log.read_text()[-3000:]
@@ -151,15 +173,8 @@ class Job:
         """A process to do it to."""
         assert self.process is not None
         if fault == "driver":
-            return psutil.Process(self.process.pid) if self.process.poll() is None else None
-        found = []
-        for process in self.marked():
-            try:
-                if re.search(TITLES[fault], " ".join(process.cmdline()) + " "):
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return max(found, key=lambda process: process.pid, default=None)
+            return psutil.Process(self.process.pid) if self.lives() else None
+        return find_title(self.marked(), TITLES[fault])
 
     def commits(self) -> dict[str, str]:
         """When each stage was committed."""
@@ -171,7 +186,8 @@ class Job:
         for name in COMPARED:
             stage = self.run.committed(name)
             assert stage is not None, f"{name} is not committed"
-            found[name] = json.dumps(stage.metrics, sort_keys=True), self._weights(stage)
+            numbers = {key: value for key, value in stage.metrics.items() if not key.startswith(ABOUT_ACTORS)}
+            found[name] = json.dumps(numbers, sort_keys=True), self._weights(stage)
         found["steps of rar-r0"] = self._steps("rar-r0")
         return found
 
@@ -242,8 +258,7 @@ class Blows(threading.Thread):
             if target is None or target.pid in struck:
                 self._over.wait(0.2)
                 continue
-            # Those that live as long as the job are hit anywhere in it, others while they are about.
-            self._over.wait(self._dice.uniform(5, 60) if self._fault in WHOLE_RUN else self._dice.uniform(0, 4))
+            self._over.wait(self._dice.uniform(0, LIFE_S.get(self._fault, A_WHILE_S)))
             before = self._job.commits()
             try:
                 self._blow(target)
@@ -258,18 +273,27 @@ class Blows(threading.Thread):
         self.join()
 
 
+def find_title(processes: Iterable[psutil.Process], title: str) -> psutil.Process | None:
+    """The youngest whose line in `ps` matches, if any."""
+    found = []
+    for process in processes:
+        try:
+            if re.search(title, " ".join(process.cmdline()) + " "):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return max(found, key=lambda process: process.pid, default=None)
+
+
 def kill(process: psutil.Process) -> None:
     process.send_signal(signal.SIGKILL)
 
 
-def finish(job: Job, *, resumes: int = A_WHOLE_RUN) -> int:
+def finish(job: Job, *, resumes: int = A_RUN) -> int:
     """Wait for the end, giving the same command again where it failed; how often that was."""
     given = 0
-    while (code := job.wait()) != 0:
-        killed = code < 0
-        assert killed or "run the same command again to resume" in job.told(), job.told()
+    while job.wait() != 0:
         assert given < resumes, job.told()
         given += 1
-        job.check_nothing_is_left()
-        job.start()
+        job.resume()
     return given

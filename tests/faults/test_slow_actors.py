@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.faults.conftest import TRIALS, Undisturbed
-from tests.faults.harness import Blows, Job, Outcome
+from tests.faults.harness import A_RUN, Blows, Job, Outcome
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
@@ -77,7 +77,7 @@ def test_a_runner_20_times_slower_changes_no_number(
     note(Outcome("runner 20 times slower", 0, 1, 0, lost_s))
 
 
-@pytest.mark.parametrize("seed", range(math.ceil(TRIALS / 2)))
+@pytest.mark.parametrize("seed", range(math.ceil(TRIALS / A_RUN)))
 def test_a_hung_reward_actor_is_passed_over(
     seed: int,
     undisturbed: Undisturbed,
@@ -101,7 +101,7 @@ def test_a_hung_reward_actor_is_passed_over(
     job.begin_from(undisturbed.folder, ["rar-r0"])
     began = time.monotonic()
     job.start()
-    blows = Blows(job, "reward actor", seed, min(2, TRIALS), stand_still)
+    blows = Blows(job, "reward actor", seed, min(A_RUN, TRIALS), stand_still)
     blows.start()
     assert job.wait() == 0, job.told()
     lost_s = time.monotonic() - began - calm_s
