@@ -84,15 +84,20 @@ class RolloutPool:
             raise WeightSyncError(f"rollout actor {index} holds {echo}, pushed was version {self._weights.version}")
 
     def _replace(self, index: int) -> None:
-        self._restarts += 1
-        if self._restarts > self._config.max_restarts:
-            raise RuntimeError(
-                f"rollout actors died {self._restarts} times, more than rar.rollout.max_restarts "
-                f"{self._config.max_restarts} allows; look at their logs"
-            )
-        log.warning("rollout actor %d died, replaced (%d of %d)", index, self._restarts, self._config.max_restarts)
-        self.actors[index] = self._make(index)
-        self._push_to(index)
+        """Make another in its place, and yet another where that dies before it has the weights."""
+        while True:
+            self._restarts += 1
+            if self._restarts > self._config.max_restarts:
+                raise RuntimeError(
+                    f"rollout actors died {self._restarts} times, more than rar.rollout.max_restarts "
+                    f"{self._config.max_restarts} allows; look at their logs"
+                )
+            log.warning("rollout actor %d died, replaced (%d of %d)", index, self._restarts, self._config.max_restarts)
+            self.actors[index] = self._make(index)
+            try:
+                return self._push_to(index)
+            except RayActorError:
+                continue
 
     def sample(self, rows: Sequence[int], seeds: Sequence[int], *, group_size: int) -> list[Group]:
         """A group for each row, in order; see `stream`."""

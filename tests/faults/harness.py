@@ -35,8 +35,8 @@ A_RUN = 10
 STEPS = 12
 """Of AGCL and of RAR: enough of them to die amid."""
 COMPARED = ("distill", "attributes-r0", "agcl-r0", "rar-r0", "evaluate-r0")
-ABOUT_ACTORS = ("reward_service_", "learner_restarts", "rollout_restarts")
-"""Numbers of a training that tell of its actors' work, and so of their deaths."""
+NOT_OF_THE_ALGORITHM = ("time", "reward_service_", "learner_restarts", "rollout_restarts")
+"""Numbers of a training that tell when its actors worked and died."""
 
 TITLES = {
     "train worker": r"ray::.*TrainWorker",
@@ -186,7 +186,7 @@ class Job:
         for name in COMPARED:
             stage = self.run.committed(name)
             assert stage is not None, f"{name} is not committed"
-            numbers = {key: value for key, value in stage.metrics.items() if not key.startswith(ABOUT_ACTORS)}
+            numbers = {key: value for key, value in stage.metrics.items() if not key.startswith(NOT_OF_THE_ALGORITHM)}
             found[name] = json.dumps(numbers, sort_keys=True), self._weights(stage)
         found["steps of rar-r0"] = self._steps("rar-r0")
         return found
@@ -198,7 +198,7 @@ class Job:
         return [
             {
                 "step": record["step"],
-                **{key: value for key, value in results_of(record).items() if not key.startswith(ABOUT_ACTORS)},
+                **{key: value for key, value in results_of(record).items() if not key.startswith(NOT_OF_THE_ALGORITHM)},
             }
             for record in read_metrics(storage.join(stage.directory, "log"))
         ]

@@ -94,6 +94,26 @@ def test_a_killed_actor_costs_nothing_but_time(expected, policy_spec):
     pool.close()
 
 
+def test_a_replacement_that_dies_before_it_has_the_weights_is_replaced_too(expected, policy_spec, monkeypatch):
+    pool = pool_of(policy_spec, 1)
+    pool.push(weights_of(policy_spec, 0))
+    make, made = pool._make, []
+
+    def make_and_kill_the_first_two(index):
+        made.append(make(index))
+        if len(made) == 1:
+            ray.kill(made[0])
+        elif len(made) == 2:
+            os.kill(ray.get(made[1].__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
+        return made[-1]
+
+    monkeypatch.setattr(pool, "_make", make_and_kill_the_first_two)
+    ray.kill(pool.actors[0])
+    assert same(pool.sample(ROWS, SEEDS, group_size=3), expected)
+    assert pool.restarts == len(made) == 3
+    pool.close()
+
+
 def test_actors_that_keep_dying_end_the_job(ray_local, policy_spec):
     pool = pool_of(policy_spec, 1, max_restarts=0)
     pool.push(weights_of(policy_spec, 0))
