@@ -44,3 +44,7 @@ class GalleryVersionError(RuntimeError):
 
 class WeightSyncError(RuntimeError):
     """A rollout worker does not hold the weights that the learner pushed."""
+
+
+class WeightsLostError(RuntimeError):
+    """The object store no longer has the weights: the learner that exported them died, or the node that held them."""

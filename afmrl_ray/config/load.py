@@ -31,7 +31,7 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
     from yaml import YAMLError
 
     for override in overrides:
-        if "=" not in override or override.startswith("-"):
+        if "=" not in override or override.startswith(("-", "[")):
             raise ConfigError(f"{override!r} is not an override; write section.field=value")
     try:
         tree = OmegaConf.load(Path(path)) if path else OmegaConf.create({})

@@ -263,7 +263,7 @@ class RARConfig(Section):
     operational = frozenset(
         {
             "tokens_per_microbatch", "shared_prompt", "logprob_gap_limit", "num_learners", "cpus_per_learner",
-            "gpus_per_learner", "checkpoint_every",
+            "gpus_per_learner", "max_learner_restarts", "checkpoint_every",
         }
     )  # fmt: skip
 
@@ -304,6 +304,8 @@ class RARConfig(Section):
     """CPUs of a learner; also its torch threads."""
     gpus_per_learner: float = Field(0, ge=0)
     """GPUs of a learner."""
+    max_learner_restarts: int = Field(3, ge=0)
+    """Deaths of learners in a RAR before it fails; each time all of them are made anew from the last checkpoint."""
     zero_stage: int = Field(0, ge=0, le=3)
     """DeepSpeed ZeRO stage inside the learners."""
     rollout: RolloutConfig = RolloutConfig()

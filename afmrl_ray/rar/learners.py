@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
+from ray.rllib.core.learner.learner_group import LearnerGroup
 
 from afmrl_ray.config.train import RARConfig
 from afmrl_ray.errors import UserError
@@ -18,8 +19,6 @@ from afmrl_ray.rar.messages import Weights
 from afmrl_ray.rar.module import PolicySpec
 
 log = logging.getLogger(__name__)
-
-_RESTARTS = 3
 
 
 class LearnerLostError(RuntimeError):
@@ -37,6 +36,9 @@ class Learners:
         rar: settings.
         policy: what is learned.
         checkpoints: where `save` writes to.
+
+    Raises:
+        LearnerLostError: learners died more often than `rar.max_learner_restarts`, as any call may tell.
     """
 
     def __init__(self, rar: RARConfig, policy: PolicySpec, checkpoints: Checkpoints) -> None:
@@ -45,21 +47,16 @@ class Learners:
         self._saved = 0
         self.restarts = 0
         """Times that the group was built anew."""
-        self._group = build_learners(rar, policy)
+        self._group: LearnerGroup | None = None
+        self._surviving(self._build, again=_nothing)
 
     def restore(self, step: int) -> None:
         """Load the checkpoint taken after update number `step`; 0 = the start."""
         self._saved = step
-        if step:
-            path = self._checkpoints.engine_path(step)
-            self._call(lambda learner: learner.load_engine(path, step))
+        self._surviving(self._load, again=_nothing)
 
     def update(self, columns: dict[str, np.ndarray]) -> dict[str, float]:
-        """One optimizer step of all learners; returns its numbers.
-
-        Raises:
-            LearnerLostError: learners died more often than they are replaced.
-        """
+        """One optimizer step of all learners; returns its numbers."""
         stats = self._surviving(lambda: self._update(columns))
         self._since.append(columns)
         return stats
@@ -81,9 +78,24 @@ class Learners:
         self._surviving(lambda: self._call(lambda learner: learner.save_model(path)))
 
     def shutdown(self) -> None:
-        self._group.shutdown()
+        if self._group is not None:
+            self._group.shutdown()
+
+    def _build(self) -> None:
+        self._group = None
+        try:
+            self._group = build_learners(self._rar, self._policy)
+        except RayActorError as error:
+            raise LearnerLostError(f"a learner died as it was made ({type(error).__name__})") from error
+
+    def _load(self) -> None:
+        step = self._saved
+        if step:
+            path = self._checkpoints.engine_path(step)
+            self._call(lambda learner: learner.load_engine(path, step))
 
     def _update(self, columns: dict[str, np.ndarray]) -> dict[str, float]:
+        assert self._group is not None
         try:
             self._group.update(batch=learner_batch(columns))
         except RayError as error:
@@ -99,6 +111,7 @@ class Learners:
         Raises:
             LearnerLostError: one is gone.
         """
+        assert self._group is not None
         results = self._group.foreach_learner(function)
         failed = [result.get() for result in results if not result.ok]
         for error in failed:
@@ -109,24 +122,28 @@ class Learners:
             raise LearnerLostError(f"a learner failed: {failed[0] if failed else 'none is left'}")
         return [result.get() for result in results]
 
-    def _surviving(self, action: Callable[[], Any]) -> Any:
-        """Do `action`; when a learner dies, rebuild the group and do it again."""
+    def _surviving(self, action: Callable[[], Any], *, again: Callable[[], Any] | None = None) -> Any:
+        """Do `action`; when a learner dies, rebuild the group and do it, or `again`, on the new one."""
         attempt = action
         while True:
             try:
                 return attempt()
             except LearnerLostError as error:
-                if self.restarts == _RESTARTS:
+                if self.restarts == self._rar.max_learner_restarts:
                     raise
                 self.restarts += 1
                 log.warning("%s; rebuilding the learners from the checkpoint of step %d", error, self._saved)
-                attempt = partial(self._rebuilt, action)
+                attempt = partial(self._rebuilt, again or action)
 
     def _rebuilt(self, action: Callable[[], Any]) -> Any:
         """`action` on a new group, at the last checkpoint, that has learned from every batch since."""
-        self._group.shutdown()
-        self._group = build_learners(self._rar, self._policy)
-        self.restore(self._saved)
+        self.shutdown()
+        self._build()
+        self._load()
         for columns in self._since:
             self._update(columns)
         return action()
+
+
+def _nothing() -> None:
+    """What is left to do where the rebuilding has done it."""

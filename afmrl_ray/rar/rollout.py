@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
 from afmrl_ray.config.train import RolloutConfig
-from afmrl_ray.errors import WeightSyncError
+from afmrl_ray.errors import WeightsLostError, WeightSyncError
 from afmrl_ray.rar.engine import MakeEngine, engine_class
 from afmrl_ray.rar.messages import Group, Weights
 from afmrl_ray.rar.module import PolicySpec
@@ -56,6 +56,7 @@ class RolloutPool:
 
         Raises:
             WeightSyncError: an actor holds something else, or does not answer in time.
+            WeightsLostError: they are gone; they must be exported again.
             RuntimeError: an actor cannot be made, or more died than `max_restarts`.
         """
         self._weights = weights
@@ -73,6 +74,10 @@ class RolloutPool:
             raise WeightSyncError(
                 f"rollout actor {index} did not take weights {self._weights.version} within "
                 f"rar.rollout.timeout_s {self._config.timeout_s:g} s"
+            ) from error
+        except ObjectLostError as error:
+            raise WeightsLostError(
+                f"weights {self._weights.version} were lost before rollout actor {index} had them"
             ) from error
         except RayActorError as error:
             if error.actor_init_failed:

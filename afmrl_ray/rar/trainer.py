@@ -7,6 +7,7 @@ checkpoint holds the rollouts of the next step too, since the weights that sampl
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from afmrl_ray.attributes.quality import NAME_SHARE, common_names, name_shares
 from afmrl_ray.attributes.text import Attributes, InvalidAttributes, format_attributes, normalise_attributes
 from afmrl_ray.catalogue import CatalogueRef
 from afmrl_ray.config import Config
+from afmrl_ray.errors import WeightsLostError
 from afmrl_ray.models.annotate import GeneratorRef
 from afmrl_ray.rar.ahead import StepAhead
 from afmrl_ray.rar.checkpoint import Checkpoints
@@ -39,6 +41,8 @@ from afmrl_ray.rar.reward_spec import Gallery, RewardSpec, parts_of
 from afmrl_ray.rar.rollout import RolloutPool
 from afmrl_ray.retrieval.embed import EncoderRef, load_embeddings
 from afmrl_ray.training.metrics_log import MetricsLog
+
+log = logging.getLogger(__name__)
 
 _TAIL = 10
 _NAMES = 12
@@ -170,14 +174,14 @@ class RARTrainer:
         manifest = {"next": None, **(self._checkpoints.latest() or {"step": 0, "tail": []})}
         self.step, self._tail = int(manifest["step"]), manifest["tail"]
         self._learners.restore(self.step)
-        self._rollouts.push(self._learners.weights())
+        self._sync()
         self._rewards.wait_until_ready()
         self._before = self._heldout_before()
         if manifest["next"] is not None:
             found = Experience.from_dict(manifest["next"], max_attributes=self._policy.generator.max_attributes)
             self._ahead.put(found)
-        log = storage.join(self._job.directory, "log")
-        self._metrics = MetricsLog(log, resume_step=self.step, training=self._job.name)
+        folder = storage.join(self._job.directory, "log")
+        self._metrics = MetricsLog(folder, resume_step=self.step, training=self._job.name)
 
     def train_step(self) -> dict[str, float]:
         """One step: rollouts, rewards, update, weights to the rollout actors; returns its numbers."""
@@ -209,7 +213,7 @@ class RARTrainer:
         with timed(seconds, "wait_ahead"):
             self._ahead.wait()
         with timed(seconds, "sync"):
-            self._rollouts.push(self._learners.weights())
+            self._sync()
         self.step += 1
         values = {
             **numbers_of(found, self._names),
@@ -255,6 +259,16 @@ class RARTrainer:
         self._ahead.close()
         if self._learners is not None:
             self._learners.shutdown()
+
+    def _sync(self) -> None:
+        """Weights of the learners to the rollout actors, exported again where the learner that held them died."""
+        assert self._learners is not None
+        assert self._rollouts is not None
+        while True:
+            try:
+                return self._rollouts.push(self._learners.weights())
+            except WeightsLostError as error:
+                log.warning("%s; exporting them again", error)
 
     def _collect(self, step: int) -> Experience:
         return self._collector.collect_step(

@@ -22,6 +22,7 @@ def decisive(*overrides: str) -> dict:
         "distill.workers.checkpoint_every=7",
         "rar.tokens_per_microbatch=5",
         "rar.num_learners=2",
+        "rar.max_learner_restarts=9",
         "rar.reward.timeout_s=5",
         "rar.rollout.pool.num_workers=3",
         "rar.rollout.vllm.gpu_memory_utilization=0.5",

@@ -34,6 +34,7 @@ def test_the_printed_config_reads_back_as_itself(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["[=1"], r"'\[=1' is not an override; write section.field=value"),
         (["rar.grp_size=3"], "unknown config key 'rar.grp_size'; the nearest known key is 'rar.group_size'"),
         (["agcl.lexical.scal=raw"], "nearest known key is 'agcl.lexical.scale'"),
         (["rar.group_size=many"], "rar.group_size: .*integer.*'many'"),

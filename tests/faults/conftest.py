@@ -17,6 +17,9 @@ import pytest
 from tests.faults.harness import ROOT, Job, Outcome, started
 
 TRIALS = int(os.environ.get("AFMRL_TRIALS", "1"))
+"""Of each fault."""
+FIRST_SEED = int(os.environ.get("AFMRL_FIRST_SEED", "0"))
+"""Of the moments, for trials that are added to those of earlier sessions."""
 OUTCOMES = ROOT / "runs" / "bench" / "faults.jsonl"
 
 

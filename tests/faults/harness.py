@@ -118,6 +118,7 @@ class Job:
         values["agcl"]["steps"] = values["rar"]["steps"] = STEPS
         values["rar"]["num_learners"] = 1
         values["rar"]["cpus_per_learner"] = 0.5
+        values["rar"]["max_learner_restarts"] = A_RUN
         values["rar"]["rollout"]["max_restarts"] = values["agcl"]["workers"]["max_failures"] = A_RUN
         values["rar"]["reward"] |= reward or {}
         self.config = folder / "config.yaml"

@@ -9,7 +9,7 @@ import ray
 import torch
 
 from afmrl_ray.config.train import RolloutConfig
-from afmrl_ray.errors import WeightSyncError
+from afmrl_ray.errors import WeightsLostError, WeightSyncError
 from afmrl_ray.rar.messages import Weights
 from afmrl_ray.rar.rollout import RolloutPool
 from afmrl_ray.rar.weights import trained_tensors, weights_fingerprint
@@ -72,6 +72,23 @@ def test_weights_that_are_not_what_was_announced_are_refused(ray_local, policy_s
     partial = dict(list(ray.get(honest.reference[0]).items())[1:])
     with pytest.raises(Exception, match="pushed weights do not fit the policy: 1 names differ"):
         pool.push(Weights(1, honest.fingerprint, [ray.put(partial)]))
+    pool.close()
+
+
+def test_weights_whose_exporter_died_are_told_as_lost(ray_local, policy_spec):
+    @ray.remote(num_cpus=0)
+    class Exporter:
+        def put(self, tensors):
+            return [ray.put(tensors)]
+
+    pool = pool_of(policy_spec, 1)
+    held = weights_of(policy_spec, 3)
+    exporter = Exporter.remote()
+    reference = ray.get(exporter.put.remote(ray.get(held.reference[0])))
+    ray.kill(exporter)
+    with pytest.raises(WeightsLostError, match="weights 3 were lost before rollout actor 0 had them"):
+        pool.push(Weights(3, held.fingerprint, reference))
+    pool.push(held)
     pool.close()
 
 

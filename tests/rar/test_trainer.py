@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from afmrl_ray import storage
+from afmrl_ray.errors import WeightsLostError
 from afmrl_ray.rar import experience, trainer
 from afmrl_ray.rar.reward_spec import KINDS, Scores
+from afmrl_ray.rar.rollout import RolloutPool
 from afmrl_ray.rar.trainer import RARTrainer
 from afmrl_ray.training.metrics_log import read_metrics
 from tests.rar.conftest import every_text_counts, small_trainer
@@ -89,6 +91,21 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(make, tmp_path, lag
             assert found[name] == expected[name], name
     logged = read_metrics(str(tmp_path / "stopped" / "log"))
     assert [row["step"] for row in logged] == list(range(STEPS))
+
+
+def test_weights_that_were_lost_on_their_way_are_exported_again(make, monkeypatch):
+    push, pushed = RolloutPool.push, []
+
+    def lossy(self, weights):
+        pushed.append(weights.version)
+        if pushed == [0, 1]:
+            raise WeightsLostError("gone with the learner")
+        push(self, weights)
+
+    monkeypatch.setattr(RolloutPool, "push", lossy)
+    steps = run(make("lossy"), stop_after=2)
+    assert pushed == [0, 1, 1, 2]
+    assert [values["staleness"] for values in steps] == [0, 0]
 
 
 def test_rollouts_lag_one_update_behind_and_are_weighted_for_it(make, tmp_path):
