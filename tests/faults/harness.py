@@ -60,7 +60,7 @@ STAGES = {
 }
 """Where a kind of process is about; the others are about in all stages."""
 
-LIFE_S = {"driver": 60.0}
+LIFE_S = {"driver": 60.0, "reward actor": 4.0}
 """A blow falls up to so many seconds after its target was seen; for most kinds `A_WHILE_S`."""
 A_WHILE_S = 12.0
 
