@@ -26,19 +26,28 @@ SEEDS = range(math.ceil(TRIALS / A_RUN))
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path, QUICK)
-    try:
-        cluster.start()
-        yield cluster
-    finally:
-        cluster.close()
+def clusters(tmp_path: Path) -> Iterator[Callable[[], Cluster]]:
+    """Starts a cluster, in place of the last; none outlives the test."""
+    started: list[Cluster] = []
+
+    def start() -> Cluster:
+        end()
+        started.append(Cluster(tmp_path, QUICK))
+        started[-1].start()
+        return started[-1]
+
+    def end() -> None:
+        while started:
+            started.pop().close()
+
+    yield start
+    end()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_lost_node_costs_time_and_nothing_else(
     seed: int,
-    cluster: Cluster,
+    clusters: Callable[[], Cluster],
     undisturbed: Undisturbed,
     calm: Callable[[Iterable[str]], float],
     staging: Path,
@@ -46,6 +55,7 @@ def test_a_lost_node_costs_time_and_nothing_else(
     note: Callable[[Outcome], None],
 ) -> None:
     calm_s = calm(COMPARED)
+    cluster = clusters()
     job = Job(tmp_path / "run", staging, environment=cluster.environment | {"RAY_ADDRESS": cluster.gcs})
     job.begin_from(undisturbed.folder, COMPARED)
     dice = random.Random(f"node {seed}")
@@ -82,6 +92,7 @@ def test_a_lost_node_costs_time_and_nothing_else(
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_lost_head_costs_a_resubmission(
     seed: int,
+    clusters: Callable[[], Cluster],
     undisturbed: Undisturbed,
     calm: Callable[[Iterable[str]], float],
     staging: Path,
@@ -95,24 +106,18 @@ def test_a_lost_head_costs_a_resubmission(
     before: dict[str, str] = {}
     kills = min(A_RUN, TRIALS)
     began = time.monotonic()
-    for number in range(kills + 1):
-        cluster = Cluster(tmp_path, QUICK)
-        try:
-            cluster.start()
-            if number == kills:
-                done = cluster.submit("last", job.config)
-                assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-                break
-            begun = cluster.submit(f"number-{number}", job.config, "--no-wait")
-            assert begun.returncode == 0, begun.stdout + begun.stderr
-            time.sleep(dice.uniform(5, 60))
-            before |= job.commits()
-            drivers = running(job)
-            kill_one(cluster.processes(0), TITLES["head"])
-            _, alive = psutil.wait_procs(drivers, timeout=PATIENCE_S)
-            assert not alive, f"drivers outlive their cluster: {alive}"
-        finally:
-            cluster.close()
+    for number in range(kills):
+        cluster = clusters()
+        begun = cluster.submit(f"number-{number}", job.config, "--no-wait")
+        assert begun.returncode == 0, begun.stdout + begun.stderr
+        time.sleep(dice.uniform(5, 60))
+        before |= job.commits()
+        drivers = running(job)
+        kill_one(cluster.processes(0), TITLES["head"])
+        _, alive = psutil.wait_procs(drivers, timeout=PATIENCE_S)
+        assert not alive, f"drivers outlive their cluster: {alive}"
+    done = clusters().submit("last", job.config)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     lost_s = time.monotonic() - began - calm_s
     after = job.commits()
     assert {name: after[name] for name in before} == before
