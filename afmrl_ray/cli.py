@@ -7,6 +7,8 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
+from tqdm import tqdm
+
 from afmrl_ray.config import Config, dump_yaml, load_config
 from afmrl_ray.errors import UserError
 
@@ -64,14 +66,19 @@ def job_main(
             return EXIT_DONE
         body(config, options)
     except UserError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        _tell(f"error: {' '.join(str(error).split())}")
         return EXIT_USER
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; run the same command again to resume\n")
+        _tell("interrupted; run the same command again to resume")
         return EXIT_FAILED
     except Exception as error:
         log.exception("the job failed")
         where = "; ".join(getattr(error, "__notes__", [])) or "outside any stage"
-        sys.stderr.write(f"failed ({where}); committed stages are kept: run the same command again to resume\n")
+        _tell(f"failed ({where}); committed stages are kept: run the same command again to resume")
         return EXIT_FAILED
     return EXIT_DONE
+
+
+def _tell(line: str) -> None:
+    """Print a line of its own, not behind a progress bar that the job left standing."""
+    tqdm.write(line, file=sys.stderr)

@@ -159,7 +159,8 @@ class Job:
         self.start()
 
     def told(self) -> str:
-        return self.log.read_text()[-3000:]
+        """The end of the log, without the escapes that move a terminal's cursor among progress bars."""
+        return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", self.log.read_text()[-6000:])
 
     def marked(self) -> Iterator[psutil.Process]:
         """Every process that this job started, directly or not, whoever its parent is by now."""

@@ -16,10 +16,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tqdm import tqdm
 
 from afmrl_ray.catalogue import make_catalogue, write_catalogue
 from afmrl_ray.config import dump_yaml, load_config, validate
 from afmrl_ray.config.catalogue import SyntheticConfig
+from afmrl_ray.errors import StorageError
 from tests.catalogue.test_reading import rows
 from tests.cit.conftest import run_values
 
@@ -193,6 +195,20 @@ def test_a_failure_that_is_nobodys_mistake_says_how_to_go_on(monkeypatch, capsys
         .err.strip()
         .endswith("failed (in stage agcl-r0); committed stages are kept: run the same command again to resume")
     )
+
+
+def test_an_error_stands_on_a_line_of_its_own_whatever_bars_are_about(capsys):
+    from afmrl_ray import cli
+
+    with tqdm(total=3, desc="first") as bar, tqdm(total=3, desc="second"):
+
+        def body(config, options):
+            bar.update(1)
+            raise StorageError("/runs: cannot be written")
+
+        assert cli.job_main("a job", body, []) == 2
+    told = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", capsys.readouterr().err)
+    assert "error: /runs: cannot be written" in told.splitlines()
 
 
 def test_make_and_import_catalogue(tmp_path, capsys):
