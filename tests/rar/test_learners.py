@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import psutil
@@ -94,8 +94,13 @@ class KillTheNextLearner(threading.Thread):
 
     @staticmethod
     def seen() -> set[int]:
-        ours = psutil.Process().children(recursive=True)
-        return {process.pid for process in ours if "_WrappedExecutable" in " ".join(process.cmdline())}
+        found = set()
+        for process in psutil.Process().children(recursive=True):
+            # It may have ended meanwhile.
+            with suppress(psutil.Error):
+                if "_WrappedExecutable" in " ".join(process.cmdline()):
+                    found.add(process.pid)
+        return found
 
     def run(self) -> None:
         while not (fresh := self.seen() - self.before):
