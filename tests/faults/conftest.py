@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 
-from tests.faults.harness import ROOT, Job, Outcome, started
+from tests.faults.harness import A_RUN, ROOT, Job, Outcome, Struck, started
 
 TRIALS = int(os.environ.get("AFMRL_TRIALS", "1"))
 """Of each fault."""
@@ -83,6 +83,54 @@ def note() -> Callable[[Outcome], None]:
             file.write(json.dumps(asdict(outcome)) + "\n")
 
     return keep
+
+
+class Trials(Protocol):
+    """Runs with something done to them, up to ten times each, until that was done `TRIALS` times.
+
+    Each must end with the results of the undisturbed run, with what was
+    committed untouched and no process left. Outcomes are noted.
+
+    Args:
+        fault: its name in the table.
+        again: stages that are made amid it; the others are taken over from the undisturbed run.
+        disturb: starts a job, waits for its end, and does it, given a seed and how often.
+        options: of `Job`.
+    """
+
+    def __call__(
+        self, fault: str, again: Iterable[str], disturb: Callable[[Job, int, int], Struck], **options: Any
+    ) -> None: ...
+
+
+@pytest.fixture
+def trials(
+    undisturbed: Undisturbed,
+    calm: Callable[[Iterable[str]], float],
+    staging: Path,
+    tmp_path: Path,
+    note: Callable[[Outcome], None],
+) -> Trials:
+    def until_enough(
+        fault: str, again: Iterable[str], disturb: Callable[[Job, int, int], Struck], **options: Any
+    ) -> None:
+        calm_s = calm(again)
+        given, seed = 0, FIRST_SEED
+        while given < TRIALS:
+            job = Job(tmp_path / f"run{seed}", staging, **options)
+            job.begin_from(undisturbed.folder, again)
+            began = time.monotonic()
+            struck = disturb(job, seed, min(A_RUN, TRIALS - given))
+            lost_s = time.monotonic() - began - calm_s
+            assert struck.times, f"the run was over before there was a trial: {fault}"
+            job.check_nothing_is_left()
+            job.check_stages_stand(struck.before)
+            assert job.results() == undisturbed.results
+            note(Outcome(fault, seed, struck.times, struck.resumes, lost_s / struck.times))
+            given += struck.times
+            seed += 1
+
+    return until_enough
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

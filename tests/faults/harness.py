@@ -84,6 +84,21 @@ class Outcome:
     lost_s: float
 
 
+@dataclass(frozen=True)
+class Struck:
+    """What was done to one job.
+
+    Attributes:
+        times: trials.
+        resumes: times that the same command was given again.
+        before: stages that were committed at some trial, with the time of their commit.
+    """
+
+    times: int
+    resumes: int
+    before: dict[str, str]
+
+
 started: list[Job] = []
 
 
@@ -171,16 +186,21 @@ class Job:
             except psutil.Error:
                 continue
 
-    def find(self, fault: str) -> psutil.Process | None:
-        """A process to do it to."""
+    def find(self, fault: str) -> list[psutil.Process]:
+        """Processes to do it to, the youngest first."""
         assert self.process is not None
         if fault == "driver":
-            return psutil.Process(self.process.pid) if self.lives() else None
+            return [psutil.Process(self.process.pid)] if self.lives() else []
         return find_title(self.marked(), TITLES[fault])
 
     def commits(self) -> dict[str, str]:
         """When each stage was committed."""
         return {stage.name: stage.committed_at for stage in self.run.stages()}
+
+    def check_stages_stand(self, before: dict[str, str]) -> None:
+        """See that stages committed before a trial were not made again."""
+        after = self.commits()
+        assert {name: after.get(name) for name in before} == before
 
     def results(self) -> dict[str, Any]:
         """Numbers and outputs of the stages that are compared."""
@@ -237,6 +257,7 @@ class Blows(threading.Thread):
         seed: of the moments.
         times: trials; fewer where the job ends first.
         blow: what is done.
+        again: whether to the same process too, after it was done to another.
 
     Attributes:
         given: trials so far.
@@ -244,10 +265,18 @@ class Blows(threading.Thread):
     """
 
     def __init__(
-        self, job: Job, fault: str, seed: int, times: int, blow: Callable[[psutil.Process], None] | None = None
+        self,
+        job: Job,
+        fault: str,
+        seed: int,
+        times: int,
+        blow: Callable[[psutil.Process], None] | None = None,
+        *,
+        again: bool = False,
     ) -> None:
         super().__init__(name=f"blows to {fault}", daemon=True)
         self._job, self._fault, self._times, self._blow = job, fault, times, blow or kill
+        self._again = again
         self._dice = random.Random(f"{fault} {seed}")
         self._over = threading.Event()
         self.given = 0
@@ -256,8 +285,8 @@ class Blows(threading.Thread):
     def run(self) -> None:
         struck: set[int] = set()
         while self.given < self._times and not self._over.is_set():
-            target = self._job.find(self._fault)
-            if target is None or target.pid in struck:
+            target = next((process for process in self._job.find(self._fault) if process.pid not in struck), None)
+            if target is None:
                 self._over.wait(0.2)
                 continue
             self._over.wait(self._dice.uniform(0, LIFE_S.get(self._fault, A_WHILE_S)))
@@ -266,6 +295,8 @@ class Blows(threading.Thread):
                 self._blow(target)
             except psutil.NoSuchProcess:
                 continue
+            if self._again:
+                struck.clear()
             struck.add(target.pid)
             self.before |= before
             self.given += 1
@@ -275,8 +306,8 @@ class Blows(threading.Thread):
         self.join()
 
 
-def find_title(processes: Iterable[psutil.Process], title: str) -> psutil.Process | None:
-    """The youngest whose line in `ps` matches, if any."""
+def find_title(processes: Iterable[psutil.Process], title: str) -> list[psutil.Process]:
+    """Those whose line in `ps` matches, the youngest first."""
     found = []
     for process in processes:
         try:
@@ -284,7 +315,7 @@ def find_title(processes: Iterable[psutil.Process], title: str) -> psutil.Proces
                 found.append(process)
         except psutil.Error:
             continue
-    return max(found, key=lambda process: process.pid, default=None)
+    return sorted(found, key=lambda process: process.pid, reverse=True)
 
 
 def kill(process: psutil.Process) -> None:
@@ -299,3 +330,21 @@ def finish(job: Job, *, resumes: int = A_RUN) -> int:
         given += 1
         job.resume()
     return given
+
+
+def strike(
+    job: Job,
+    fault: str,
+    seed: int,
+    times: int,
+    blow: Callable[[psutil.Process], None] | None = None,
+    *,
+    again: bool = False,
+) -> Struck:
+    """A whole run amid blows."""
+    job.start()
+    blows = Blows(job, fault, seed, times, blow, again=again)
+    blows.start()
+    resumes = finish(job)
+    blows.end()
+    return Struck(blows.given, resumes, blows.before)
