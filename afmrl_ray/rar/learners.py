@@ -85,8 +85,12 @@ class Learners:
         self._group = None
         try:
             self._group = build_learners(self._rar, self._policy)
-        except RayActorError as error:
-            raise LearnerLostError(f"a learner died as it was made ({type(error).__name__})") from error
+        except (RayActorError, TypeError) as error:
+            # Of a death as the backend starts Ray Train keeps nothing and raises `None`: a TypeError amid the death.
+            death = error if isinstance(error, RayActorError) else error.__context__
+            if not isinstance(death, RayActorError):
+                raise
+            raise LearnerLostError(f"a learner died as it was made ({type(death).__name__})") from error
 
     def _load(self) -> None:
         step = self._saved

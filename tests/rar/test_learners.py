@@ -15,6 +15,7 @@ import psutil
 import pytest
 import ray
 import torch
+from ray.train._internal.worker_group import WorkerGroup
 
 from afmrl_ray.config.models import OptimizerConfig
 from afmrl_ray.config.train import RARConfig
@@ -112,9 +113,28 @@ class KillTheNextLearner(threading.Thread):
 def test_a_learner_that_dies_as_it_is_made_is_made_again(policy_spec, undisturbed, tmp_path):
     killer = KillTheNextLearner()
     killer.start()
-    weights, _, restarts = trained(policy_spec, str(tmp_path), {})
+    made_again = trained(policy_spec, str(tmp_path), {})
     killer.join(timeout=60)
     assert killer.killed
+    check_made_again(made_again, undisturbed)
+
+
+def test_a_learner_that_dies_as_its_backend_starts_is_made_again(policy_spec, undisturbed, tmp_path, monkeypatch):
+    execute = WorkerGroup.execute
+
+    def die_first(group: WorkerGroup, *args: object, **kwargs: object) -> object:
+        monkeypatch.undo()
+        os.kill(group.workers[0].metadata.pid, signal.SIGKILL)
+        return execute(group, *args, **kwargs)
+
+    monkeypatch.setattr(WorkerGroup, "execute", die_first)
+    made_again = trained(policy_spec, str(tmp_path), {})
+    assert WorkerGroup.execute is execute
+    check_made_again(made_again, undisturbed)
+
+
+def check_made_again(found: tuple, undisturbed: tuple) -> None:
+    weights, _, restarts = found
     assert restarts == 1
     assert all(torch.equal(weights[name], tensor) for name, tensor in undisturbed[0].items())
     held = [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
