@@ -18,6 +18,22 @@ async def wait_for_return(actor: Any, timeout_s: float) -> bool:
         actor: its handle; it has a method `pid`.
         timeout_s: longest wait.
     """
+    try:
+        return await wait_for_answer(actor, timeout_s)
+    except ActorDiedError:
+        return False
+
+
+async def wait_for_answer(actor: Any, timeout_s: float) -> bool:
+    """Whether an actor answers within `timeout_s` seconds, however often Ray starts it again meanwhile.
+
+    Args:
+        actor: its handle; it has a method `pid`.
+        timeout_s: longest wait.
+
+    Raises:
+        ActorDiedError: it will never, as when it fails to begin.
+    """
     deadline = time.monotonic() + timeout_s
     while True:
         answer = asyncio.wrap_future(actor.pid.remote().future())
@@ -26,8 +42,10 @@ async def wait_for_return(actor: Any, timeout_s: float) -> bool:
         if not answer.done():
             return False
         error = answer.exception()
+        if isinstance(error, ActorDiedError):
+            raise error
         if not isinstance(error, RayActorError):
             return error is None
-        if isinstance(error, ActorDiedError) or time.monotonic() + _PAUSE_S > deadline:
+        if time.monotonic() + _PAUSE_S > deadline:
             return False
         await asyncio.sleep(_PAUSE_S)

@@ -24,7 +24,7 @@ from ray.util.metrics import Counter
 from afmrl_ray.config.train import RewardConfig
 from afmrl_ray.errors import GalleryVersionError, RewardServiceError, UserError
 from afmrl_ray.rar.background import BackgroundLoop
-from afmrl_ray.rar.liveness import wait_for_return
+from afmrl_ray.rar.liveness import wait_for_answer, wait_for_return
 from afmrl_ray.rar.requests import Request, spread
 from afmrl_ray.rar.reward_actor import RewardActor
 from afmrl_ray.rar.reward_meter import ServiceStats
@@ -246,20 +246,22 @@ class RewardPool(RewardClient):
     def wait_until_ready(self) -> None:
         """Wait until every actor has begun, so that no deadline counts the reading of its encoder.
 
+        One that is killed before it has begun is started again, and waited for.
+
         Raises:
             RewardServiceError: an actor has not after `rar.reward.start_timeout_s`; named.
-            RayActorError: it failed to begin.
+            ActorDiedError: it failed to begin.
         """
-        calls = {actor.pid.remote(): name for actor, name in zip(self._owned, self.names, strict=True)}
-        began, late = ray.wait(list(calls), num_returns=len(calls), timeout=self._config.start_timeout_s)
-        for call in began:
-            ray.get(call)
+        begun = self._loop.start(self._begun()).result()
+        late = [name for name, answers in zip(self.names, begun, strict=True) if not answers]
         if late:
-            names = ", ".join(sorted(calls[call] for call in late))
             raise RewardServiceError(
-                f"{names} did not begin within rar.reward.start_timeout_s {self._config.start_timeout_s:g} s; "
-                "raise it, or look at what else holds the cluster's CPUs and GPUs"
+                f"{', '.join(late)} did not begin within rar.reward.start_timeout_s "
+                f"{self._config.start_timeout_s:g} s; raise it, or look at what else holds the cluster's CPUs and GPUs"
             )
+
+    async def _begun(self) -> list[bool]:
+        return await asyncio.gather(*(wait_for_answer(actor, self._config.start_timeout_s) for actor in self._owned))
 
     def client(self) -> RewardClient:
         """A client for another process."""

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import ray
 import requests
+from ray.exceptions import ActorDiedError
 
 from afmrl_ray.errors import CatalogueError, GalleryVersionError, RewardServiceError
 from afmrl_ray.rar.liveness import wait_for_return
@@ -72,6 +73,50 @@ def test_scores_are_those_of_a_full_sort_also_after_an_actor_was_killed(reward, 
     np.testing.assert_allclose(pool.score("train", others), reward.by_hand(others, 4)[KIND])
     assert pool.failures.keys() == {"died"}
     assert asyncio.run(wait_for_return(pool._actors[0], 60))
+
+
+class DiesAtFirst:
+    """Stands in for a reward actor that is killed when first asked; its name is the file that remembers it."""
+
+    def __init__(self, _spec, _config, names, *_) -> None:
+        self._mark = names[0]
+
+    @ray.method(concurrency_group="about")
+    async def pid(self) -> int:
+        if not os.path.exists(self._mark):
+            with open(self._mark, "w"):
+                os._exit(1)
+        return os.getpid()
+
+
+class FailsToBegin:
+    def __init__(self, *_) -> None:
+        raise CatalogueError("no such gallery")
+
+    @ray.method(concurrency_group="about")
+    async def pid(self) -> int:
+        return os.getpid()
+
+
+@contextmanager
+def pool_of(stand_in: type, name: str, spec, monkeypatch) -> Iterator[RewardPool]:
+    monkeypatch.setattr("afmrl_ray.rar.reward.RewardActor", stand_in)
+    one = {"num_workers": 1, "cpus_per_worker": 0.1}
+    pool = RewardPool(spec, reward_config(pool=one, start_timeout_s=100), name=name)
+    yield pool
+    pool.close()
+
+
+def test_an_actor_that_is_killed_before_it_answers_is_waited_for(reward, tmp_path, monkeypatch):
+    with pool_of(DiesAtFirst, str(tmp_path / "test"), reward.spec, monkeypatch) as pool:
+        pool.wait_until_ready()
+    assert (tmp_path / "test-reward-0").exists()
+
+
+def test_an_actor_that_fails_to_begin_tells_why_at_once(reward, monkeypatch):
+    with pool_of(FailsToBegin, "test-fails", reward.spec, monkeypatch) as pool:
+        with pytest.raises(ActorDiedError, match="no such gallery"):
+            pool.wait_until_ready()
 
 
 def test_sharded_galleries_give_exactly_the_same_also_after_an_actor_was_killed(reward, pool):
