@@ -23,7 +23,7 @@ class Cluster:
     """A head and a worker.
 
     Args:
-        folder: for the token.
+        folder: for the token and what nodes tell.
         more: environment of every process, beside the token.
 
     Attributes:
@@ -52,6 +52,7 @@ class Cluster:
             f"--address={self.gcs}", "--node-ip-address=127.0.0.1", "--labels=afmrl/role=reward",
             '--resources={"reward_slot": 1}',
         ]  # fmt: skip
+        self._logs = [folder / f"node-{node}.log" for node in range(2)]
         self.raylets: list[subprocess.Popen[bytes]] = []
         self._plans = []
         for options, (agent, metrics), folder in zip(
@@ -65,13 +66,16 @@ class Cluster:
             self._plans.append([*options, *own, *common])
 
     def start(self) -> None:
-        for options in self._plans:
-            self.raylets.append(self._start(options))
+        for node in range(len(self._plans)):
+            self.raylets.append(self._start(node))
             self._wait_for(len(self.raylets))
 
-    def _start(self, options: list[str]) -> subprocess.Popen[bytes]:
+    def _start(self, node: int) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            [RAY, "start", *options], env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [RAY, "start", *self._plans[node]],
+            env=self.environment,
+            stdout=self._logs[node].open("wb"),
+            stderr=subprocess.STDOUT,
         )
 
     def processes(self, node: int) -> list[psutil.Process]:
@@ -81,13 +85,15 @@ class Cluster:
     def restart(self, node: int) -> None:
         """A node whose raylet died comes back under another id."""
         self.raylets[node].wait(60)
-        self.raylets[node] = self._start(self._plans[node])
+        self.raylets[node] = self._start(node)
         self._wait_for(len(self.raylets))
 
     def _wait_for(self, nodes: int) -> None:
         deadline = time.monotonic() + 400
         while sum(node["state"] == "ALIVE" for node in self.listed("nodes")) < nodes:
-            assert time.monotonic() < deadline, f"{nodes} nodes never came up"
+            if time.monotonic() > deadline or any(raylet.poll() is not None for raylet in self.raylets):
+                told = [log.read_text()[-2000:] for log in self._logs[:nodes]]
+                raise AssertionError(f"{nodes} nodes never came up; they told: {told}")
             time.sleep(1)
 
     def ray(self, *words: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
