@@ -252,7 +252,7 @@ class Blows(threading.Thread):
     """Does something to a kind of process, at random moments while a job runs, until that was done `times` times.
 
     Args:
-        job: started already; the same command may be given again meanwhile.
+        job: not started yet.
         fault: whom it is done to, of `TITLES`, or `driver`.
         seed: of the moments.
         times: trials; fewer where the job ends first.
@@ -301,9 +301,14 @@ class Blows(threading.Thread):
             self.before |= before
             self.given += 1
 
-    def end(self) -> None:
+    def strike(self) -> Struck:
+        """Start the job, and see it through to its end amid the blows."""
+        self._job.start()
+        self.start()
+        resumes = finish(self._job)
         self._over.set()
         self.join()
+        return Struck(self.given, resumes, self.before)
 
 
 def find_title(processes: Iterable[psutil.Process], title: str) -> list[psutil.Process]:
@@ -330,21 +335,3 @@ def finish(job: Job, *, resumes: int = A_RUN) -> int:
         given += 1
         job.resume()
     return given
-
-
-def strike(
-    job: Job,
-    fault: str,
-    seed: int,
-    times: int,
-    blow: Callable[[psutil.Process], None] | None = None,
-    *,
-    again: bool = False,
-) -> Struck:
-    """A whole run amid blows."""
-    job.start()
-    blows = Blows(job, fault, seed, times, blow, again=again)
-    blows.start()
-    resumes = finish(job)
-    blows.end()
-    return Struck(blows.given, resumes, blows.before)

@@ -10,11 +10,11 @@ from __future__ import annotations
 import pytest
 
 from tests.faults.conftest import Trials
-from tests.faults.harness import COMPARED, STAGES, strike
+from tests.faults.harness import COMPARED, STAGES, Blows
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * 3600)]
 
 
 @pytest.mark.parametrize("fault", [*STAGES, "driver"])
 def test_kills_cost_time_and_nothing_else(fault: str, trials: Trials) -> None:
-    trials(fault, STAGES.get(fault, COMPARED), lambda job, seed, times: strike(job, fault, seed, times))
+    trials(fault, STAGES.get(fault, COMPARED), lambda job, seed, times: Blows(job, fault, seed, times).strike())

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.faults.conftest import Trials, Undisturbed
-from tests.faults.harness import Job, Outcome, Struck, strike
+from tests.faults.harness import Blows, Job, Outcome, Struck
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * 3600)]
 
@@ -81,7 +81,7 @@ def test_a_runner_20_times_slower_changes_no_number(
 
 def test_a_hung_reward_actor_is_passed_over(trials: Trials) -> None:
     def hang(job: Job, seed: int, times: int) -> Struck:
-        return strike(job, "reward actor", seed, times, one_at_a_time(), again=True)
+        return Blows(job, "reward actor", seed, times, one_at_a_time(), again=True).strike()
 
     trials("hung reward actor", ["rar-r0"], hang, reward=TWO)
 
