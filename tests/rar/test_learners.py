@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import numpy as np
 import psutil
@@ -24,6 +24,7 @@ from afmrl_ray.rar.checkpoint import Checkpoints
 from afmrl_ray.rar.learners import LearnerLostError, Learners
 from afmrl_ray.rar.messages import Group
 from afmrl_ray.rar.prompts import batch_columns
+from tests.faults.harness import TITLES, find_title
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
@@ -95,13 +96,7 @@ class KillTheNextLearner(threading.Thread):
 
     @staticmethod
     def seen() -> set[int]:
-        found = set()
-        for process in psutil.Process().children(recursive=True):
-            # It may have ended meanwhile.
-            with suppress(psutil.Error):
-                if "_WrappedExecutable" in " ".join(process.cmdline()):
-                    found.add(process.pid)
-        return found
+        return {process.pid for process in find_title(psutil.Process().children(recursive=True), TITLES["learner"])}
 
     def run(self) -> None:
         while not (fresh := self.seen() - self.before):
