@@ -60,7 +60,7 @@ bench-agcl: .venv-bench/.installed ## stage 1 side by side with sentence-transfo
 bench-rar: .venv-bench/.installed ## stage 2 side by side with TRL, stock generation and plain loops (about 15 minutes)
 	.venv-bench/bin/python jobs/bench/rar.py
 
-rar-depth: $(VENV)/.installed ## RAR with recall@1 to recall@50 as its reward, 3 seeds, two catalogues, resumable (about an hour on 2 cores)
+rar-depth: $(VENV)/.installed ## RAR with recall@1 to recall@100 as its reward, 3 seeds, two catalogues, resumable (hours on 2 cores)
 	$(BIN)/python jobs/bench/rar_depth.py --config jobs/configs/demo.yaml run.name=depth-demo
 	$(BIN)/python jobs/bench/rar_depth.py --config jobs/configs/grocery.yaml run.name=depth-grocery catalogue.path=$(CATALOGUE)
 

@@ -74,12 +74,14 @@ KNOBS = (
 
 
 def cells(config: Config) -> list[tuple[str, str, Config]]:
-    """Knob, its setting and the run's config, of every run of the sweep."""
+    """Knob, its setting and the run's config, of every run of the sweep; the headline alone is measured."""
+    headline = [protocol for protocol in config.evaluation.protocols if protocol.name == config.evaluation.headline]
+    shown = {"evaluation.protocols": headline, "cit.gate.protocols": []}
     found: list[tuple[str, str, Config]] = []
     for knob in KNOBS:
         for setting, values in knob.values.items():
             name = f"{config.run.name}-{len(found):02d}"
-            found.append((knob.name, setting, with_values(config, {**values, "run.name": name})))
+            found.append((knob.name, setting, with_values(config, {**shown, **values, "run.name": name})))
     return found
 
 
