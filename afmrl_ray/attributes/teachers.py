@@ -21,6 +21,7 @@ from afmrl_ray import storage
 from afmrl_ray.attributes.text import (
     Attributes,
     InvalidAttributes,
+    chosen_attributes,
     format_attributes,
     normalise_attributes,
     parse_attributes,
@@ -89,13 +90,10 @@ class ColumnTeacher:
         self._names = names
 
     def annotate(self, items: Sequence[Listing]) -> list[Attributes | InvalidAttributes]:
-        texts = [format_attributes(normalise_attributes(self._chosen(item.attributes))) for item in items]
+        texts = [
+            format_attributes(normalise_attributes(chosen_attributes(item.attributes, self._names))) for item in items
+        ]
         return [parse_attributes(text, max_attributes=self._max_attributes) for text in texts]
-
-    def _chosen(self, attributes: Mapping[str, str | None]) -> Mapping[str, str | None]:
-        if self._names is None:
-            return attributes
-        return {name: attributes[name] for name in self._names if name in attributes}
 
 
 class OpenAITeacher:

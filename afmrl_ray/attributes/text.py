@@ -52,6 +52,13 @@ def normalise_attributes(attributes: Mapping[str, str | None] | Iterable[tuple[s
     return tuple(found.items())
 
 
+def chosen_attributes(attributes: Mapping[str, str | None], names: Iterable[str] | None) -> Mapping[str, str | None]:
+    """The attributes of some names, in the order of the names; all as they are if there are no names."""
+    if names is None:
+        return attributes
+    return {name: attributes[name] for name in names if name in attributes}
+
+
 def stored_attributes(text: str) -> Attributes:
     """The pairs of a text that is kept as attributes, however many; none where it is not in normal form."""
     found = parse_attributes(text, max_attributes=text.count(SEPARATOR) + 1)

@@ -13,7 +13,7 @@ from afmrl_ray.agcl.train import AGCLJob, plain_infonce, train_agcl
 from afmrl_ray.attributes.quality import quality
 from afmrl_ray.attributes.store import AttributeRow, AttributeStore, read_attributes, write_attributes
 from afmrl_ray.attributes.teachers import Listing, make_teacher
-from afmrl_ray.attributes.text import InvalidAttributes, format_attributes, normalise_attributes
+from afmrl_ray.attributes.text import InvalidAttributes, chosen_attributes, format_attributes, normalise_attributes
 from afmrl_ray.catalogue import (
     Catalogue,
     CatalogueRef,
@@ -124,15 +124,16 @@ def attributes_body(
 
 
 def oracle_body(config: Config, catalogue_ref: CatalogueRef, directory: str) -> StageOutcome:
-    """What a generator that is never wrong would write: the attributes of `annotate.truth_column`."""
-    catalogue = catalogue_ref.open()
+    """What a generator that is never wrong would write: `annotate.oracle_names` of `annotate.truth_column`."""
+    catalogue, names = catalogue_ref.open(), config.annotate.oracle_names
     rows = catalogue.rows(config.annotate.items)
     truth = catalogue.column(config.annotate.truth_column)
-    found = [format_attributes(normalise_attributes(parse_source_attributes(truth[row]))) for row in rows.tolist()]
+    source = [chosen_attributes(parse_source_attributes(truth[row]), names) for row in rows.tolist()]
+    found = [format_attributes(normalise_attributes(attributes)) for attributes in source]
     path = storage.join(directory, "attributes.parquet")
     items = catalogue.column("item_id")
     written = attribute_rows(items, rows, [(text, "" if text else "empty") for text in found])
-    write_attributes(path, written, fingerprint=storage.digest({"truth": config.annotate.truth_column}))
+    write_attributes(path, written, fingerprint=storage.digest({"truth": config.annotate.truth_column, "names": names}))
     return StageOutcome(
         {"attributes": "attributes.parquet"}, generated_metrics(read_attributes(path), catalogue, config)
     )

@@ -14,7 +14,7 @@ def ladder_panels(ladder: LadderSummary) -> list[Panel]:
     height = 0.9 + 0.34 * len(ladder.rungs)
     panels = [
         Panel(f"{ladder.headline}: hit@1, %, 95 % over {ladder.seeds} seeds", _bars(ladder), height),
-        Panel("gain over the rung below, points, 95 % paired", _gains(ladder), height),
+        Panel("gain over the rung below, points", _gains(ladder), height),
     ]
     others = [name for name in ladder.protocols if name != ladder.headline]
     for protocol in others:
@@ -48,7 +48,8 @@ def _bars(ladder: LadderSummary, *, protocol: str | None = None, metric: str = "
             if value is not None and value.mean is not None:
                 axes.axvline(100 * value.mean, color=theme.text, linestyle=dash, linewidth=1, label=floor)
         if ladder.floors and axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="lower right")
+            # Below the axes, as bars of ceilings reach across them.
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=2)
         axes.invert_yaxis()
         axes.set_xlim(0, 1.14 * top)
         axes.grid(visible=False, axis="y")
@@ -57,7 +58,8 @@ def _bars(ladder: LadderSummary, *, protocol: str | None = None, metric: str = "
 
 
 def _gains(ladder: LadderSummary) -> Draw:
-    rungs = [rung for rung in ladder.rungs if "hit@1" in rung.gain.get(ladder.headline, {})]
+    """Of rungs proper: what a ceiling gains would press all others against zero, and stands in the table."""
+    rungs = [rung for rung in ladder.rungs if rung.proper and "hit@1" in rung.gain.get(ladder.headline, {})]
 
     def draw(axes: Axes, theme: Theme) -> None:
         for place, rung in enumerate(rungs):
@@ -65,7 +67,7 @@ def _gains(ladder: LadderSummary) -> Draw:
             if gain.mean is None or gain.low is None or gain.high is None:
                 continue
             sure = gain.low > 0 or gain.high < 0
-            colour = theme.series[0] if rung.proper else theme.series[-1]
+            colour = theme.series[0]
             error = [[100 * (gain.mean - gain.low)], [100 * (gain.high - gain.mean)]]
             axes.errorbar(
                 [100 * gain.mean],
@@ -78,7 +80,7 @@ def _gains(ladder: LadderSummary) -> Draw:
         axes.axvline(0, color=theme.text, linewidth=1)
         axes.set_yticks(range(len(rungs)), [rung.name for rung in rungs])
         axes.set_ylim(len(rungs) - 0.5, -0.5)
-        axes.set_xlabel("hollow: the interval includes zero")
+        axes.set_xlabel("paired 95 % intervals, hollow where they include zero")
         axes.grid(visible=False, axis="y")
 
     return draw

@@ -8,7 +8,7 @@ import pytest
 
 from afmrl_ray.attributes.store import read_attributes
 from afmrl_ray.catalogue import make_catalogue
-from afmrl_ray.cit.bodies import labels_body
+from afmrl_ray.cit.bodies import labels_body, oracle_body
 from afmrl_ray.cit.tiny import pretraining_examples
 from afmrl_ray.config import validate
 from afmrl_ray.models.annotate import Annotator, GeneratorRef
@@ -40,6 +40,24 @@ def test_a_local_checkpoint_teaches_what_it_would_annotate(
     store = read_attributes(str(tmp_path / "at" / outcome.outputs["attributes"]))
     assert len(store) == len(rows)
     assert store.text(catalogue.column("item_id")[rows[0]]) == "color: red"
+
+
+@pytest.mark.parametrize("names", [None, ("pattern", "color", "no such name")])
+def test_the_oracle_writes_the_truth_or_the_names_asked_for(tiny_catalogue_ref, tmp_path, names):
+    annotate = {"truth_column": "true_attributes", "oracle_names": names}
+    config = validate(run_values(tmp_path, annotate=annotate))
+    outcome = oracle_body(config, tiny_catalogue_ref, str(tmp_path))
+    store = read_attributes(str(tmp_path / outcome.outputs["attributes"]))
+    catalogue = tiny_catalogue_ref.open()
+    items, truth = (catalogue.column(name) for name in ("item_id", "true_attributes"))
+    written, known = set(), set()
+    for row in catalogue.rows(config.annotate.items).tolist():
+        source, found = json.loads(truth[row]), store.get(items[row])
+        wanted = list(source) if names is None else [name for name in names if name in source]
+        assert list(found) == [(name, source[name]) for name in wanted]
+        written |= {name for name, _ in found}
+        known |= set(source)
+    assert written == (known if names is None else {"pattern", "color"})
 
 
 def test_the_pretraining_catalogue_shares_no_product_with_the_runs_own(tiny_catalogue_ref, tmp_path):

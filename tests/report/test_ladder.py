@@ -121,15 +121,17 @@ def test_bars_are_as_long_as_the_means_and_ceilings_have_another_colour() -> Non
     assert [text.get_text() for text in axes.texts] == ["21.1", "35.4", "36.1", "70.0"]
 
 
-def test_a_gain_whose_interval_includes_zero_is_hollow() -> None:
-    markers = [line for line in drawn(1).lines if line.get_marker() == "o"]
-    assert [line.get_markerfacecolor() == "none" for line in markers] == [False, True, False]
+def test_a_gain_whose_interval_includes_zero_is_hollow_and_a_ceilings_is_left_out() -> None:
+    axes = drawn(1)
+    markers = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [line.get_markerfacecolor() == "none" for line in markers] == [False, True]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["<sure>", "<unsure>"]
 
 
 def test_protocols_other_than_the_headline_have_a_chart_each() -> None:
     assert [panel.title for panel in ladder_panels(read_ladder(RECORD))] == [
         "fine: hit@1, %, 95 % over 3 seeds",
-        "gain over the rung below, points, 95 % paired",
+        "gain over the rung below, points",
         "families: NMI, %",
     ]
 
