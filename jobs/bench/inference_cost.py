@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullLocator
 from tqdm import tqdm
 
 from afmrl_ray import storage
@@ -232,10 +233,11 @@ def write(points: Sequence[Point], bench: Bench, options: argparse.Namespace) ->
         "points": [asdict(point) for point in points],
         "versions": {"python": platform.python_version(), **versions},
     }
-    (OUT / "inference_cost.json").write_text(json.dumps(record, indent=2) + "\n")
+    out = OUT / f"inference_cost-{bench.name}.json"
+    out.write_text(json.dumps(record, indent=2) + "\n")
     title = f"{bench.protocol.name}: hit@1, %, against ms a query"
-    (OUT / "inference_cost.png").write_bytes(draw_png([Panel(title, curve(points), 3.4)]))
-    print(f"-> {OUT / 'inference_cost.json'}, {OUT / 'inference_cost.png'}")
+    out.with_suffix(".png").write_bytes(draw_png([Panel(title, curve(points), 3.4)]))
+    print(f"-> {out}, {out.with_suffix('.png')}")
 
 
 def curve(points: Sequence[Point]) -> Draw:
@@ -249,6 +251,10 @@ def curve(points: Sequence[Point]) -> Draw:
                 [point.milliseconds], [100 * point.hit1], yerr=ends, marker="o", color=colour, label=point.name
             )
         axes.set_xscale("log")
+        # Log axes label themselves in TeX, which is off in these charts.
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("milliseconds a query")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3)
 

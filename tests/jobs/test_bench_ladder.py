@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from afmrl_ray.config import dump_yaml, load_config, with_values
+from afmrl_ray.report.plots import LIGHT
 from tests.cit.test_ladder import ladder_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,18 +64,31 @@ def test_the_ladder_is_climbed_once_and_its_first_run_tells_what_attributes_cost
     assert cost.returncode == 0, cost.stderr[-3000:]
     for way in ("no attributes", "all, from a cache", "first 1", "all, written"):
         assert way in cost.stdout
-    assert list((tmp_path / "runs/bench").glob("*.png"))
+    assert (tmp_path / "runs/bench/inference_cost-t-s0.png").exists()
 
 
-def sweep_program(monkeypatch: pytest.MonkeyPatch) -> Any:
+def program(monkeypatch: pytest.MonkeyPatch, name: str) -> Any:
     monkeypatch.syspath_prepend(str(ROOT / "jobs/bench"))
-    return importlib.import_module("ladder_sweep")
+    return importlib.import_module(name)
+
+
+def test_the_curve_of_costs_labels_milliseconds_in_plain_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = program(monkeypatch, "inference_cost")
+    points = [cost.Point("cheap", 0.2, 0.18, 0.22, 9.7, [9.7]), cost.Point("dear", 0.3, 0.28, 0.32, 88.3, [88.3])]
+    figure = Figure()
+    axes = figure.subplots()
+    cost.curve(points)(axes, LIGHT)
+    figure.draw_without_rendering()
+    low, high = axes.get_xlim()
+    labels = [label.get_text() for label in axes.get_xticklabels() if low <= label.get_position()[0] <= high]
+    assert labels == ["10", "20", "50"]
+    assert not any(label.get_text() for label in axes.get_xticklabels(minor=True))
 
 
 def test_every_setting_of_the_sweep_is_a_run_of_its_own_that_changes_what_it_says(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    sweep = sweep_program(monkeypatch)
+    sweep = program(monkeypatch, "ladder_sweep")
     base = load_config(str(ROOT / "jobs/configs/ladder.yaml"))
     cells = sweep.cells(base)
     assert len({config.run.name for _, _, config in cells}) == len(cells)
@@ -85,7 +100,7 @@ def test_every_setting_of_the_sweep_is_a_run_of_its_own_that_changes_what_it_say
 
 
 def test_the_sweeps_table_has_gains_with_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
-    sweep = sweep_program(monkeypatch)
+    sweep = program(monkeypatch, "ladder_sweep")
     gain = {"mean": 0.021, "low": -0.003, "high": 0.045}
     rows = [{"knob": "k", "setting": "s", "hit@1": {"low": 0.25, "high": 0.3}, "gain": {"high": gain}, "f1": {}}]
     assert sweep.table(rows).splitlines()[-1] == "| k: s | 25.0 % | +2.1 [-0.3, +4.5] |"
