@@ -134,7 +134,7 @@ def _headline_table(ladder: LadderSummary) -> TextTable:
                 f"{rung.seeds}",
             ]
         )
-    columns = [ladder.headline, "hit@1 %", "gain", "over", "encoder steps", "seconds", "seeds"]
+    columns = [ladder.headline, "hit@1 %", "gain", "over", "steps", "seconds", "seeds"]
     return TextTable("The ladder", columns, rows)
 
 

@@ -80,7 +80,7 @@ def _gains(ladder: LadderSummary) -> Draw:
         axes.axvline(0, color=theme.text, linewidth=1)
         axes.set_yticks(range(len(rungs)), [rung.name for rung in rungs])
         axes.set_ylim(len(rungs) - 0.5, -0.5)
-        axes.set_xlabel("paired 95 % intervals, hollow where they include zero")
+        axes.set_xlabel("95 %, paired; hollow: zero is within")
         axes.grid(visible=False, axis="y")
 
     return draw

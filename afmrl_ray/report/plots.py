@@ -312,10 +312,16 @@ def draw_png(panels: list[Panel], theme: Theme = LIGHT) -> bytes:
         layout = ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1)
         figure = Figure(figsize=(columns * _WIDTH_IN, height), dpi=_DPI, layout=layout)
         canvas = FigureCanvasAgg(figure)
+        titles = []
         for index, panel in enumerate(panels):
             axes = figure.add_subplot(lines, columns, index + 1)
-            axes.set_title(panel.title)
+            titles.append((axes, axes.set_title(panel.title)))
             panel.draw(axes, theme)
+        figure.draw_without_rendering()
+        for axes, title in titles:
+            if title.get_window_extent().x1 > axes.bbox.x1:
+                # Wider than its axes: it ends where they end and begins above the ticks' labels.
+                title.set(x=1, horizontalalignment="right")
         target = io.BytesIO()
         canvas.print_png(target)
     return target.getvalue()

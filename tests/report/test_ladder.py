@@ -8,13 +8,15 @@ from typing import Any
 
 import matplotlib
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from afmrl_ray import storage
 from afmrl_ray.report import write_report
 from afmrl_ray.report.ladder import LADDER, ladder_table, ladder_tables, read_ladder
 from afmrl_ray.report.ladder_plots import ladder_panels
-from afmrl_ray.report.plots import LIGHT
+from afmrl_ray.report.plots import LIGHT, Panel, Theme, draw_png
 from tests.report.fake_run import FakeRun
 
 matplotlib.use("Agg")
@@ -134,6 +136,24 @@ def test_protocols_other_than_the_headline_have_a_chart_each() -> None:
         "gain over the rung below, points",
         "families: NMI, %",
     ]
+
+
+def test_a_title_that_is_wider_than_its_axes_begins_further_to_the_left() -> None:
+    def draw(axes: Axes, theme: Theme) -> None:
+        axes.barh(["a name that takes most of the room that there is"], [1.0])
+        axes_of.append(axes)
+
+    axes_of: list[Axes] = []
+    words = ["gain over the rung below, points", "short"]
+    draw_png([Panel(title, draw) for title in words])
+    titles = [
+        axes.findobj(lambda it, word=word: isinstance(it, Text) and it.get_text() == word)
+        for axes, word in zip(axes_of, words, strict=True)
+    ]
+    boxes = [title[0].get_window_extent() for title in titles]
+    assert all(box.x1 <= axes.bbox.x1 + 1 for box, axes in zip(boxes, axes_of, strict=True))
+    assert boxes[0].x0 < axes_of[0].bbox.x0
+    assert boxes[1].x0 == pytest.approx(axes_of[1].bbox.x0, abs=1)
 
 
 def test_the_report_of_a_run_shows_the_ladder_that_lies_beside_it(tmp_path: Path) -> None:
