@@ -26,6 +26,7 @@ from afmrl_ray.catalogue.schema import parse_source_attributes
 from afmrl_ray.cit.stages import Stage, StageOutcome
 from afmrl_ray.config import Config
 from afmrl_ray.config.evaluation import RetrievalProtocol
+from afmrl_ray.config.teacher import ColumnTeacherConfig
 from afmrl_ray.distill.train import DistillJob, train_distill
 from afmrl_ray.errors import CatalogueError
 from afmrl_ray.models.annotate import GeneratorRef, annotate_rows
@@ -123,9 +124,14 @@ def attributes_body(
     )
 
 
+def taught_names(config: Config) -> tuple[str, ...] | None:
+    """Names that the teacher is limited to, or none; a source may know others, which no generator is taught."""
+    return config.teacher.names if isinstance(config.teacher, ColumnTeacherConfig) else None
+
+
 def oracle_body(config: Config, catalogue_ref: CatalogueRef, directory: str) -> StageOutcome:
-    """What a generator that is never wrong would write: `annotate.oracle_names` of `annotate.truth_column`."""
-    catalogue, names = catalogue_ref.open(), config.annotate.oracle_names
+    """What a generator that is never wrong would write: what the teacher names, of `annotate.truth_column`."""
+    catalogue, names = catalogue_ref.open(), taught_names(config)
     rows = catalogue.rows(config.annotate.items)
     truth = catalogue.column(config.annotate.truth_column)
     source = [chosen_attributes(parse_source_attributes(truth[row]), names) for row in rows.tolist()]

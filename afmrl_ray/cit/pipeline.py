@@ -167,7 +167,7 @@ class Pipeline:
         """The true attributes (`annotate.truth_column`) of the listings that the generator would annotate."""
         annotate = self.config.annotate
         inputs = self._inputs((), self.catalogue_stage, items=annotate.items.decisive(), column=annotate.truth_column)
-        inputs["names"] = annotate.oracle_names
+        inputs["names"] = bodies.taught_names(self.config)
         return self._stage("oracle", inputs, lambda at: bodies.oracle_body(self.config, self.catalogue_ref, at))
 
     def _generator(self, path: str) -> GeneratorRef:

@@ -18,9 +18,6 @@ class AnnotateConfig(Section):
     """Listings that get attributes."""
     truth_column: str = "attributes"
     """Column that holds what a listing's attributes truly are, by which written ones are judged."""
-    oracle_names: tuple[str, ...] | None = None
-    """Attributes that the ladder's perfect generator writes, of those in `truth_column`; none = all. Give it what the
-    teacher teaches where the source knows more."""
     pool: PoolConfig = PoolConfig()
     """Ray Data actors that generate."""
 

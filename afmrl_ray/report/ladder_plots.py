@@ -67,15 +67,14 @@ def _gains(ladder: LadderSummary) -> Draw:
             if gain.mean is None or gain.low is None or gain.high is None:
                 continue
             sure = gain.low > 0 or gain.high < 0
-            colour = theme.series[0]
             error = [[100 * (gain.mean - gain.low)], [100 * (gain.high - gain.mean)]]
             axes.errorbar(
                 [100 * gain.mean],
                 [place],
                 xerr=error,
                 fmt="o",
-                color=colour,
-                markerfacecolor=colour if sure else "none",
+                color=theme.series[0],
+                markerfacecolor=theme.series[0] if sure else "none",
             )
         axes.axvline(0, color=theme.text, linewidth=1)
         axes.set_yticks(range(len(rungs)), [rung.name for rung in rungs])

@@ -43,9 +43,9 @@ def test_a_local_checkpoint_teaches_what_it_would_annotate(
 
 
 @pytest.mark.parametrize("names", [None, ("pattern", "color", "no such name")])
-def test_the_oracle_writes_the_truth_or_the_names_asked_for(tiny_catalogue_ref, tmp_path, names):
-    annotate = {"truth_column": "true_attributes", "oracle_names": names}
-    config = validate(run_values(tmp_path, annotate=annotate))
+def test_the_oracle_writes_the_truth_or_of_it_what_is_taught(tiny_catalogue_ref, tmp_path, names):
+    changes = {"annotate": {"truth_column": "true_attributes"}, "teacher": {"kind": "column", "names": names}}
+    config = validate(run_values(tmp_path, **changes))
     outcome = oracle_body(config, tiny_catalogue_ref, str(tmp_path))
     store = read_attributes(str(tmp_path / outcome.outputs["attributes"]))
     catalogue = tiny_catalogue_ref.open()
