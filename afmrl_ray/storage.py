@@ -55,6 +55,12 @@ def parent(path: str) -> str:
     return path.rstrip("/").rsplit("/", 1)[0]
 
 
+def split(path: str) -> tuple[str, str]:
+    """The folder that holds `path`, and the name of `path` in it; slashes at the end do not count."""
+    folder, slash, name = path.rstrip("/").rpartition("/")
+    return folder or slash, name
+
+
 def exists(path: str) -> bool:
     filesystem, inner = resolve(path)
     return filesystem.get_file_info(inner).type != pafs.FileType.NotFound

@@ -12,7 +12,9 @@ from afmrl_ray.cit.stages import RunDirectory
 from afmrl_ray.cli import job_main
 from afmrl_ray.config import Config, validate
 from afmrl_ray.errors import CatalogueError, ConfigError, StorageError
-from afmrl_ray.report import compare, comparison_text, run_table, write_comparison, write_report
+from afmrl_ray.report import compare, comparison_text, write_comparison, write_report
+from afmrl_ray.report.collect import collect
+from afmrl_ray.report.table import format_tables
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,35 +26,37 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def body(config: Config, options: argparse.Namespace) -> None:
+    if options.compare is not None and options.run is not None:
+        raise ConfigError("--run: --compare names both runs; leave one of the two out")
     if options.compare is None:
         if options.out is not None:
             raise ConfigError("--out: the report of one run has its place below the run; use it with --compare")
         run = directory(options.run or storage.join(config.run.storage_path, config.run.name))
+        summary = collect(run)
         index = write_report(run, listings=listings(run))
-        print(f"{run_table(run)}\n-> {index}")
+        print(f"{format_tables(summary)}\n-> {index}")
         return
     left, right = (directory(path) for path in options.compare)
     comparison = compare(left, right)
-    page = options.out or storage.join(right.path, "report", f"compare-{left.path.rsplit('/', 1)[-1]}.html")
+    page = options.out or storage.join(right.path, "report", f"compare-{storage.split(left.path)[1]}.html")
     write_comparison(comparison, page)
     print(f"{comparison_text(comparison)}\n-> {page}")
 
 
 def directory(path: str) -> RunDirectory:
-    path = storage.absolute(path)
-    return RunDirectory(storage.parent(path), path.rsplit("/", 1)[-1])
+    return RunDirectory(*storage.split(storage.absolute(path)))
 
 
 def listings(run: RunDirectory) -> StagedCatalogue | None:
-    """The run's catalogue, for pictures; none where it is not there any more, which is said."""
+    """The run's catalogue, for pictures; none where it or a setting is not there any more, which is said."""
     stage = run.committed("catalogue")
     if stage is None:
         return None
-    config = validate(run.read_run()["config"])
-    path = config.catalogue.path or stage.output("catalogue")
     try:
+        config = validate(run.read_run()["config"])
+        path = config.catalogue.path or stage.output("catalogue")
         return CatalogueRef(storage.absolute(path), config.catalogue, stage.metrics["fingerprint"]).open()
-    except (CatalogueError, StorageError) as error:
+    except (CatalogueError, ConfigError, StorageError) as error:
         sys.stderr.write(f"no pictures in the report: {error}\n")
         return None
 

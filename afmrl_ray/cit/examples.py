@@ -32,17 +32,19 @@ def failures(
 ) -> list[dict[str, Any]]:
     """The queries whose best positive stands last, worst first, each with that positive, as JSON values.
 
+    A query that is answered by a positive is no failure.
+
     Args:
         ranking: of `protocol`, with the embeddings that `embed` gives.
         embed: see `retrieval.evaluate.Embed`.
     """
     first = ranking.ranks[ranking.offsets[:-1]]
-    worst = np.argsort(-first, kind="stable")[:WORST]
+    worst = [index for index in np.argsort(-first, kind="stable")[:WORST].tolist() if first[index] > 0]
     labels = np.array(label_codes(catalogue.column(protocol.label)))
     query_rows, queries = embed(protocol.query, protocol.enriched != "none")
     gallery_rows, gallery = embed(protocol.gallery, protocol.enriched == "both")
     found = []
-    for index in worst.tolist():
+    for index in worst:
         query = int(ranking.query_rows[index])
         positives = np.flatnonzero((labels[gallery_rows] == labels[query]) & (gallery_rows != query))
         scores = gallery[positives] @ queries[query_rows == query][0]

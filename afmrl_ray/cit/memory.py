@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import psutil
@@ -22,19 +23,39 @@ def tree_memory_mb() -> float:
     return total / 2**20
 
 
+def ray_is_elsewhere() -> bool:
+    """Whether somebody else started the Ray that does the work, so that its actors are not below this process."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return False
+    return not any(_name(process) == "raylet" for process in psutil.Process().children(recursive=True))
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""
+
+
 class PeakMemory:
-    """Context manager that samples `tree_memory_mb` in a thread; `peak_mb` holds the largest sample."""
+    """Context manager that samples `tree_memory_mb` in a thread.
+
+    Attributes:
+        peak_mb: the largest sample, MiB; none where the work is done by a Ray that this process did not start.
+    """
 
     def __init__(self) -> None:
-        self.peak_mb = 0.0
+        self.peak_mb: float | None = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="peak-memory", daemon=True)
 
     def _sample(self) -> None:
-        while True:
-            self.peak_mb = max(self.peak_mb, round(tree_memory_mb(), 1))
+        while not ray_is_elsewhere():
+            self.peak_mb = max(self.peak_mb or 0.0, round(tree_memory_mb(), 1))
             if self._stop.wait(_PERIOD_S):
                 return
+        self.peak_mb = None
 
     def __enter__(self) -> PeakMemory:
         self._thread.start()

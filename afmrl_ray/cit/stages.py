@@ -32,7 +32,7 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "metrics": dict,
     "committed_at": str,
     "seconds": (int, float),
-    "peak_memory_mb": (int, float),
+    "peak_memory_mb": (int, float, type(None)),
 }
 """Of a record, with their types."""
 
@@ -52,7 +52,12 @@ class StageOutcome:
 
 @dataclass(frozen=True)
 class Stage:
-    """A committed stage."""
+    """A committed stage.
+
+    Attributes:
+        seconds: of the attempt that committed it; what one before it spent that was killed is not among them.
+        peak_memory_mb: of the driver and all that it started, MiB; none where it joined a Ray that others started.
+    """
 
     name: str
     fingerprint: str
@@ -63,7 +68,7 @@ class Stage:
     metrics: dict[str, Any]
     committed_at: str
     seconds: float
-    peak_memory_mb: float
+    peak_memory_mb: float | None
 
     def output(self, name: str) -> str:
         """Full path of an output."""

@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from afmrl_ray import storage
+from afmrl_ray.cit.outdated import outdated_stages
 from afmrl_ray.cit.stages import RunDirectory, Stage
 from afmrl_ray.errors import StorageError
+from afmrl_ray.redact import without_credentials
 from afmrl_ray.report.estimate import Estimate, finite
 from afmrl_ray.report.examples import Example, Written, read_examples, written_by_round
 from afmrl_ray.report.ladder import LADDER, LadderSummary, read_ladder
 from afmrl_ray.training.metrics_log import read_metrics
 
 _ROUND = re.compile(r"-r(\d+)$")
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 
 Log = list[dict[str, Any]]
 """One record a step, keys as the training logs them."""
@@ -75,7 +76,7 @@ class Rung:
 
 @dataclass(frozen=True)
 class Promotion:
-    """Whether a round was promoted, why not, and what it gained on the round before in the headline's hit@1."""
+    """Whether a round was promoted, why not, and what it gained on the round before in hit@1 of `cit.decided_by`."""
 
     promoted: bool
     why: list[str]
@@ -107,17 +108,29 @@ class Round:
 
 @dataclass(frozen=True)
 class StageCost:
-    """Seconds and peak memory (MiB) of a stage; `outdated` says that the next run of the command runs it again."""
+    """What a stage cost.
+
+    Attributes:
+        peak_memory_mb: MiB; none where it was not measured.
+        outdated: whether the next run of the command runs it again.
+    """
 
     name: str
     seconds: float
-    peak_memory_mb: float
+    peak_memory_mb: float | None
     outdated: bool
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """Everything that the tables, plots and pages of a run show."""
+    """Everything that the tables, plots and pages of a run show.
+
+    Attributes:
+        refused: rounds that were not promoted.
+        result: the last evaluated round that was not refused, or none.
+        examples: queries by round.
+        failures: the worst queries of `result`.
+    """
 
     name: str
     path: str
@@ -128,6 +141,8 @@ class RunSummary:
     headline: str
     rungs: list[Rung]
     rounds: list[Round]
+    refused: set[int]
+    result: int | None
     baseline_log: Log
     distill_log: Log
     examples: dict[int, list[Example]]
@@ -151,8 +166,9 @@ class RunSummary:
         return sum(stage.seconds for stage in self.stages)
 
     @property
-    def peak_memory_mb(self) -> float:
-        return max((stage.peak_memory_mb for stage in self.stages), default=0.0)
+    def peak_memory_mb(self) -> float | None:
+        """Of the stages that were measured; none where none was."""
+        return max((stage.peak_memory_mb for stage in self.stages if stage.peak_memory_mb is not None), default=None)
 
 
 def collect(run: RunDirectory) -> RunSummary:
@@ -163,20 +179,24 @@ def collect(run: RunDirectory) -> RunSummary:
     """
     if not storage.exists(storage.join(run.path, "run.json")):
         raise StorageError(f"{run.path}: no run.json, so no run to report on; check run.storage_path and run.name")
-    record = _without_credentials(run.read_run())
-    config = record.get("config", {})
+    written = run.read_run()
     found = {stage.name: stage for stage in run.stages()}
-    inputs = {name: stage.inputs for name, stage in found.items()}
+    # Stages were made with the addresses as they are.
+    outdated = outdated_stages(list(found.values()), written.get("config", {}))
+    record = without_credentials(written)
+    config = record.get("config", {})
     numbers = sorted({int(match[1]) for name in found if (match := _ROUND.search(name))})
     # The attributes written after the last RAR are no round of their own.
     rounds = [each for each in (_round(found, number) for number in numbers) if each.number == 0 or each.agcl]
     evaluated = {n: found[f"evaluate-r{n}"] for n in numbers if f"evaluate-r{n}" in found}
+    refused = {n for n in numbers if (each := _promotion(found.get(f"promotion-r{n}"))) and not each.promoted}
+    result = max(evaluated.keys() - refused, default=None)
     examples = {n: read_examples(stage, "examples") for n, stage in evaluated.items()}
-    failures = read_examples(evaluated[max(evaluated)], "failures") if evaluated else []
-    shown = {each.item_id for each in [*failures, *(examples[max(examples)] if examples else [])]}
+    failures = read_examples(evaluated[result], "failures") if result is not None else []
+    shown = {each.item_id for each in [*failures, *(examples[result] if result is not None else [])]}
     return RunSummary(
         name=record.get("name", ""),
-        path=_without_credentials(run.path),
+        path=without_credentials(run.path),
         command=record.get("command", ""),
         config=config,
         versions=record.get("versions", {}),
@@ -184,15 +204,16 @@ def collect(run: RunDirectory) -> RunSummary:
         headline=config.get("evaluation", {}).get("headline", ""),
         rungs=_rungs(found, [each.number for each in rounds]),
         rounds=rounds,
+        refused=refused,
+        result=result,
         baseline_log=_log(found.get("baseline")),
         distill_log=_log(found.get("distill")),
         examples=examples,
         failures=failures,
-        written=written_by_round(found, shown),
+        written=written_by_round(found, shown, refused),
         ladder=_ladder(run),
         stages=[
-            StageCost(name, stage.seconds, stage.peak_memory_mb, is_outdated(name, found, inputs, config))
-            for name, stage in found.items()
+            StageCost(name, stage.seconds, stage.peak_memory_mb, name in outdated) for name, stage in found.items()
         ],
     )
 
@@ -200,42 +221,6 @@ def collect(run: RunDirectory) -> RunSummary:
 def _ladder(run: RunDirectory) -> LadderSummary | None:
     path = storage.join(run.path, LADDER)
     return read_ladder(storage.read_json(path)) if storage.exists(path) else None
-
-
-def is_outdated(name: str, found: dict[str, Stage], inputs: dict[str, Any], config: dict[str, Any]) -> bool:
-    """Whether a stage was made with settings other than the run's, or stands on a stage that has since changed.
-
-    Args:
-        found: committed stages by name.
-        inputs: what each was run with.
-        config: the run's config.
-    """
-    own = inputs[name]
-    config = _changed(config, own.get("changes", {}))
-    settings = {**own.get("config", {}), **({"run": {"seed": own["seed"]}} if "seed" in own else {})}
-    if not _agree(settings, config):
-        return True
-    return any(
-        found[above].fingerprint != fingerprint or is_outdated(above, found, inputs, config)
-        for above, fingerprint in own.get("upstream", {}).items()
-        if above in found
-    )
-
-
-def _changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A config's JSON values with those at dotted keys changed, as `Pipeline.variant` changes them."""
-    changed = dict(config)
-    for key, value in changes.items():
-        section, _, rest = key.partition(".")
-        inner = changed.get(section)
-        changed[section] = _changed(inner if isinstance(inner, dict) else {}, {rest: value}) if rest else value
-    return changed
-
-
-def _agree(part: Any, whole: Any) -> bool:
-    if isinstance(part, dict) and isinstance(whole, dict):
-        return all(key in whole and _agree(value, whole[key]) for key, value in part.items())
-    return part == whole
 
 
 def _rungs(found: dict[str, Stage], numbers: list[int]) -> list[Rung]:
@@ -302,12 +287,3 @@ def _sizes(metrics: dict[str, Any] | None) -> AttributeSizes | None:
 
 def _log(stage: Stage | None) -> Log:
     return read_metrics(storage.join(stage.directory, "log")) if stage is not None else []
-
-
-def _without_credentials(value: Any) -> Any:
-    """The same JSON value without user names and passwords in URIs, since reports are handed around."""
-    if isinstance(value, dict):
-        return {key: _without_credentials(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_without_credentials(inner) for inner in value]
-    return _CREDENTIALS.sub("***@", value) if isinstance(value, str) else value

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from afmrl_ray import storage
 from afmrl_ray.cit.evaluation import read_per_query
-from afmrl_ray.cit.stages import RunDirectory
+from afmrl_ray.cit.stages import RunDirectory, Stage
 from afmrl_ray.errors import StorageError
 from afmrl_ray.report.collect import Rung, RunSummary, collect
 from afmrl_ray.report.estimate import Estimate
@@ -58,6 +59,7 @@ class Comparison:
 
     Attributes:
         unpaired: why differences have no intervals, or empty.
+        uncompared: protocols that only one run has, or empty.
     """
 
     left: RunSummary
@@ -65,13 +67,18 @@ class Comparison:
     settings: list[Setting]
     differences: list[Difference]
     unpaired: str
+    uncompared: str
 
     @property
     def names(self) -> tuple[str, str]:
         """What the runs are called; their paths are too long for legends."""
-        if self.left.name != self.right.name:
-            return self.left.name, self.right.name
-        return f"{self.left.name} (left)", f"{self.right.name} (right)"
+        return _names(self.left, self.right)
+
+
+def _names(left: RunSummary, right: RunSummary) -> tuple[str, str]:
+    if left.name != right.name:
+        return left.name, right.name
+    return f"{left.name} (left)", f"{right.name} (right)"
 
 
 def compare(left: RunDirectory, right: RunDirectory) -> Comparison:
@@ -82,27 +89,30 @@ def compare(left: RunDirectory, right: RunDirectory) -> Comparison:
     """
     summaries = collect(left), collect(right)
     prints = [summary.catalogue.get("fingerprint") for summary in summaries]
-    unpaired = "" if prints[0] == prints[1] else "the runs are of different catalogues"
-    differences, other_queries = [], set()
+    other_catalogue = "" if prints[0] == prints[1] else "the runs are of different catalogues"
+    differences = []
+    reasons: dict[str, set[str]] = {}
     for rung, other in _common(*summaries):
+        stages = [stage for run in (left, right) if (stage := run.committed(rung.stage)) is not None]
         for protocol in (name for name in rung.protocols if name in other.protocols):
             sides = rung.protocols[protocol].metrics, other.protocols[protocol].metrics
-            for metric in sorted(sides[0].keys() & sides[1].keys(), key=metric_order):
-                change = _change(sides[0][metric], sides[1][metric])
-                if not unpaired and sides[0][metric].has_interval:
-                    paired = _paired((left, right), rung.stage, protocol, metric)
-                    if paired is None:
-                        other_queries.add(protocol)
-                    change = paired or change
+            metrics = sorted(sides[0].keys() & sides[1].keys(), key=metric_order)
+            by_query = [name for name in metrics if all(side[name].has_interval for side in sides)]
+            why = other_catalogue
+            if by_query and not why:
+                why = _why_unpaired(summaries, stages, protocol, by_query[0])
+                reasons.setdefault(why, set()).add(protocol)
+            for metric in metrics:
                 before, after = (side[metric] for side in sides)
+                paired = metric in by_query and not why
+                change = _paired(stages, protocol, metric) if paired else _change(before, after)
                 differences.append(Difference(rung.name, protocol, metric, before, after, change))
     if not differences:
         raise StorageError(
             f"{left.path} and {right.path}: no stage measures the same in both; is one not evaluated yet?"
         )
-    if other_queries:
-        unpaired = f"the runs do not answer the same queries of {', '.join(sorted(other_queries))}"
-    return Comparison(*summaries, _settings(*summaries), differences, unpaired)
+    unpaired = other_catalogue or "; ".join(f"{why} of {', '.join(sorted(of))}" for why, of in reasons.items() if why)
+    return Comparison(*summaries, _settings(*summaries), differences, unpaired, _uncompared(*summaries))
 
 
 def _common(left: RunSummary, right: RunSummary) -> list[tuple[Rung, Rung]]:
@@ -117,13 +127,40 @@ def _change(left: Estimate, right: Estimate) -> Estimate:
     return Estimate(right.mean - left.mean)
 
 
-def _paired(runs: tuple[RunDirectory, RunDirectory], stage: str, protocol: str, metric: str) -> Estimate | None:
-    """The paired difference, or none where a side has no numbers by query or the queries differ."""
-    found = [run.committed(stage) for run in runs]
-    sides = [read_per_query(each, protocol, metric) for each in found if each and "per_query" in each.outputs]
-    if len(sides) < len(runs) or not np.array_equal(sides[0][0], sides[1][0]):
-        return None
-    return Estimate.of(asdict(paired_gain(*sides, samples=SAMPLES, seed=SEED)))
+def _why_unpaired(summaries: tuple[RunSummary, RunSummary], stages: Sequence[Stage], protocol: str, metric: str) -> str:
+    """Why a protocol's metrics cannot be paired by query, or empty; its name belongs behind the words."""
+    asked = [_asked(stage, summary, protocol) for stage, summary in zip(stages, summaries, strict=True)]
+    if asked[0] != asked[1]:
+        return "the runs differ in the settings"
+    without = [name for stage, name in zip(stages, _names(*summaries), strict=True) if not _has_numbers_by_query(stage)]
+    if without:
+        return f"{' and '.join(without)} kept no numbers by query"
+    left, right = (read_per_query(stage, protocol, metric)[0] for stage in stages)
+    return "" if np.array_equal(left, right) else "the runs do not answer the same queries"
+
+
+def _asked(stage: Stage, summary: RunSummary, protocol: str) -> Any:
+    """Settings of a protocol: those that the stage was measured with, or else the run's."""
+    evaluation = stage.inputs.get("config", {}).get("evaluation") or summary.config.get("evaluation", {})
+    return next((each for each in evaluation.get("protocols", []) if each["name"] == protocol), None)
+
+
+def _has_numbers_by_query(stage: Stage) -> bool:
+    return "per_query" in stage.outputs and storage.exists(stage.output("per_query"))
+
+
+def _paired(stages: Sequence[Stage], protocol: str, metric: str) -> Estimate:
+    before, after = (read_per_query(stage, protocol, metric) for stage in stages)
+    return Estimate.of(asdict(paired_gain(before, after, samples=SAMPLES, seed=SEED)))
+
+
+def _uncompared(left: RunSummary, right: RunSummary) -> str:
+    """Which protocols only one run has, at the rungs that both have."""
+    rungs = _common(left, right)
+    measured = [{name: None for pair in rungs for name in pair[side].protocols} for side in (0, 1)]
+    only = [[name for name in measured[side] if name not in measured[1 - side]] for side in (0, 1)]
+    names = _names(left, right)
+    return "; ".join(f"{name} alone measures {', '.join(of)}" for name, of in zip(names, only, strict=True) if of)
 
 
 def _settings(left: RunSummary, right: RunSummary) -> list[Setting]:
@@ -140,14 +177,27 @@ def _settings(left: RunSummary, right: RunSummary) -> list[Setting]:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted names and the values as text; lists stay whole."""
+    """Dotted names and the values as text; lists of plain values stay whole."""
     found: dict[str, str] = {}
     for name, value in values.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
+        sections = _sections(value)
+        if sections is not None:
+            found |= _flat(sections, f"{prefix}{name}.")
         else:
             found[f"{prefix}{name}"] = "none" if value is None else str(value)
     return found
+
+
+def _sections(value: Any) -> Mapping[str, Any] | None:
+    """A mapping itself, a list of mappings by their `name` or else their place; none = a plain value."""
+    if isinstance(value, Mapping):
+        return value
+    if not (isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value)):
+        return None
+    names = [each.get("name", "") for each in value]
+    if not all(names) or len(set(names)) < len(names):
+        names = [str(place) for place in range(len(value))]
+    return dict(zip(names, value, strict=True))
 
 
 def comparison_tables(comparison: Comparison) -> list[TextTable]:
@@ -208,5 +258,11 @@ def _ratio(left: float | None, right: float | None) -> str:
 
 def comparison_text(comparison: Comparison) -> str:
     """The tables as plain text."""
-    notes = [f"No intervals of differences: {comparison.unpaired}."] if comparison.unpaired else []
+    notes = [f"{label}: {text}." for label, text in comparison_notes(comparison)]
     return "\n\n".join([*notes, *(table.plain() for table in comparison_tables(comparison))])
+
+
+def comparison_notes(comparison: Comparison) -> list[tuple[str, str]]:
+    """What the tables lack, and why."""
+    notes = [("Differences without intervals", comparison.unpaired), ("Not compared", comparison.uncompared)]
+    return [(label, text) for label, text in notes if text]

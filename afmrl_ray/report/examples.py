@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -63,12 +63,13 @@ Written = dict[str, list[tuple[str, str]]]
 """By item, attribute texts with the generator that wrote them, in the order of the generators."""
 
 
-def written_by_round(found: Mapping[str, Stage], items: Iterable[str]) -> Written:
+def written_by_round(found: Mapping[str, Stage], items: Iterable[str], refused: Collection[int]) -> Written:
     """What the generators of all rounds wrote about some listings: distilled first, then after each round's RAR.
 
     Args:
         found: committed stages by name.
         items: of the listings.
+        refused: rounds that were not promoted, which labels tell.
     """
     items = list(items)
     texts: Written = {item: [] for item in items}
@@ -77,6 +78,7 @@ def written_by_round(found: Mapping[str, Stage], items: Iterable[str]) -> Writte
         if "attributes" in stage.outputs and storage.exists(stage.output("attributes")):
             store = read_attributes(stage.output("attributes"))
             label = "distilled" if number == 0 else f"after RAR, round {number - 1}"
+            label += " (refused)" if number - 1 in refused else ""
             for item in items:
                 texts[item].append((label, store.text(item)))
         number += 1

@@ -52,7 +52,7 @@ class ShownExample:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Queries drawn at random and those that failed worst, of the last evaluated round."""
+    """Queries drawn at random and those that failed worst, of the run's result."""
 
     round: int
     examples: list[ShownExample]
@@ -60,14 +60,14 @@ class Gallery:
 
 
 def make_gallery(summary: RunSummary, listings: Listings | None) -> Gallery | None:
-    """The gallery of a run; none where no round is evaluated.
+    """The gallery of a run; none where no round is evaluated and kept.
 
     Args:
         listings: pictures; without, the queries are text only.
     """
-    if not summary.examples:
+    last = summary.result
+    if last is None:
         return None
-    last = max(summary.examples)
     thumbnails = _Thumbnails(listings)
 
     def shown(examples: Sequence[Example]) -> list[ShownExample]:

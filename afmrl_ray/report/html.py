@@ -11,11 +11,11 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from afmrl_ray.report.collect import RunSummary
-from afmrl_ray.report.compare import Comparison, comparison_tables
+from afmrl_ray.report.compare import Comparison, comparison_notes, comparison_tables
 from afmrl_ray.report.compare_plots import comparison_panels
 from afmrl_ray.report.estimate import Estimate
 from afmrl_ray.report.gallery import Listings, data_url, make_gallery
-from afmrl_ray.report.ladder import ladder_tables
+from afmrl_ray.report.ladder import ladder_heading, ladder_tables
 from afmrl_ray.report.ladder_plots import ladder_panels
 from afmrl_ray.report.plots import DARK, LIGHT, Panel, draw_png, plot_panels
 from afmrl_ray.report.table import column_names, sections
@@ -68,6 +68,7 @@ def render(summary: RunSummary, *, listings: Listings | None) -> str:
         plots=_plots(summary),
         gallery=make_gallery(summary, listings),
         ladder=ladder_tables(summary.ladder) if summary.ladder is not None else [],
+        ladder_heading=ladder_heading(summary.ladder, summary.name) if summary.ladder is not None else "",
         duration=duration,
         config=json.dumps(summary.config, indent=2, sort_keys=True),
     )
@@ -82,7 +83,7 @@ def render_comparison(comparison: Comparison) -> str:
     return _fill(
         "compare.html",
         names=comparison.names,
-        unpaired=comparison.unpaired,
+        notes=comparison_notes(comparison),
         tables=comparison_tables(comparison),
         panels=_pictures(comparison_panels(comparison)),
         commands=commands,
@@ -108,39 +109,56 @@ def duration(seconds: float) -> str:
 
 
 def key_figures(summary: RunSummary) -> list[KeyFigure]:
-    """The few numbers that stand first, as far as they are there."""
-    figures = []
-    hits = {
-        rung.name: result.metrics["hit@1"]
+    """The few numbers that stand first, as far as they are there; those of a refused round are no result."""
+    found = [_hit_figure(summary), _reward_figure(summary), _words_figure(summary), _cost_figure(summary)]
+    return [figure for figure in found if figure is not None]
+
+
+def _hit_figure(summary: RunSummary) -> KeyFigure | None:
+    hits = [
+        (rung, result.metrics["hit@1"])
         for rung in summary.rungs
         if (result := rung.protocols.get(summary.headline)) is not None and "hit@1" in result.metrics
-    }
-    trained = [rung for rung in summary.rungs if rung.trained and rung.name in hits]
-    if trained:
-        last = trained[-1].name
-        others = [f"{name} {_percent(value)}" for name, value in hits.items() if name != last]
-        note = ", ".join(others)
-        figures.append(KeyFigure(f"hit@1, {summary.headline}, {last}", _percent(hits[last]), note))
-    gains = [(each.number, gain) for each in summary.rounds if (gain := each.reward("heldout_gain")) is not None]
-    if gains:
-        number, gain = gains[-1]
-        value = f"{gain.mean:+.3f}" if gain.mean is not None else "-"
-        note = f"95 % interval {gain.low:+.3f} to {gain.high:+.3f}" if gain.has_interval else ""
-        figures.append(KeyFigure(f"held-out reward gained by RAR, round {number}", value, note))
-    sizes = [(rung.name, rung.attributes) for rung in summary.rungs if rung.attributes is not None]
-    if sizes:
-        name, last_sizes = sizes[-1]
-        words = last_sizes.mean_words
-        invalid = _percent(Estimate(last_sizes.invalid_share))
-        figures.append(
-            KeyFigure(
-                f"words of attributes, {name}", f"{words:.1f}" if words is not None else "-", f"invalid {invalid}"
-            )
-        )
-    if summary.stages:
-        peak = f"peak memory {summary.peak_memory_mb / 1024:.1f} GiB"
-        figures.append(KeyFigure("in all stages", duration(summary.seconds), peak))
-    return figures
+    ]
+    trained = [(rung, hit) for rung, hit in hits if rung.trained and rung.number not in summary.refused]
+    if not trained:
+        return None
+    last, value = trained[-1]
+    others = [
+        f"{rung.name}{' (refused)' if rung.number in summary.refused else ''} {_percent(hit)}"
+        for rung, hit in hits
+        if rung is not last
+    ]
+    return KeyFigure(f"hit@1, {summary.headline}, {last.name}", _percent(value), ", ".join(others))
+
+
+def _reward_figure(summary: RunSummary) -> KeyFigure | None:
+    kept = [each for each in summary.rounds if each.number not in summary.refused]
+    gains = [(each.number, gain) for each in kept if (gain := each.reward("heldout_gain")) is not None]
+    if not gains:
+        return None
+    number, gain = gains[-1]
+    value = f"{gain.mean:+.3f}" if gain.mean is not None else "-"
+    note = f"95 % interval {gain.low:+.3f} to {gain.high:+.3f}" if gain.has_interval else ""
+    return KeyFigure(f"held-out reward gained by RAR, round {number}", value, note)
+
+
+def _words_figure(summary: RunSummary) -> KeyFigure | None:
+    kept = [rung for rung in summary.rungs if rung.number not in summary.refused]
+    sizes = [(rung.name, rung.attributes) for rung in kept if rung.attributes is not None]
+    if not sizes:
+        return None
+    name, last = sizes[-1]
+    value = f"{last.mean_words:.1f}" if last.mean_words is not None else "-"
+    return KeyFigure(f"words of attributes, {name}", value, f"invalid {_percent(Estimate(last.invalid_share))}")
+
+
+def _cost_figure(summary: RunSummary) -> KeyFigure | None:
+    if not summary.stages:
+        return None
+    peak = summary.peak_memory_mb
+    note = f"peak memory {peak / 1024:.1f} GiB" if peak is not None else ""
+    return KeyFigure("in all stages", duration(summary.seconds), note)
 
 
 def _percent(value: Estimate) -> str:

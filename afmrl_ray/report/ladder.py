@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -102,6 +103,15 @@ def ladder_tables(ladder: LadderSummary) -> list[TextTable]:
     return [table for table in found if table.rows]
 
 
+def ladder_heading(ladder: LadderSummary, run: str) -> str:
+    """What stands over the ladder on the page of a run: its title, unless that is the name of the run or of its ladder.
+
+    Args:
+        run: the run's name; that of a seed ends with `-s` and the seed.
+    """
+    return "Ladder" if ladder.title in (run, re.sub(r"-s\d+$", "", run)) else f"Ladder: {ladder.title}"
+
+
 def ladder_table(ladder: LadderSummary) -> str:
     """The same tables as Markdown."""
     parts = [f"# {ladder.title}", _words(ladder)]
@@ -120,7 +130,9 @@ def _headline_table(ladder: LadderSummary) -> TextTable:
     rows = []
     for name, protocols in ladder.floors.items():
         if "hit@1" in protocols.get(ladder.headline, {}):
-            rows.append([name, share(protocols[ladder.headline]["hit@1"]), "", "", "", "", ""])
+            # Intervals of floors are over queries, those of this column over seeds.
+            mean = Estimate(protocols[ladder.headline]["hit@1"].mean)
+            rows.append([name, share(mean), "", "", "", "", ""])
     for rung in ladder.rungs:
         gain = rung.gain.get(ladder.headline, {}).get("hit@1")
         rows.append(

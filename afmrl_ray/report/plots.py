@@ -16,7 +16,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from afmrl_ray.attributes.quality import NAME_SHARE
-from afmrl_ray.report.collect import Log, RunSummary
+from afmrl_ray.report.collect import Log, RunSummary, StageCost
 from afmrl_ray.report.estimate import Estimate
 from afmrl_ray.report.labels import metric_label, metric_order
 
@@ -273,14 +273,18 @@ def _stage_bars(summary: RunSummary) -> Draw:
     def draw(axes: Axes, theme: Theme) -> None:
         stages = summary.stages
         bars = axes.barh([stage.name for stage in stages], [stage.seconds for stage in stages], color=theme.series[0])
-        texts = [f"{stage.seconds:,.1f} s, {stage.peak_memory_mb:,.0f} MiB" for stage in stages]
-        axes.bar_label(bars, texts, padding=3, fontsize=8)
+        axes.bar_label(bars, [_cost(stage) for stage in stages], padding=3, fontsize=8)
         axes.invert_yaxis()
         axes.set_xlim(0, 1.7 * max(max(stage.seconds for stage in stages), 0.1))
         axes.set_xlabel("seconds")
         axes.grid(visible=False, axis="y")
 
     return draw
+
+
+def _cost(stage: StageCost) -> str:
+    memory = f", {stage.peak_memory_mb:,.0f} MiB" if stage.peak_memory_mb is not None else ""
+    return f"{stage.seconds:,.1f} s{memory}"
 
 
 def draw_png(panels: list[Panel], theme: Theme = LIGHT) -> bytes:

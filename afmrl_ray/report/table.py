@@ -70,9 +70,13 @@ def format_stages(summary: RunSummary) -> str:
     lines = [["stage", "seconds", "peak MiB"]]
     for stage in summary.stages:
         star = "*" if stage.outdated else ""
-        lines.append([stage.name + star, f"{stage.seconds:.1f}", f"{stage.peak_memory_mb:.0f}"])
-    lines.append(["all", f"{summary.seconds:.1f}", f"{summary.peak_memory_mb:.0f}"])
+        lines.append([stage.name + star, f"{stage.seconds:.1f}", _memory(stage.peak_memory_mb)])
+    lines.append(["all", f"{summary.seconds:.1f}", _memory(summary.peak_memory_mb)])
     return "\n".join(_aligned(lines))
+
+
+def _memory(mb: float | None) -> str:
+    return f"{mb:.0f}" if mb is not None else "-"
 
 
 def _aligned(lines: list[list[str]]) -> Iterator[str]:

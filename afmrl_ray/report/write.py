@@ -60,6 +60,7 @@ def report_record(summary: RunSummary) -> dict[str, Any]:
         "headline": summary.headline,
         "rungs": [_rung(rung, summary) for rung in summary.rungs],
         "rounds": [_round(each) for each in summary.rounds],
+        "ladder": asdict(summary.ladder) if summary.ladder is not None else None,
         "stages": [asdict(stage) for stage in summary.stages],
         "seconds": summary.seconds,
         "peak_memory_mb": summary.peak_memory_mb,
@@ -83,6 +84,7 @@ def _round(each: Round) -> dict[str, Any]:
         "attributes_before": asdict(each.attributes) if each.attributes is not None else None,
         "agcl": _estimates(each.agcl),
         "rar": _estimates(each.rar),
+        "promotion": asdict(each.promotion) if each.promotion is not None else None,
     }
 
 

@@ -55,7 +55,7 @@ def split_run(path: str) -> RunDirectory:
         ConfigError: there is none.
     """
     path = storage.absolute(path)
-    run = RunDirectory(storage.parent(path), path.rstrip("/").rsplit("/", 1)[1])
+    run = RunDirectory(*storage.split(path))
     if not storage.exists(storage.join(run.path, "run.json")):
         raise ConfigError(f"run: {path} is no run (it has no run.json); name the folder of one, such as runs/demo")
     return run

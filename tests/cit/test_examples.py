@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -52,6 +54,20 @@ def test_failures_are_the_worst_queries_with_their_best_positive(searched):
             "item_id": catalogue.item(positive).item_id,
             "attributes": f"of: {catalogue.item(positive).item_id}",
         }
+
+
+def test_a_query_that_is_answered_rightly_is_no_failure(searched):
+    catalogue, _, embed, ranking = searched
+    first = ranking.ranks[ranking.offsets[:-1]]
+    # All but the three worst are answered rightly.
+    best = np.where(first >= np.sort(first)[-3], first, 0)
+    ranks = ranking.ranks.copy()
+    ranks[ranking.offsets[:-1]] = best
+    found = failures(replace(ranking, ranks=ranks), catalogue, lambda item: "", PROTOCOL, embed)
+    assert [each["rank"] for each in found] == sorted(first + 1, reverse=True)[: np.count_nonzero(best)]
+    assert 3 <= len(found) < WORST
+    ranks[ranking.offsets[:-1]] = 0
+    assert failures(replace(ranking, ranks=ranks), catalogue, lambda item: "", PROTOCOL, embed) == []
 
 
 def test_examples_are_drawn_by_seed_with_their_first_hits(searched, monkeypatch):

@@ -241,3 +241,26 @@ def test_tree_memory_counts_descendants() -> None:
         assert memory.tree_memory_mb() > before + 70
     finally:
         child.communicate(b"\n")
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(120)
+def test_memory_is_not_measured_where_somebody_elses_ray_does_the_work(ray_local: None) -> None:
+    import ray
+
+    with memory.PeakMemory() as own:
+        pass
+    assert own.peak_mb is not None
+    assert own.peak_mb > 1
+    code = f"""
+import ray
+from afmrl_ray.cit.memory import PeakMemory
+with PeakMemory() as before:
+    pass
+ray.init(address={ray.get_runtime_context().gcs_address!r}, namespace="other", logging_level="ERROR")
+with PeakMemory() as joined:
+    pass
+print(before.peak_mb > 1, joined.peak_mb)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "None"]

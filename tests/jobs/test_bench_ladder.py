@@ -54,7 +54,7 @@ def test_the_ladder_is_climbed_once_and_its_first_run_tells_what_attributes_cost
     assert all(gain["low"] <= gain["mean"] <= gain["high"] for gain in gains)
     assert (tmp_path / "t/ladder.md").read_text() in done.stdout
     assert (tmp_path / "t/ladder.png").stat().st_size > 10_000
-    assert "Ladder: " in (tmp_path / "t-s0/report/index.html").read_text("utf-8")
+    assert "<h2>Ladder</h2>" in (tmp_path / "t-s0/report/index.html").read_text("utf-8")
     before = commits(tmp_path)
     assert bench(tmp_path, "ladder.py", *climb).returncode == 0
     assert commits(tmp_path) == before

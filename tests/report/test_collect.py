@@ -10,7 +10,7 @@ from afmrl_ray import storage
 from afmrl_ray.cit.stages import RunDirectory, StageOutcome
 from afmrl_ray.errors import StorageError
 from afmrl_ray.report.collect import Estimate, collect
-from tests.report.fake_run import STEPS, FakeRun
+from tests.report.fake_run import CONFIG, STEPS, FakeRun
 
 
 def test_every_stage_record_is_found_again(tmp_path: Path) -> None:
@@ -46,6 +46,12 @@ def test_credentials_in_addresses_are_not_passed_on(tmp_path: Path) -> None:
     assert summary.config["teacher"]["base_url"] == "https://***@teacher.example/v1"
 
 
+def test_a_stage_that_was_made_with_credentials_is_not_outdated_by_leaving_them_out(tmp_path: Path) -> None:
+    fake = FakeRun(str(tmp_path))
+    fake.run.run_stage("labels", {"config": {"teacher": CONFIG["teacher"]}}, lambda directory: StageOutcome({}, {}))
+    assert collect(fake.run).outdated == set()
+
+
 def test_values_that_are_not_finite_count_as_not_measured() -> None:
     assert Estimate.of(float("nan")) == Estimate.of({"mean": float("inf"), "low": None}) == Estimate(None)
     assert Estimate.of(3) == Estimate(3.0)
@@ -74,6 +80,26 @@ def test_a_changed_seed_outdates_only_what_reads_it(tmp_path: Path) -> None:
     record = fake.run.read_run()
     fake.run.write_run({**record, "config": {**record["config"], "run": {"seed": 5}}})
     assert collect(fake.run).outdated == {"distill"}
+
+
+@pytest.mark.parametrize(("promoted", "result"), [(None, 1), (True, 1), (False, 0)])
+def test_the_result_is_the_last_round_that_was_not_refused(tmp_path: Path, promoted: bool | None, result: int) -> None:
+    fake = FakeRun(str(tmp_path))
+    for number in range(2):
+        fake.round(number)
+    storage.remove(storage.join(fake.run.path, "stages", "promotion-r1"))
+    if promoted is not None:
+        fake.stage("promotion-r1", {"promoted": promoted, "why": []}, "evaluate-r1")
+    summary = collect(fake.run)
+    assert summary.result == result
+    assert summary.refused == ({1} if promoted is False else set())
+
+
+def test_records_of_other_programs_are_read_too(tmp_path: Path) -> None:
+    fake = FakeRun(str(tmp_path))
+    for name, upstream in (("depth", ["f" * 64]), ("depth-attributes", "f" * 64)):
+        fake.run.run_stage(name, {"upstream": upstream}, lambda directory: StageOutcome({}, {}))
+    assert [stage.name for stage in collect(fake.run).stages] == ["depth", "depth-attributes"]
 
 
 def test_logs_are_optional(tmp_path: Path) -> None:

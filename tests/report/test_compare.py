@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +30,38 @@ def measured(
     rows: np.ndarray = ROWS,
     steps: int = 10,
     catalogue: str = "f" * 64,
+    others: Sequence[str] = (),
+    by_query: bool = True,
+    protocols: Sequence[Mapping[str, Any]] = (),
+    asked: Mapping[str, Any] | None = None,
 ) -> RunDirectory:
-    """A run with a baseline that was measured by query."""
+    """A run with a baseline that was measured by query.
+
+    Args:
+        others: names of further protocols, which measure the same.
+        by_query: whether the numbers by query are kept.
+        protocols: as the run's config has them.
+        asked: the config among the inputs of the evaluation.
+    """
     run = RunDirectory(str(folder), name)
     run.create()
-    config = {"run": {"name": name, "seed": 0}, "agcl": {"steps": steps}, "evaluation": {"headline": "fine"}}
+    evaluation = {"headline": "fine", "protocols": list(protocols)}
+    config = {"run": {"name": name, "seed": 0}, "agcl": {"steps": steps}, "evaluation": evaluation}
     run.write_run(
         {"name": name, "config": config, "versions": {"ray": "2.60.0"}, "catalogue": {"fingerprint": catalogue}}
     )
 
     def body(directory: str) -> StageOutcome:
-        columns = {"fine/rows": rows, "fine/hit@1": values}
+        names = ["fine", *others]
+        columns = {f"{each}/{key}": of for each in names for key, of in (("rows", rows), ("hit@1", values))}
         storage.write_bytes(storage.join(directory, "q.safetensors"), save(columns))
         mean = float(values.mean())
         metrics = {"hit@1": {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}, "nmi": {"mean": 0.5}}
         protocol = {"kind": "retrieval", "queries": len(rows), "gallery": 9, "metrics": metrics}
-        return StageOutcome({"per_query": "q.safetensors"}, {"protocols": {"fine": protocol}})
+        outputs = {"per_query": "q.safetensors"} if by_query else {}
+        return StageOutcome(outputs, {"protocols": dict.fromkeys(names, protocol)})
 
-    run.run_stage("evaluate-baseline", {"config": {}, "upstream": {}}, body)
+    run.run_stage("evaluate-baseline", {"config": asked or {}, "upstream": {}}, body)
     return run
 
 
@@ -75,14 +90,84 @@ def test_only_what_differs_is_listed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "why"),
-    [({"rows": ROWS + 1}, "do not answer the same queries of fine"), ({"catalogue": "0"}, "different catalogues")],
+    [
+        ({"rows": ROWS + 1}, "the runs do not answer the same queries of fine"),
+        ({"catalogue": "0"}, "the runs are of different catalogues"),
+        ({"by_query": False}, "right kept no numbers by query of fine"),
+        ({"protocols": [{"name": "fine", "enriched": "query"}]}, "the runs differ in the settings of fine"),
+    ],
 )
 def test_what_cannot_be_paired_has_no_interval_and_says_why(tmp_path: Path, change: Any, why: str) -> None:
-    found = compare(measured(tmp_path, HITS), measured(tmp_path, HITS + 0.1, name="right", **change))
+    same = [{"name": "fine", "enriched": "both"}]
+    left = measured(tmp_path, HITS, protocols=same)
+    found = compare(left, measured(tmp_path, HITS + 0.1, name="right", **{"protocols": same, **change}))
     assert found.differences[0].change.mean == pytest.approx(0.1)
     assert not found.differences[0].change.has_interval
-    assert why in found.unpaired
-    assert why in comparison_text(found)
+    assert found.unpaired == why
+    assert f"Differences without intervals: {why}." in comparison_text(found)
+    write_comparison(found, str(tmp_path / "page.html"))
+    assert f"Differences without intervals: {why}." in (tmp_path / "page.html").read_text("utf-8")
+
+
+def test_only_the_protocol_that_is_configured_otherwise_is_not_paired(tmp_path: Path) -> None:
+    fine, coarse = {"name": "fine", "label": "product_id"}, {"name": "coarse", "label": "category"}
+    other = {"name": "coarse", "label": "brand"}
+    left = measured(tmp_path, HITS, others=["coarse"], protocols=[fine, coarse])
+    right = measured(tmp_path, HITS, others=["coarse"], name="right", protocols=[fine, other])
+    found = compare(left, right)
+    paired = {each.protocol: each.change.has_interval for each in found.differences if each.metric == "hit@1"}
+    assert paired == {"fine": True, "coarse": False}
+    assert found.unpaired == "the runs differ in the settings of coarse"
+
+
+def test_settings_of_a_protocol_are_those_that_it_was_measured_with(tmp_path: Path) -> None:
+    then, now = ({"evaluation": {"protocols": [{"name": "fine", "label": label}]}} for label in ("brand", "product_id"))
+    protocols = now["evaluation"]["protocols"]
+    left = measured(tmp_path, HITS, protocols=protocols, asked=then)
+    right = measured(tmp_path, HITS, name="right", protocols=protocols, asked=now)
+    assert compare(left, right).unpaired == "the runs differ in the settings of fine"
+    again = measured(tmp_path, HITS, name="again", protocols=protocols, asked=then)
+    assert compare(left, again).unpaired == ""
+
+
+def test_protocols_that_only_one_run_has_are_named(tmp_path: Path) -> None:
+    left = measured(tmp_path, HITS, others=["coarse", "labels"])
+    right = measured(tmp_path, HITS, name="right", others=["labels", "<b>"])
+    found = compare(left, right)
+    assert found.uncompared == "left alone measures coarse; right alone measures <b>"
+    assert f"Not compared: {found.uncompared}." in comparison_text(found)
+    write_comparison(found, str(tmp_path / "page.html"))
+    page = (tmp_path / "page.html").read_text("utf-8")
+    assert "Not compared: left alone measures coarse; right alone measures &lt;b&gt;." in page
+    assert "Not compared" not in comparison_text(compare(left, measured(tmp_path, HITS, others=["coarse", "labels"])))
+
+
+def test_sections_in_lists_are_compared_setting_by_setting(tmp_path: Path) -> None:
+    protocols = [{"name": "fine", "ks": [1, 5]}, {"name": "coarse", "query": {"split": ["test"]}, "map_k": 10}]
+    other = [{"name": "coarse", "query": {"split": ["val", "test"]}, "map_k": 10}, {"name": "fine", "ks": [1, 10]}]
+    found = compare(
+        measured(tmp_path, HITS, protocols=protocols), measured(tmp_path, HITS, name="right", protocols=other)
+    )
+    assert [(each.name, each.left, each.right) for each in found.settings] == [
+        ("evaluation.protocols.fine.ks", "[1, 5]", "[1, 10]"),
+        ("evaluation.protocols.coarse.query.split", "['test']", "['val', 'test']"),
+        ("run.name", "left", "right"),
+    ]
+
+
+def test_sections_without_names_of_their_own_go_by_their_place(tmp_path: Path) -> None:
+    left, right = measured(tmp_path, HITS), measured(tmp_path, HITS, name="left-2")
+    for run, changed in ((left, "both"), (right, "text")):
+        record = run.read_run()
+        agcl = {
+            "pairs": [{"query": "image"}, {"query": changed}],
+            "twice": [{"name": "a", "x": 1}, {"name": "a", "x": changed}],
+        }
+        run.write_run({**record, "config": {"agcl": agcl}})
+    assert [(each.name, each.left, each.right) for each in compare(left, right).settings] == [
+        ("agcl.pairs.1.query", "both", "text"),
+        ("agcl.twice.1.x", "both", "text"),
+    ]
 
 
 def test_runs_that_measure_nothing_alike_are_refused(tmp_path: Path) -> None:

@@ -44,6 +44,15 @@ def commit_attributes(run: RunDirectory, number: int, text: str) -> None:
     run.run_stage(f"attributes-r{number}", {}, body)
 
 
+def commit_evaluation(run: RunDirectory, number: int, drawn: list[Any], worst: list[Any]) -> None:
+    def body(directory: str) -> StageOutcome:
+        storage.write_json(storage.join(directory, "examples.json"), drawn)
+        storage.write_json(storage.join(directory, "failures.json"), worst)
+        return StageOutcome({"examples": "examples.json", "failures": "failures.json"}, {"protocols": {}})
+
+    run.run_stage(f"evaluate-r{number}", {}, body)
+
+
 def query(title: str, right: int | None, **more: Any) -> dict[str, Any]:
     hits = [{"row": 3 + hit, "item_id": f"item-{hit}", "score": 0.9, "right": hit == right} for hit in range(5)]
     return {"query_row": 0, "item_id": ITEM, "title": title, "attributes": ROUNDS[-1], "hits": hits, **more}
@@ -56,13 +65,8 @@ def run(tmp_path: Path) -> RunDirectory:
         commit_attributes(fake.run, number, text)
     missed = {"row": 2, "item_id": "item-missed", "attributes": "color: green"}
 
-    def body(directory: str) -> StageOutcome:
-        storage.write_json(storage.join(directory, "examples.json"), [query("drawn", 0)])
-        worst = [query(f"failed {rank}", None, rank=rank, missed=missed) for rank in (77, 61)]
-        storage.write_json(storage.join(directory, "failures.json"), worst)
-        return StageOutcome({"examples": "examples.json", "failures": "failures.json"}, {"protocols": {}})
-
-    fake.run.run_stage("evaluate-r1", {}, body)
+    worst = [query(f"failed {rank}", None, rank=rank, missed=missed) for rank in (77, 61)]
+    commit_evaluation(fake.run, 1, [query("drawn", 0)], worst)
     return fake.run
 
 
@@ -94,3 +98,29 @@ def test_without_failures_there_is_no_such_section(tmp_path: Path) -> None:
     fake = FakeRun(str(tmp_path))
     fake.stage("evaluate-r0", {"protocols": {}}, examples=True)
     assert "Worst failures" not in Path(write_report(fake.run)).read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("promoted", "shown"), [({}, 1), ({0: True}, 1), ({0: True, 1: True}, 1), ({0: True, 1: False}, 0)]
+)
+def test_a_refused_round_is_not_shown_as_the_result(tmp_path: Path, promoted: dict[int, bool], shown: int) -> None:
+    fake = FakeRun(str(tmp_path))
+    for number, text in enumerate(ROUNDS):
+        commit_attributes(fake.run, number, text)
+    missed = {"row": 2, "item_id": "item-missed", "attributes": "color: green"}
+    for number in range(2):
+        commit_evaluation(
+            fake.run, number, [query(f"drawn {number}", 0)], [query(f"failed {number}", None, rank=9, missed=missed)]
+        )
+    for number, yes in promoted.items():
+        fake.stage(f"promotion-r{number}", {"promoted": yes, "why": []}, f"evaluate-r{number}")
+    page = Path(write_report(fake.run)).read_text("utf-8")
+    other = 1 - shown
+    assert f"drawn {shown}" in page
+    assert f"failed {shown}" in page
+    assert f"drawn {other}" not in page
+    assert f"failed {other}" not in page
+    assert page.count(f"after round {shown}") == 2
+    assert f"after round {other}" not in page
+    assert ("after RAR, round 1 (refused)" in page) == (shown == 0)
+    assert "after RAR, round 0 (refused)" not in page

@@ -14,7 +14,7 @@ from matplotlib.text import Text
 
 from afmrl_ray import storage
 from afmrl_ray.report import write_report
-from afmrl_ray.report.ladder import LADDER, ladder_table, ladder_tables, read_ladder
+from afmrl_ray.report.ladder import LADDER, ladder_heading, ladder_table, ladder_tables, read_ladder
 from afmrl_ray.report.ladder_plots import ladder_panels
 from afmrl_ray.report.plots import LIGHT, Panel, Theme, draw_png
 from tests.report.fake_run import FakeRun
@@ -57,7 +57,7 @@ RECORD = {
     "headline": "fine",
     "protocols": ["families", "fine"],
     "seeds": 3,
-    "floor": {"chance": {"fine": {"hit@1": value(0.002, None)}}},
+    "floor": {"chance": {"fine": {"hit@1": value(0.002, None)}}, "pixels": {"fine": {"hit@1": value(0.139, 0.014)}}},
     "rungs": [
         rung("low", 0.211, None, None),
         rung("sure", 0.354, "low", value(0.143, 0.03)),
@@ -72,6 +72,8 @@ def test_the_headline_holds_every_number_where_it_belongs() -> None:
     tables = ladder_tables(read_ladder(RECORD))
     assert tables[0].rows == [
         ["chance", "0.2", "", "", "", "", ""],
+        # Its interval is over queries, so it has no place among those over seeds.
+        ["pixels", "13.9", "", "", "", "", ""],
         ["<low>", "21.1 ± 1.0", "", "", "100", "61 ± 2", "3"],
         ["<sure>", "35.4 ± 1.0", "+14.3 [+11.3, +17.3]", "<low>", "100", "61 ± 2", "3"],
         ["<unsure>", "36.1 ± 1.0", "+0.7 [-1.3, +2.7]", "<sure>", "100", "61 ± 2", "3"],
@@ -156,16 +158,29 @@ def test_a_title_that_is_wider_than_its_axes_begins_further_to_the_left() -> Non
     assert boxes[1].x0 == pytest.approx(axes_of[1].bbox.x0, abs=1)
 
 
+@pytest.mark.parametrize(
+    ("run", "heading"),
+    [
+        ("by hand", "Ladder"),
+        ("by hand-s0", "Ladder"),
+        ("by hand-s", "Ladder: by hand"),
+        ("other-s0", "Ladder: by hand"),
+    ],
+)
+def test_a_title_that_is_only_the_runs_name_is_not_said_twice(run: str, heading: str) -> None:
+    assert ladder_heading(read_ladder(RECORD), run) == heading
+
+
 def test_the_report_of_a_run_shows_the_ladder_that_lies_beside_it(tmp_path: Path) -> None:
     fake = FakeRun(str(tmp_path))
     fake.stage("catalogue", {})
     folder = Path(write_report(fake.run)).parent
-    assert "Ladder:" not in (folder / "index.html").read_text()
+    assert "<h2>Ladder" not in (folder / "index.html").read_text()
     assert not (folder / "ladder.png").exists()
     storage.write_json(storage.join(fake.run.path, LADDER), RECORD)
     write_report(fake.run)
     page = (folder / "index.html").read_text()
-    assert "Ladder: by hand" in page
+    assert "<h2>Ladder: by hand</h2>" in page
     assert "<td>+14.3 [+11.3, +17.3]</td>" in page.replace("\n", "")
     assert "&lt;unsure&gt;" in page
     assert "<unsure>" not in page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -11,14 +12,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
+from afmrl_ray import storage
 from afmrl_ray.report import write_report
 from afmrl_ray.report.collect import collect
-from afmrl_ray.report.html import duration
+from afmrl_ray.report.html import duration, key_figures, render
+from afmrl_ray.report.ladder import LADDER, read_ladder
 from afmrl_ray.report.plots import DARK, LIGHT, draw_png, plot_panels
+from afmrl_ray.report.table import format_stages
 from afmrl_ray.report.write import report_record
 from tests.report.fake_run import FakeListings, FakeRun
+from tests.report.test_ladder import RECORD
 
 HOSTILE_TITLE = "<script>alert('title')</script> \"onload=alert(1)"
 HOSTILE_ATTRIBUTES = "color: </dd><img src=x onerror=alert(2)>"
@@ -155,8 +161,69 @@ def test_report_json_round_trips(report: dict[str, Any]) -> None:
     rar = report["run"].committed("rar-r0").metrics
     assert record["rounds"][0]["rar"]["heldout_gain"] == rar["heldout_gain"]
     assert record["rounds"][0]["rar"]["logprob_gap"] is None
+    assert record["rounds"][0]["promotion"] == {"promoted": True, "why": [], "gain": None}
+    refused = report["run"].committed("promotion-r1").metrics
+    assert record["rounds"][1]["promotion"] == refused
+    assert (refused["promoted"], refused["why"]) == (False, ["labels changes by -0.0310"])
+    assert record["ladder"] is None
     assert record["peak_memory_mb"] == max(stage.peak_memory_mb for stage in report["run"].stages())
     assert record["seconds"] == pytest.approx(sum(stage.seconds for stage in report["run"].stages()))
+
+
+def test_report_json_holds_the_ladder_that_its_charts_show(tmp_path: Path) -> None:
+    fake = FakeRun(str(tmp_path))
+    storage.write_json(storage.join(fake.run.path, LADDER), RECORD)
+    record = strict((Path(write_report(fake.run)).parent / "report.json").read_text())
+    assert record["ladder"] == dataclasses.asdict(read_ladder(RECORD))
+    gain = RECORD["rungs"][1]["gain"]["fine"]["hit@1"]
+    assert record["ladder"]["rungs"][1]["gain"]["fine"]["hit@1"] == gain
+    assert record["ladder"]["floors"]["chance"]["fine"]["hit@1"] == RECORD["floor"]["chance"]["fine"]["hit@1"]
+
+
+def test_key_figures_are_those_of_the_last_round_that_was_not_refused(report: dict[str, Any]) -> None:
+    summary = collect(report["run"])
+    stages = {stage.name: stage.metrics for stage in report["run"].stages()}
+    hits = [100 * stages[f"evaluate-r{n}"]["protocols"]["fine"]["metrics"]["hit@1"]["mean"] for n in (0, 1)]
+    hit, reward, words, _ = key_figures(summary)
+    assert (hit.label, hit.value) == ("hit@1, fine, round 0", f"{hits[0]:.1f} %")
+    assert hit.note.endswith(f"round 1 (refused) {hits[1]:.1f} %")
+    assert reward.label.endswith("round 0")
+    assert words.label.endswith("round 0")
+    assert words.value == f"{stages['evaluate-r0']['attributes']['mean_words']:.1f}"
+    undecided = dataclasses.replace(summary, refused=set())
+    assert [figure.label for figure in key_figures(undecided)[:3]] == [
+        "hit@1, fine, round 1",
+        "held-out reward gained by RAR, round 1",
+        "words of attributes, round 1",
+    ]
+
+
+def test_peak_memory_that_was_not_measured_is_left_out(report: dict[str, Any]) -> None:
+    summary = collect(report["run"])
+    first, *rest = summary.stages
+    some = dataclasses.replace(
+        summary,
+        stages=[
+            dataclasses.replace(first, peak_memory_mb=None),
+            *[dataclasses.replace(each, peak_memory_mb=512.0) for each in rest],
+        ],
+    )
+    assert some.peak_memory_mb == 512.0
+    assert [line.split()[-1] for line in format_stages(some).splitlines()[1:]] == ["-", *["512"] * (len(rest) + 1)]
+    assert key_figures(some)[-1].note == "peak memory 0.5 GiB"
+    none = dataclasses.replace(some, stages=[some.stages[0]])
+    assert none.peak_memory_mb is None
+    assert report_record(none)["peak_memory_mb"] is None
+    assert report_record(none)["stages"][0]["peak_memory_mb"] is None
+    assert [line.split()[-1] for line in format_stages(none).splitlines()[1:]] == ["-", "-"]
+    assert key_figures(none)[-1].note == ""
+    page = re.sub(r"\s+", "", render(none, listings=None))
+    assert f"<td>{first.seconds:,.1f}</td><td>–</td>" in page
+    figure = Figure()
+    (panel,) = plot_panels(some)["stages"]
+    panel.draw(axes := figure.subplots(), LIGHT)
+    texts = [text.get_text() for text in axes.texts]
+    assert texts[:2] == [f"{first.seconds:,.1f} s", f"{rest[0].seconds:,.1f} s, 512 MiB"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,64 @@
+"""Stages whose results the run's config would not give: those that the same command runs again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from afmrl_ray.cit.stages import Stage
+
+
+def outdated_stages(stages: Sequence[Stage], config: Mapping[str, Any]) -> set[str]:
+    """Names of the stages that were made with settings other than the run's, or stand on one that has since changed.
+
+    Args:
+        stages: all that are committed.
+        config: the run's config as JSON values.
+    """
+    found = {stage.name: stage for stage in stages}
+    dependants: dict[str, list[str]] = {name: [] for name in found}
+    outdated = {stage.name for stage in stages if not made_with(stage, config)}
+    for stage in stages:
+        for name, fingerprint in foundations(stage).items():
+            if name in found:
+                dependants[name].append(stage.name)
+                if found[name].fingerprint != fingerprint:
+                    outdated.add(stage.name)
+    waiting = list(outdated)
+    while waiting:
+        reached = set(dependants[waiting.pop()]) - outdated
+        outdated |= reached
+        waiting += reached
+    return outdated
+
+
+def foundations(stage: Stage) -> dict[str, str]:
+    """Fingerprints of the stages that a stage stands on, by name; empty where its record does not name them."""
+    upstream = stage.inputs.get("upstream")
+    return dict(upstream) if isinstance(upstream, Mapping) else {}
+
+
+def made_with(stage: Stage, config: Mapping[str, Any]) -> bool:
+    """Whether the settings that a stage read are those of a config, but for what its variant changes of them."""
+    settings: dict[str, Any] = dict(stage.inputs.get("config", {}))
+    if "seed" in stage.inputs:
+        settings["run"] = {"seed": stage.inputs["seed"]}
+    for key in stage.inputs.get("changes", {}):
+        settings = _without(settings, key)
+    return _agree(settings, config)
+
+
+def _without(settings: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The settings but for the value at a dotted key."""
+    section, _, rest = key.partition(".")
+    left = {name: value for name, value in settings.items() if name != section}
+    inner = settings.get(section)
+    if rest and isinstance(inner, Mapping):
+        left[section] = _without(inner, rest)
+    return left
+
+
+def _agree(part: Any, whole: Any) -> bool:
+    if isinstance(part, Mapping) and isinstance(whole, Mapping):
+        return all(key in whole and _agree(value, whole[key]) for key, value in part.items())
+    return bool(part == whole)
