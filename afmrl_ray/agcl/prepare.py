@@ -5,6 +5,7 @@ All of it is a pure function of the step, so the next step's is prepared by a th
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +27,8 @@ from afmrl_ray.models.microbatches import cut_by_tokens
 from afmrl_ray.models.prompts import encoder_row
 from afmrl_ray.models.rows import Row
 from afmrl_ray.models.vision_cache import VisionCache
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,8 @@ class Preparer:
         by_attributes = self._agcl.mask.enabled and self._agcl.mask.kind == "attributes"
         self._lexical = store is not None and (self._agcl.lexical.enabled or by_attributes)
         self._bm25 = self._fit_bm25() if self._lexical and self._agcl.lexical.idf == "corpus" else None
+        if self._lexical and rank == 0:
+            self._warn_of_sides_without_text()
 
     def _fit_bm25(self) -> BM25:
         rows = {
@@ -98,6 +103,18 @@ class Preparer:
             for row in self._catalogue.rows(side).tolist()
         }
         return BM25().fit([self._text(row) for row in sorted(rows)])
+
+    def _warn_of_sides_without_text(self) -> None:
+        """BM25 takes a listing without attributes for one that shares nothing, as if that were known of it."""
+        for number, pair in enumerate(self._agcl.pairs):
+            for name, side in (("query", pair.query), ("positive", pair.positive)):
+                rows = self._catalogue.rows(side).tolist()
+                bare = sum(not self._text(row) for row in rows)
+                if bare > len(rows) / 2:
+                    log.warning(
+                        "agcl.pairs.%d.%s: %d of %d listings have no attributes, so their weights say nothing",
+                        number, name, bare, len(rows),
+                    )  # fmt: skip
 
     def _text(self, row: int) -> str:
         return self._store.text(self._items[row]) if self._store is not None else ""

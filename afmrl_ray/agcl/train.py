@@ -16,7 +16,6 @@ from afmrl_ray.agcl.step import AGCLStep
 from afmrl_ray.attributes.store import read_attributes
 from afmrl_ray.catalogue import CatalogueRef
 from afmrl_ray.config import Config, validate
-from afmrl_ray.config.train import AGCLConfig
 from afmrl_ray.models.adapters import load_start, save_trained
 from afmrl_ray.models.backbones import fetch
 from afmrl_ray.models.dual_tower import DualProcessor, DualTower
@@ -138,16 +137,4 @@ def train_dual_tower(config: Config, job: AGCLJob) -> None:
         log_directory=storage.join(job.directory, "log"),
         label=job.name,
         save_model=save_model,
-    )
-
-
-def plain_infonce(agcl: AGCLConfig) -> AGCLConfig:
-    """The same training without attributes, weights and mask: the baseline of the ladder."""
-    return agcl.model_copy(
-        update={
-            "lexical": agcl.lexical.model_copy(update={"enabled": False}),
-            "mask": agcl.mask.model_copy(update={"enabled": False}),
-            "enrich_query": 0.0,
-            "enrich_positive": 0.0,
-        }
     )

@@ -28,6 +28,7 @@ from afmrl_ray.attributes.text import (
 )
 from afmrl_ray.config.teacher import ColumnTeacherConfig, OpenAITeacherConfig
 from afmrl_ray.errors import ConfigError, TeacherError
+from afmrl_ray.redact import without_credentials
 
 _LONGEST_BACKOFF_S = 60.0
 _SIGNATURES = (
@@ -150,8 +151,10 @@ class OpenAITeacher:
 
     def _key(self, picture: bytes, title: str) -> str:
         config = self._config
+        # Two servers may give one name to different models.
+        server = without_credentials(config.base_url.rstrip("/"))
         return storage.digest(
-            [hashlib.sha256(picture).hexdigest(), title, config.model, config.prompt, config.max_tokens]
+            [hashlib.sha256(picture).hexdigest(), title, server, config.model, config.prompt, config.max_tokens]
         )
 
     def _ask(self, picture: bytes, prompt: str) -> dict[str, Any]:

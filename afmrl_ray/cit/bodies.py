@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from afmrl_ray import storage
-from afmrl_ray.agcl.train import AGCLJob, plain_infonce, train_agcl
+from afmrl_ray.agcl.train import AGCLJob, train_agcl
 from afmrl_ray.attributes.quality import quality
 from afmrl_ray.attributes.store import AttributeRow, AttributeStore, read_attributes, write_attributes
 from afmrl_ray.attributes.teachers import Listing, make_teacher
@@ -25,10 +25,11 @@ from afmrl_ray.catalogue import (
 from afmrl_ray.catalogue.schema import parse_source_attributes
 from afmrl_ray.cit.stages import Stage, StageOutcome
 from afmrl_ray.config import Config
+from afmrl_ray.config.catalogue import SideConfig
 from afmrl_ray.config.evaluation import RetrievalProtocol
 from afmrl_ray.config.teacher import ColumnTeacherConfig
 from afmrl_ray.distill.train import DistillJob, train_distill
-from afmrl_ray.errors import CatalogueError
+from afmrl_ray.errors import CatalogueError, ConfigError
 from afmrl_ray.models.annotate import GeneratorRef, annotate_rows
 from afmrl_ray.rar.trainer import RARJob, train_rar
 from afmrl_ray.retrieval.embed import EncoderRef, View, embed_rows, save_embeddings
@@ -63,18 +64,25 @@ def models_body(config: Config, catalogue: CatalogueRef, directory: str) -> Stag
     return StageOutcome({role: role for role in roles}, dict(zip(roles, losses, strict=True)))
 
 
-def labels_body(config: Config, catalogue_ref: CatalogueRef, directory: str) -> StageOutcome:
-    """Ask the teacher about the listings of `distill.items`."""
+def rows_of(catalogue: StagedCatalogue, sides: Iterable[SideConfig]) -> np.ndarray:
+    """Rows that are on any of the sides, each once, in order."""
+    return np.unique(np.concatenate([catalogue.rows(side) for side in sides]))
+
+
+def labels_body(
+    config: Config, catalogue_ref: CatalogueRef, sides: Sequence[SideConfig], directory: str
+) -> StageOutcome:
+    """Ask the teacher about the listings of some sides."""
     catalogue = catalogue_ref.open()
-    rows = catalogue.rows(config.distill.items)
+    rows = rows_of(catalogue, sides)
     path = storage.join(directory, "attributes.parquet")
     if config.teacher.kind == "model":
         generator = GeneratorRef(config.teacher.path, config.generator)
         found = annotate_rows(rows, generator, catalogue_ref, pool=config.annotate.pool)
         source = storage.digest({"teacher": config.teacher.path})
     else:
-        # Beside the attempts, so that no change of settings asks a paid endpoint the same thing again.
-        cache = storage.join(storage.parent(directory), "answers")
+        # Beside the attempts of `labels`, so that no stage and no change asks a paid endpoint the same thing again.
+        cache = storage.join(storage.parent(storage.parent(directory)), "labels", "answers")
         teacher = make_teacher(config.teacher, cache_dir=cache, max_attributes=config.generator.max_attributes)
         items = [catalogue.item(int(row)) for row in rows]
         listings = [
@@ -87,7 +95,7 @@ def labels_body(config: Config, catalogue_ref: CatalogueRef, directory: str) -> 
     write_attributes(path, attribute_rows(catalogue.column("item_id"), rows, found), fingerprint=source)
     store = read_attributes(path)
     if store.invalid_share == 1.0:
-        raise CatalogueError("teacher: gave no valid attributes for any listing of distill.items")
+        raise CatalogueError(f"teacher: gave no valid attributes for any of {len(rows)} listings")
     return StageOutcome({"attributes": "attributes.parquet"}, attribute_metrics(store))
 
 
@@ -152,19 +160,27 @@ def queries_anew_body(
 
     Args:
         before: attributes stage of the gallery.
-        after: attributes stage of the queries of all retrieval protocols.
+        after: attributes stage of the queries of all retrieval protocols that enrich them.
+
+    Raises:
+        ConfigError: a listing is such a query and in a gallery with attributes too.
     """
     catalogue = catalogue_ref.open()
     items = catalogue.column("item_id")
-    asked = {
-        items[row]
-        for protocol in config.evaluation.protocols
-        if isinstance(protocol, RetrievalProtocol)
-        for row in catalogue.rows(protocol.query).tolist()
-    }
+    protocols = [each for each in config.evaluation.protocols if isinstance(each, RetrievalProtocol)]
+    queries = [each.query for each in protocols if each.enriched != "none"]
+    galleries = [each.gallery for each in protocols if each.enriched == "both"]
+    asked = rows_of(catalogue, queries) if queries else np.array([], dtype=np.int64)
+    for side in galleries:
+        if len(both := np.intersect1d(asked, catalogue.rows(side))):
+            raise ConfigError(
+                f"evaluation.protocols: listing {items[int(both[0])]!r} is a query and in a gallery with attributes, "
+                "so the gallery cannot stay as it was; leave one of the protocols out"
+            )
+    anew = set(asked.tolist())
     old, new = (read_attributes(stage.output("attributes")) for stage in (before, after))
     rows = catalogue.rows(config.annotate.items)
-    texts = [(new if items[row] in asked else old).text(items[row]) for row in rows.tolist()]
+    texts = [(new if row in anew else old).text(items[row]) for row in rows.tolist()]
     path = storage.join(directory, "attributes.parquet")
     written = attribute_rows(items, rows, [(text, "" if text else "invalid") for text in texts])
     write_attributes(path, written, fingerprint=after.fingerprint)
@@ -185,10 +201,6 @@ def generated_metrics(store: AttributeStore, catalogue: StagedCatalogue, config:
     written = [store.get(items[row]) for row in held_out]
     source = [normalise_attributes(parse_source_attributes(truth[row])) for row in held_out]
     return {**attribute_metrics(store), "quality": quality(written, source)}
-
-
-def baseline_config(config: Config) -> Config:
-    return config.model_copy(update={"agcl": plain_infonce(config.agcl)})
 
 
 def agcl_body(

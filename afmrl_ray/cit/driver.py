@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
+from afmrl_ray import storage
 from afmrl_ray.catalogue import check_positives, open_catalogue
 from afmrl_ray.cit.lease import Lease
 from afmrl_ray.cit.mlflow_tracker import MLflowTracker
@@ -61,12 +63,12 @@ def open_run(config: Config) -> Iterator[Pipeline]:
 
 def _opened(config: Config, run: RunDirectory, given: Any) -> Iterator[Pipeline]:
     tracker = MLflowTracker(config, run) if config.tracking.mlflow_uri is not None else None
-    pipeline = Pipeline(config, run, given, tracker)
-    if given is None:
-        check_sides(config, pipeline.catalogue)
-    run.write_run(run_record(config, pipeline))
     finished = False
     try:
+        pipeline = Pipeline(config, run, given, tracker)
+        if given is None:
+            check_sides(config, pipeline.catalogue)
+        run.write_run({**run_record(config, pipeline), **commands(_recorded(run), own_command(), job=_job())})
         yield pipeline
         finished = True
     finally:
@@ -76,6 +78,7 @@ def _opened(config: Config, run: RunDirectory, given: Any) -> Iterator[Pipeline]
 
 def run_cit(pipeline: Pipeline) -> None:
     """Run every stage that is not committed yet, until all rounds are done, one is refused, or none gains any more."""
+    record_whole(pipeline.run, own_command())
     config = pipeline.config.cit
     _ = pipeline.floor
     if config.baseline:
@@ -123,7 +126,7 @@ def check_sides(config: Config, catalogue: Any) -> None:
 
 
 def run_record(config: Config, pipeline: Pipeline) -> dict[str, Any]:
-    """What `run.json` says: how the run was made."""
+    """What `run.json` says of how the run was made, beside its `commands`."""
     metrics = pipeline.catalogue_stage.metrics
     return {
         "name": config.run.name,
@@ -134,7 +137,40 @@ def run_record(config: Config, pipeline: Pipeline) -> dict[str, Any]:
             **{name: metadata.version(name) for name in PACKAGES},
         },
         "catalogue": {"fingerprint": metrics["fingerprint"], **metrics["counts"]},
-        "command": " ".join(
-            ["python", *[os.path.relpath(part) if os.path.exists(part) else part for part in sys.argv]]
-        ),
     }
+
+
+def own_command() -> str:
+    """This process's command line, to be pasted into a shell."""
+    return shlex.join(["python", *[os.path.relpath(part) if os.path.exists(part) else part for part in sys.argv]])
+
+
+def _job() -> str:
+    return os.path.basename(sys.argv[0])
+
+
+def _recorded(run: RunDirectory) -> dict[str, Any]:
+    return run.read_run() if storage.exists(storage.join(run.path, "run.json")) else {}
+
+
+def commands(before: Mapping[str, Any], command: str, *, job: str) -> dict[str, Any]:
+    """Of `run.json` the command that makes the run, and the last one of each job (`jobs`) that made a part of it.
+
+    Until a job has made the whole run (`record_whole`), the command is that of the last job.
+
+    Args:
+        before: `run.json` as it was.
+        command: of a job that makes a part.
+        job: its file.
+    """
+    parts, made_by = before.get("jobs", {}), before.get("command", command)
+    # One that is a part's too was taken for want of a whole run's.
+    whole = made_by not in parts.values()
+    return {"command": made_by if whole else command, "jobs": {**parts, job: command}}
+
+
+def record_whole(run: RunDirectory, command: str) -> None:
+    """Say in `run.json` which command makes the run as a whole; jobs that make parts of it leave that as it is."""
+    record = _recorded(run)
+    parts = {job: of_part for job, of_part in record.get("jobs", {}).items() if job != _job()}
+    run.write_run({**record, "command": command, "jobs": parts})

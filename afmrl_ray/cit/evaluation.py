@@ -96,7 +96,7 @@ def promotion_body(config: Config, *, last: Stage | None, before: Stage | None, 
         "changes": {name: asdict(value) for name, value in changes.items()},
     }
     if before is not None:
-        metrics["gain"] = asdict(change(before, config.evaluation.headline, "hit@1"))
+        metrics["gain"] = asdict(change(before, config.cit.decided_by or config.evaluation.headline, "hit@1"))
     return StageOutcome({}, metrics)
 
 

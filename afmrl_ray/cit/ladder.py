@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from afmrl_ray.cit.pipeline import Pipeline
+from afmrl_ray.cit.pipeline import PLAIN_INFONCE, Pipeline
 from afmrl_ray.cit.stages import Stage
 from afmrl_ray.config import Config
 from afmrl_ray.errors import ConfigError
@@ -75,8 +75,8 @@ RUNGS = (
         "distilled",
         "the same encoder, all listings with the attributes after RAR, before it is trained with them",
     ),
-    Rung("cit-2", "+ CIT, round 2", "evaluate-r1", "agcl-r1", "rl", "encoder and generator trained once more"),
-    Rung("cit-3", "+ CIT, round 3", "evaluate-r2", "agcl-r2", "cit-2", "and once more"),
+    Rung("cit-2", "+ CIT, second round", "evaluate-r1", "agcl-r1", "rl", "encoder and generator trained once more"),
+    Rung("cit-3", "+ CIT, third round", "evaluate-r2", "agcl-r2", "cit-2", "and once more"),
     Rung(
         "rl-queries",
         "RL, queries alone",
@@ -88,11 +88,11 @@ RUNGS = (
     ),
     Rung(
         "cit-2-share",
-        "CIT, round 2, fewer products",
+        "CIT, second round, fewer products",
         "evaluate-r1-share",
         "agcl-r1-share",
         "cit-2",
-        "the encoder of round 2 trained on a share of the products",
+        "the encoder of the second round trained on a share of the products",
         ladder=False,
     ),
     Rung(
@@ -115,14 +115,8 @@ RUNGS = (
     ),
 )
 
-_CLIP = {
-    "encoder.kind": "clip",
-    # Objectives of its own; weights and masks belong to AGCL.
-    "agcl.lexical.enabled": False,
-    "agcl.mask.enabled": False,
-    "agcl.enrich_query": 0.0,
-    "agcl.enrich_positive": 0.0,
-}
+# Objectives of its own; weights and masks belong to AGCL.
+_CLIP = {"encoder.kind": "clip", **PLAIN_INFONCE}
 DUAL_TOWERS: dict[str, dict[str, Any]] = {
     "clip": _CLIP,
     # The weights of FG-CLIP (Xie et al. 2025, equation 4): 0.1 of regions, 0.5 of hard texts.
@@ -177,7 +171,7 @@ class Ladder:
     def _agcl_by_labels(self) -> Stage:
         """The loss alone: attributes decide weights and mask, and no input shows them."""
         variant = self._pipeline.variant({"agcl.enrich_query": 0.0, "agcl.enrich_positive": 0.0})
-        encoder = variant.encoder("agcl-labels", self._pipeline.labels)
+        encoder = variant.encoder("agcl-labels", self._pipeline.pair_labels)
         return variant.evaluation("evaluate-agcl-labels", encoder, None)
 
     def _queries_anew(self) -> Stage:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from afmrl_ray.catalogue import Catalogue, CatalogueRef, StagedCatalogue
 from afmrl_ray.cit import bodies
 from afmrl_ray.cit.evaluation import EvaluationInputs, evaluate_body, floor_body, promotion_body
@@ -21,6 +23,14 @@ from afmrl_ray.models.annotate import GeneratorRef
 from afmrl_ray.rar.trainer import RARJob
 from afmrl_ray.retrieval.embed import EncoderRef
 from afmrl_ray.storage import absolute, is_dir
+
+PLAIN_INFONCE: dict[str, Any] = {
+    "agcl.lexical": {"enabled": False},
+    "agcl.mask": {"enabled": False},
+    "agcl.enrich_query": 0.0,
+    "agcl.enrich_positive": 0.0,
+}
+"""Settings of a training without attributes, weights and mask; whole sections, as none of their fields counts then."""
 
 
 class Pipeline:
@@ -138,16 +148,44 @@ class Pipeline:
 
     @cached_property
     def labels(self) -> Stage:
-        """The teacher's attributes."""
+        """The teacher's attributes of `distill.items`."""
+        items = self.config.distill.items
         inputs = self._inputs(
-            ("teacher", "generator") if self.config.teacher.kind == "model" else ("teacher",),
+            self._teacher_sections,
             self.catalogue_stage,
-            items=self.config.distill.items.decisive(),
+            items=items.decisive(),
             max_attributes=self.config.generator.max_attributes,
         )
         return self._stage(
-            "labels", inputs, lambda at: bodies.labels_body(self.config, self.catalogue_ref, at), resumable=True
+            "labels",
+            inputs,
+            lambda at: bodies.labels_body(self.config, self.catalogue_ref, [items], at),
+            resumable=True,
         )
+
+    @cached_property
+    def pair_labels(self) -> Stage:
+        """The teacher's attributes of all listings of `agcl.pairs`: `labels` itself where it has them all."""
+        sides = [side for pair in self.config.agcl.pairs for side in (pair.query, pair.positive)]
+        labelled = self.catalogue.rows(self.config.distill.items)
+        if np.isin(bodies.rows_of(self.catalogue, sides), labelled).all():
+            return self.labels
+        inputs = self._inputs(
+            self._teacher_sections,
+            self.catalogue_stage,
+            sides=[side.decisive() for side in sides],
+            max_attributes=self.config.generator.max_attributes,
+        )
+        return self._stage(
+            "labels-pairs",
+            inputs,
+            lambda at: bodies.labels_body(self.config, self.catalogue_ref, sides, at),
+            resumable=True,
+        )
+
+    @property
+    def _teacher_sections(self) -> tuple[str, ...]:
+        return ("teacher", "generator") if self.config.teacher.kind == "model" else ("teacher",)
 
     @cached_property
     def distill(self) -> Stage:
@@ -193,15 +231,7 @@ class Pipeline:
     @cached_property
     def baseline(self) -> Stage:
         """Plain InfoNCE on the backbone, without attributes."""
-        inputs = self._inputs(("encoder", "agcl"), self.catalogue_stage, self.models_stage)
-        return self._stage(
-            "baseline",
-            inputs,
-            lambda at: bodies.agcl_body(
-                bodies.baseline_config(self.config), self.catalogue_ref, self.encoder_base, None, "baseline", at
-            ),
-            resumable=True,
-        )
+        return self.variant(PLAIN_INFONCE).encoder("baseline", None)
 
     def agcl(self, number: int) -> Stage:
         """The encoder trained with the attributes of round `number`."""
@@ -299,6 +329,8 @@ class Pipeline:
         before = self.evaluate(number - 1) if number else None
         upstream = {stage.name: stage for stage in (last, before, self.evaluate(number)) if stage is not None}
         inputs = self._inputs((), *upstream.values(), gate=self.config.cit.gate.decisive())
+        if self.config.cit.decided_by:
+            inputs["decided_by"] = self.config.cit.decided_by
         return self._stage(
             f"promotion-r{number}",
             inputs,

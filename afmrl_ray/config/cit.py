@@ -26,7 +26,9 @@ class GateConfig(Section):
     """What a round may not lose (the alignment tax): it is measured against the last round that was promoted."""
 
     protocols: tuple[str, ...] = ()
-    """Names of evaluation protocols that are guarded; none = every round is promoted."""
+    """Names of evaluation protocols that are guarded; none = every round is promoted. Which rounds are promoted, and so
+    which is served, is chosen on the queries of these protocols: guard ones over val queries to keep the test queries
+    out of the choice."""
     max_loss: float = Field(0.02, ge=0)
     """Most that a guarded protocol may lose: of hit@1 in retrieval, of the probe's accuracy with labels. A round is
     refused if the loss is above it for sure, with the whole 95 % interval of the paired difference."""
@@ -49,5 +51,9 @@ class CITConfig(Section):
     """Which rounds are promoted. After a round that is refused the run ends, since what it would go on from has been
     tried; its result is the last round that was promoted."""
     patience: int | None = Field(None, ge=1)
-    """End after so many rounds in a row whose gain over the last one, in the headline's hit@1, has an interval that
-    includes zero or lies below it; none = all rounds."""
+    """End after so many rounds in a row whose gain over the last one, in the hit@1 of `decided_by`, has an interval
+    that includes zero or lies below it; none = all rounds."""
+    decided_by: str = ""
+    """Retrieval protocol of `evaluation.protocols` whose hit@1 says what a round gained, and so when `patience` ends
+    the run. A protocol over val queries keeps the test queries out of that choice; empty = the headline decides, on the
+    very queries that are reported."""

@@ -85,6 +85,24 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _protocols_that_decide_have_hit_at_1(self) -> Config:
+        retrieval = {each.name: each for each in self.evaluation.protocols if each.kind == "retrieval"}
+        decided_by = self.cit.decided_by
+        if decided_by and decided_by not in retrieval:
+            raise ValueError(
+                f"cit.decided_by {decided_by!r} is not a retrieval protocol of evaluation.protocols; there are: "
+                f"{', '.join(retrieval)}"
+            )
+        named = [("evaluation.headline", self.evaluation.headline), ("cit.decided_by", decided_by)]
+        named += [("cit.gate.protocols", name) for name in self.cit.gate.protocols]
+        for field, name in named:
+            if name in retrieval and 1 not in retrieval[name].ks:
+                raise ValueError(
+                    f"evaluation.protocols: ks of {name!r} lacks 1, but {field} names it and goes by its hit@1; add 1"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _an_adapter_is_gone_on_with(self) -> Config:
         if self.distill.adapter.kind == "lora" and self.rar.adapter.kind == "full":
             raise ValueError(

@@ -18,10 +18,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rungs", nargs="+", choices=keys, default=keys, help="what is measured")
     parser.add_argument("--share", type=float, default=0.3, help="of the products, in the branch with fewer")
     parser.add_argument("--clip", help="checkpoint of the dual towers")
+    parser.add_argument("--command", help="that makes all runs of the ladder, for the report; this one if left out")
 
 
 def body(config: Config, options: argparse.Namespace) -> None:
-    climb(config, options.rungs, clip=options.clip, share=options.share)
+    climb(config, options.rungs, clip=options.clip, share=options.share, command=options.command)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from afmrl_ray.cit.driver import open_run
+from afmrl_ray.cit.driver import open_run, own_command, record_whole
 from afmrl_ray.cit.ladder import DUAL_TOWERS, Ladder
 from afmrl_ray.cit.pipeline import Pipeline
 from afmrl_ray.config import Config, dump_yaml, with_values
@@ -95,15 +95,22 @@ def _start(
     settings, logged = LOGS / f"{config.run.name}.yaml", LOGS / f"{config.run.name}.log"
     settings.write_text(dump_yaml(config))
     command = [sys.executable, str(_CLIMB), "--config", str(settings), "--share", str(share)]
+    # The child's own would join a Ray that ends with this process.
+    command += ["--command", own_command()]
     command += ["--clip", clip] if clip is not None else []
     with logged.open("ab") as target:
         process = subprocess.Popen([*command, "--rungs", *rungs], stdout=target, stderr=subprocess.STDOUT)
     return process, logged
 
 
-def climb(config: Config, rungs: Sequence[str], *, clip: str | None, share: float) -> None:
-    """The rungs of one run, in this process, and its report."""
+def climb(config: Config, rungs: Sequence[str], *, clip: str | None, share: float, command: str | None) -> None:
+    """The rungs of one run, in this process, and its report, which tells the command that the runs are made by.
+
+    Args:
+        command: none = this process's own.
+    """
     with open_run(config) as pipeline:
+        record_whole(pipeline.run, command or own_command())
         _ = pipeline.floor
         ladder = Ladder(pipeline, clip_path=clip, share=share)
         for key in rungs:

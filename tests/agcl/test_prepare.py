@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 
 import numpy as np
@@ -21,6 +22,15 @@ def store(tiny_catalogue_ref, tmp_path_factory):
     path = str(tmp_path_factory.mktemp("store") / "attributes.parquet")
     rows = [AttributeRow(item, f"color: red; size: {place % 5}") for place, item in enumerate(items)]
     write_attributes(path, rows, fingerprint="t")
+    return read_attributes(path)
+
+
+@pytest.fixture(scope="module")
+def sparse(tiny_catalogue_ref, tmp_path_factory):
+    """Attributes of each third listing alone."""
+    items = tiny_catalogue_ref.open().column("item_id")[::3]
+    path = str(tmp_path_factory.mktemp("store") / "attributes.parquet")
+    write_attributes(path, [AttributeRow(item, "color: red") for item in items], fingerprint="t")
     return read_attributes(path)
 
 
@@ -97,3 +107,20 @@ def test_nothing_is_scored_that_nothing_asks_for(tiny_checkpoints, tiny_catalogu
         tiny_checkpoints, tiny_catalogue_ref, store, **off, mask={"enabled": True, "kind": "attributes"}
     ).prepare(0)
     assert masked.forward.lexical is not None
+
+
+@pytest.mark.parametrize(
+    ("given", "lexical", "told"),
+    [
+        ("sparse", True, ["agcl.pairs.0.query", "agcl.pairs.0.positive"]),
+        ("sparse", False, []),
+        ("store", True, []),
+    ],
+)
+def test_sides_without_attributes_are_told_of_where_weights_need_them(
+    tiny_checkpoints, tiny_catalogue_ref, request, caplog, given, lexical, told
+):
+    with caplog.at_level(logging.WARNING, "afmrl_ray.agcl.prepare"):
+        chosen = request.getfixturevalue(given)
+        preparer(tiny_checkpoints, tiny_catalogue_ref, chosen, lexical={"enabled": lexical})
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == told

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from afmrl_ray.attributes.teachers import ColumnTeacher, Listing, OpenAITeacher, make_teacher
-from afmrl_ray.attributes.text import InvalidAttributes
+from afmrl_ray.attributes.text import Attributes, InvalidAttributes
 from afmrl_ray.config.teacher import ColumnTeacherConfig, OpenAITeacherConfig
 from afmrl_ray.errors import ConfigError, TeacherError
 
@@ -205,6 +205,21 @@ def test_equal_listings_are_asked_once_and_another_prompt_asks_anew(endpoint: Fa
     _teacher(endpoint, tmp_path, model="n").annotate(same)
     _teacher(endpoint, tmp_path).annotate([_listing("t", PNG + b"other")])
     assert len(endpoint.requests) == 4
+
+
+def test_another_server_is_asked_anew_and_another_password_is_not(endpoint: FakeEndpoint, tmp_path: Path) -> None:
+    def asked(base_url: str) -> Attributes | InvalidAttributes:
+        config = OpenAITeacherConfig(base_url=base_url, model="m", max_retries=0)
+        (found,) = OpenAITeacher(config, max_attributes=3, cache_dir=str(tmp_path)).annotate([_listing("t")])
+        return found
+
+    endpoint.reply = lambda count, title: completion(f"served: {endpoint.headers[-1]['path']}")
+    place = endpoint.base_url.removeprefix("http://")
+    wrong = asked(f"http://user:old@{place}/wrong")
+    right = asked(f"http://user:old@{place}")
+    assert wrong != right
+    assert asked(f"http://user:new@{place}/") == right
+    assert len(endpoint.requests) == 2
 
 
 def test_a_column_teacher_takes_the_named_attributes_in_their_order():

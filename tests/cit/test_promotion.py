@@ -11,7 +11,7 @@ from afmrl_ray import storage
 from afmrl_ray.cit.driver import run_cit
 from afmrl_ray.cit.evaluation import read_per_query, write_per_query
 from afmrl_ray.cit.pipeline import Pipeline
-from afmrl_ray.cit.promotion import converged, decide
+from afmrl_ray.cit.promotion import GUARDED, converged, decide
 from afmrl_ray.cit.stages import RunDirectory, StageOutcome
 from afmrl_ray.config import validate
 from afmrl_ray.config.cit import GateConfig
@@ -59,9 +59,9 @@ class ByRule(Pipeline):
         def body(directory):
             self.evaluated.append(number)
             right = {name: np.arange(1000) < 1000 * shares[number] for name, shares in self._shares.items()}
-            names = {"fine": "hit@1", "families": "probe_accuracy"}
+            metrics = {each.name: GUARDED[each.kind] for each in self.config.evaluation.protocols}
             measured = {
-                name: Measured({}, np.arange(1000), {names[name]: values.astype(float)})
+                name: Measured({}, np.arange(1000), {metrics[name]: values.astype(float)})
                 for name, values in right.items()
             }
             write_per_query(storage.join(directory, "per_query.safetensors"), measured)
@@ -71,13 +71,13 @@ class ByRule(Pipeline):
 
 
 def make(tmp_path, shares, **cit) -> ByRule:
-    labels = {"kind": "labels", "name": "families", "label": "family_id"}
-    config = validate(
-        {
-            "evaluation": {"protocols": [{"kind": "retrieval", "name": "fine"}, labels], "bootstrap_samples": 200},
-            "cit": {"rounds": 4, **cit},
-        }
-    )
+    protocols = [
+        {"kind": "retrieval", "name": "fine"},
+        {"kind": "retrieval", "name": "chosen", "query": {"split": ["val"]}},
+        {"kind": "labels", "name": "families", "label": "family_id"},
+    ]
+    evaluation = {"protocols": protocols, "bootstrap_samples": 200}
+    config = validate({"evaluation": evaluation, "cit": {"rounds": 4, **cit}})
     run = RunDirectory(str(tmp_path), "t")
     run.create()
     return ByRule(config, run, shares)
@@ -115,6 +115,18 @@ def test_a_run_ends_when_rounds_gain_nothing(tmp_path, caplog):
     run_cit(pipeline)
     assert pipeline.evaluated == [0, 1, 2]
     assert "no sure gain for 1 rounds" in caplog.text
+
+
+def test_gains_are_those_of_the_protocol_that_decides(tmp_path):
+    shares = {"fine": [0.5, 0.6, 0.7, 0.8], "chosen": [0.5, 0.5, 0.7, 0.8], "families": [0.5] * 4}
+    headline = make(tmp_path, shares, patience=1)
+    run_cit(headline)
+    assert headline.evaluated == [0, 1, 2, 3]
+    assert "decided_by" not in headline.promotion(1).inputs, "runs from before would be decided on again"
+    chosen = make(tmp_path, shares, patience=1, decided_by="chosen")
+    run_cit(chosen)
+    assert chosen.promotion(1).metrics["gain"]["mean"] == 0, "the decision of before was taken for its own"
+    assert "promotion-r2" not in chosen._done
 
 
 def test_numbers_of_queries_survive_the_disk(tmp_path):

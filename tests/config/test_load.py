@@ -55,6 +55,25 @@ def test_the_printed_config_reads_back_as_itself(tmp_path):
         ),
         (["rar.prompts_per_step=3", "rar.num_learners=2"], "prompts_per_step 3 does not divide"),
         (["evaluation.headline=nothing"], "evaluation.headline 'nothing' is not a retrieval protocol"),
+        (
+            ["evaluation.protocols=[{kind: retrieval, name: fine, ks: [5]}]"],
+            "evaluation.protocols: ks of 'fine' lacks 1, but evaluation.headline names it",
+        ),
+        (
+            [
+                "evaluation.protocols=[{kind: retrieval, name: fine},{kind: retrieval, name: b, ks: [5]}]",
+                "cit.gate.protocols=[fine,b]",
+            ],
+            "evaluation.protocols: ks of 'b' lacks 1, but cit.gate.protocols names it",
+        ),
+        (
+            [
+                "evaluation.protocols=[{kind: retrieval, name: fine},{kind: retrieval, name: b, ks: [5]}]",
+                "cit.decided_by=b",
+            ],
+            "evaluation.protocols: ks of 'b' lacks 1, but cit.decided_by names it",
+        ),
+        (["cit.decided_by=labels"], "cit.decided_by 'labels' is not a retrieval protocol .*there are: fine"),
         (["teacher.kind=oracle"], "teacher.*'column', 'openai', 'model'"),
         (
             ["encoder.vision_cache.enabled=true", "agcl.adapter.kind=full", "agcl.adapter.train_vision=true"],
@@ -68,6 +87,12 @@ def test_a_mistake_is_one_line_that_names_the_field(overrides, message):
     with pytest.raises(ConfigError, match=message) as caught:
         load_config(None, overrides)
     assert "\n" not in str(caught.value)
+
+
+def test_protocols_that_decide_nothing_may_have_any_depths():
+    shown = "{kind: retrieval, name: fine},{kind: retrieval, name: deep, ks: [5]},{kind: labels, name: x}"
+    config = load_config(None, [f"evaluation.protocols=[{shown}]", "cit.gate.protocols=[x]", "cit.decided_by=fine"])
+    assert config.evaluation.protocols[1].ks == (5,)
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path):

@@ -1,0 +1,145 @@
+"""What `run.json` says of how a run was made, and what becomes of it when jobs follow each other."""
+
+from __future__ import annotations
+
+import importlib
+import shlex
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from afmrl_ray import storage
+from afmrl_ray.cit import driver
+from afmrl_ray.cit.evaluation import write_per_query
+from afmrl_ray.cit.pipeline import Pipeline
+from afmrl_ray.cit.stages import RunDirectory, StageOutcome
+from afmrl_ray.config import validate
+from afmrl_ray.retrieval.evaluate import Measured
+
+BENCH = Path(__file__).resolve().parents[2] / "jobs/bench"
+GIVEN = object()
+"""A catalogue of `catalogue.path`, which `open_run` has checked before it opens the run."""
+FOUND = {"fingerprint": "f" * 64, "counts": {"rows": 12, "kept": 10}}
+
+
+class Stubbed(Pipeline):
+    """Real stages whose bodies do nothing: a catalogue, and rounds in which every query finds its own."""
+
+    floor = None
+
+    @property
+    def catalogue_stage(self):
+        return self._stage("catalogue", {}, lambda _: StageOutcome({}, FOUND))
+
+    @property
+    def catalogue(self):
+        return None
+
+    def evaluate(self, number):
+        def body(directory):
+            found = Measured({}, np.arange(10), {"hit@1": np.ones(10)})
+            write_per_query(storage.join(directory, "per_query.safetensors"), {"fine": found})
+            return StageOutcome({"per_query": "per_query.safetensors"}, {"share": 0.5})
+
+        return self._stage(f"evaluate-r{number}", {}, body)
+
+
+@contextmanager
+def opened(config, run, given=GIVEN):
+    """A run as `open_run` opens it once Ray is there."""
+    yield from driver._opened(config, run, given)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch) -> RunDirectory:
+    monkeypatch.setattr(driver, "Pipeline", Stubbed)
+    found = RunDirectory(str(tmp_path), "t")
+    found.create()
+    return found
+
+
+def job(monkeypatch, run, *argv, whole=False, config=None):
+    """Run a job of these words and return what `run.json` says after it."""
+    monkeypatch.setattr(sys, "argv", list(argv))
+    with opened(config or validate({}), run) as pipeline:
+        if whole:
+            driver.run_cit(pipeline)
+    return run.read_run()
+
+
+def test_the_record_says_what_the_run_was_made_of(run):
+    config = validate({"run": {"name": "mugs"}, "rar": {"group_size": 16}})
+    record = driver.run_record(config, Stubbed(config, run))
+    assert validate(record["config"]) == config
+    assert record["name"] == "mugs"
+    assert record["catalogue"] == {"fingerprint": "f" * 64, "rows": 12, "kept": 10}
+    assert {"afmrl_ray", "python", *driver.PACKAGES} == set(record["versions"])
+
+
+def test_a_command_can_be_pasted_into_a_shell(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my shop.yaml").write_text("")
+    words = ["evaluation.protocols=[{kind: retrieval, name: fine}]", "generator.instruction=What's it?; $HOME"]
+    monkeypatch.setattr(sys, "argv", ["jobs/run_cit.py", "--config", str(tmp_path / "my shop.yaml"), *words])
+    told = shlex.split(driver.own_command())
+    assert told == ["python", "jobs/run_cit.py", "--config", "my shop.yaml", *words]
+
+
+def test_jobs_that_make_a_part_leave_the_whole_runs_command(run, monkeypatch):
+    assert job(monkeypatch, run, "jobs/distill.py")["command"] == "python jobs/distill.py"
+    # For want of a whole run's, the last one.
+    assert job(monkeypatch, run, "jobs/annotate.py", "--round=0")["command"] == "python jobs/annotate.py --round=0"
+    whole = "python jobs/run_cit.py cit.rounds=1"
+    assert job(monkeypatch, run, *shlex.split(whole)[1:], whole=True)["command"] == whole
+    other = validate({"rar": {"group_size": 16}})
+    for words in (["jobs/build_index.py"], ["jobs/build_index.py", "--round", "1"], ["jobs/evaluate.py"]):
+        record = job(monkeypatch, run, *words, config=other)
+    assert record["command"] == whole
+    assert record["config"]["rar"]["group_size"] == 16
+    assert record["jobs"] == {
+        "distill.py": "python jobs/distill.py",
+        "annotate.py": "python jobs/annotate.py --round=0",
+        "build_index.py": "python jobs/build_index.py --round 1",
+        "evaluate.py": "python jobs/evaluate.py",
+    }
+    again = job(monkeypatch, run, "jobs/run_cit.py", "cit.rounds=2", whole=True)
+    assert again["command"] == "python jobs/run_cit.py cit.rounds=2"
+    assert again["jobs"] == record["jobs"]
+
+
+def test_the_command_of_a_run_from_before_is_kept(run, monkeypatch):
+    run.write_run({"name": "t", "command": "python jobs/run_cit.py"})
+    assert job(monkeypatch, run, "jobs/build_index.py")["command"] == "python jobs/run_cit.py"
+
+
+def test_a_run_of_a_ladder_tells_the_ladders_command(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(BENCH))
+    ladder_runs, ladder_climb = (importlib.import_module(name) for name in ("ladder_runs", "ladder_climb"))
+    started = []
+
+    def start(command, **_):
+        started.append(command)
+        return SimpleNamespace(poll=lambda: 0, returncode=0)
+
+    monkeypatch.setattr(ladder_runs, "subprocess", SimpleNamespace(Popen=start, STDOUT=subprocess.STDOUT))
+    monkeypatch.setattr(sys, "argv", ["jobs/bench/ladder.py", "--seeds", "0", "run.name=my mugs"])
+    beginning = ladder_runs.Beginning({"ray.address": "10.0.0.1:6379"}, None)
+    ladder_runs.run_side_by_side([validate({})], ["agcl"], beginning, share=1.0, processes=1)
+
+    monkeypatch.setattr(ladder_runs, "open_run", lambda config: opened(config, run))
+    climbed = {"protocols": {"fine": {"metrics": {"hit@1": {"mean": 0.5}}}}}
+    ladder = SimpleNamespace(climb=lambda key: SimpleNamespace(metrics=climbed))
+    monkeypatch.setattr(ladder_runs, "Ladder", lambda *_, **__: ladder)
+    reported = []
+    monkeypatch.setattr(ladder_runs, "write_report", lambda run, **_: reported.append(run.read_run()))
+    (child,) = started
+    monkeypatch.setattr(sys, "argv", child[1:])
+    assert ladder_climb.main(child[2:]) == 0
+    assert reported[0]["command"] == "python jobs/bench/ladder.py --seeds 0 'run.name=my mugs'"
+    assert reported[0]["jobs"] == {}
