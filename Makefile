@@ -81,7 +81,7 @@ ladder-sweep: $(VENV)/.installed ## the rungs while the catalogue's knobs are tu
 inference-cost: $(VENV)/.installed ## hit@1 against ms a query, after make ladder: make inference-cost RUN=runs/ladder-s0
 	$(BIN)/python jobs/bench/inference_cost.py --run $(RUN)
 
-serve: $(VENV)/.installed ## serve the best round of the demo on this machine, page at http://127.0.0.1:8000 (after make demo)
+serve: $(VENV)/.installed ## serve the last promoted round of the demo on this machine, page at http://127.0.0.1:8000 (after make demo)
 	$(BIN)/python jobs/build_index.py --config jobs/configs/demo.yaml
 	$(BIN)/serve run afmrl_ray.serving:app_builder run=runs/demo auth.anonymous_on_loopback=true
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -11,9 +12,13 @@ import numpy as np
 from afmrl_ray import storage
 from afmrl_ray.cit.evaluation import read_per_query
 from afmrl_ray.cit.ladder import RUNGS, Rung
+from afmrl_ray.cit.outdated import outdated_stages
 from afmrl_ray.cit.stages import RECORD, RunDirectory, Stage
 from afmrl_ray.config import Config
+from afmrl_ray.errors import ConfigError
 from afmrl_ray.retrieval.seeds import over_seeds, paired_gain_over_seeds
+
+log = logging.getLogger(__name__)
 
 _FREE = frozenset({"catalogue", "models", "floor"})
 """Stages that every rung shares, or that measure."""
@@ -28,27 +33,57 @@ _HELD_OUT = (
 def ladder_record(config: Config, runs: Sequence[RunDirectory], *, title: str) -> dict[str, Any]:
     """What `ladder.json` holds: every rung that any seed has measured; shares between 0 and 1, seconds.
 
+    A rung that was made with other settings than its run has now is left out with a warning.
+
     Args:
         config: of the ladder.
         runs: one for each seed.
         title: of tables and charts.
+
+    Raises:
+        ConfigError: encoders were trained for different numbers of steps, so that rungs cannot be compared.
+        ValueError: seeds answered different queries.
     """
-    found = {rung.key: _measured(rung, runs) for rung in RUNGS}
+    outdated = [outdated_stages(run.stages(), run.read_run()["config"]) for run in runs]
+    found = {rung.key: _measured(rung, runs, outdated) for rung in RUNGS}
+    steps = _encoder_steps(runs, found)
     return {
         "title": title,
         "protocols": [protocol.name for protocol in config.evaluation.protocols],
         "headline": config.evaluation.headline,
         "seeds": len(runs),
         "floor": _floor(runs),
-        "rungs": [_rung(rung, config, runs, found) for rung in RUNGS if found[rung.key]],
+        "rungs": [{**_rung(rung, config, runs, found), "encoder_steps": steps} for rung in RUNGS if found[rung.key]],
         "reinforcement": [_reinforcement(number, runs) for number in range(config.cit.rounds)],
     }
 
 
-def _measured(rung: Rung, runs: Sequence[RunDirectory]) -> dict[int, Stage]:
+def _measured(rung: Rung, runs: Sequence[RunDirectory], outdated: Sequence[set[str]]) -> dict[int, Stage]:
     """The evaluation of a rung by the place of the run."""
-    stages = {place: run.committed(rung.evaluation) for place, run in enumerate(runs)}
-    return {place: stage for place, stage in stages.items() if stage is not None}
+    found = {}
+    for place, run in enumerate(runs):
+        stage = run.committed(rung.evaluation)
+        if stage is None:
+            continue
+        if stage.name in outdated[place]:
+            log.warning("%s: rung %s is left out, stage %s has other settings", run.path, rung.key, stage.name)
+            continue
+        found[place] = stage
+    return found
+
+
+def _encoder_steps(runs: Sequence[RunDirectory], measured: Mapping[str, Mapping[int, Stage]]) -> int | None:
+    """Steps that the encoder of every rung and seed was trained for; none where nothing is measured."""
+    found: dict[int, str] = {}
+    for rung in RUNGS:
+        for place in measured[rung.key]:
+            training = runs[place].committed(rung.training)
+            if training is not None:
+                found.setdefault(training.inputs["config"]["agcl"]["steps"], f"{training.name} of {runs[place].path}")
+    if len(found) > 1:
+        told = ", ".join(f"{steps} of {name}" for steps, name in found.items())
+        raise ConfigError(f"ladder: encoders take different numbers of steps: {told}; give all agcl.steps alike")
+    return next(iter(found), None)
 
 
 def _floor(runs: Sequence[RunDirectory]) -> dict[str, Any]:
@@ -75,7 +110,6 @@ def _rung(
         "ladder": rung.ladder,
         "note": rung.note,
         "seeds": len(stages),
-        "encoder_steps": config.agcl.steps,
         "cost_seconds": asdict(over_seeds(costs)),
         "metrics": _metrics([stage.metrics["protocols"] for stage in stages.values()]),
         "attributes": _attributes([stage.metrics.get("attributes") for stage in stages.values()]),

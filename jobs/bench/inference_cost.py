@@ -1,8 +1,10 @@
 """What a query's attributes cost and give: hit@1 against milliseconds, for a committed run.
 
 Searched without attributes, with the first m pairs, with all of them from a cache, and with all of them written on the
-spot. The gallery is embedded beforehand in any case, with its own attributes where the query has some. One query at a
-time on the threads given; every way is checked to give the attributes that the run stored before it is timed.
+spot. The gallery is embedded beforehand in any case, with its own attributes where the query has some and the protocol
+shows them. One query at a time on the threads given; before a way is timed, it is checked to give the attributes that
+are searched with: those that the run stored, or the first of them. Queries whose stored text is invalid have none, but
+for the first m pairs, which may be valid where the whole is not: those are written.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ class Way:
         name: in the table.
         texts: attribute text of every query.
         write: attribute text of one catalogue row, timed; none = it is not asked for.
-        enriched: whether query and gallery have attributes.
+        enriched: whether queries have attributes, and the gallery too where the protocol shows them.
     """
 
     name: str
@@ -86,7 +88,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def body(_: Config, options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     path = storage.absolute(options.run)
-    run = RunDirectory(storage.parent(path), path.rsplit("/", 1)[-1])
+    run = RunDirectory(*storage.split(path))
     if not storage.exists(storage.join(path, "run.json")):
         raise StorageError(f"--run {options.run}: no run.json, so no run")
     bench = Bench(run, options.round)
@@ -112,7 +114,11 @@ class Bench:
         headline = next(p for p in config.evaluation.protocols if p.name == config.evaluation.headline)
         if not isinstance(headline, RetrievalProtocol):
             raise ConfigError(f"evaluation.headline {headline.name!r} is no retrieval protocol")
-        self.name, self.config, self.protocol = run.path.rsplit("/", 1)[-1], config, headline
+        if headline.enriched == "none":
+            raise ConfigError(
+                f"evaluation.headline {headline.name!r} shows no attributes, so they cost and give nothing"
+            )
+        self.name, self.config, self.protocol = storage.split(run.path)[1], config, headline
         self.catalogue: StagedCatalogue = reference.open()
         self.store: AttributeStore = read_attributes(attributes.output("attributes"))
         self.annotator = Annotator(GeneratorRef(generator.output("model"), config.generator), reference)
@@ -134,8 +140,16 @@ class Bench:
         return [
             Way("no attributes", [""] * len(full), None, enriched=False),
             Way("all, from a cache", full, lambda row: cache[self._key(row)]),
-            *(Way(f"first {m}", [first_pairs(text, m) for text in full], written(m)) for m in cuts),
+            *(Way(f"first {m}", self._first(full, m, written(m)), written(m)) for m in cuts),
             Way("all, written", full, written(None)),
+        ]
+
+    def _first(self, full: Sequence[str], pairs: int, write: Callable[[int], str]) -> list[str]:
+        """The first pairs of every query: those of its stored text, or written where that is invalid as a whole."""
+        rows = zip(self.queries.tolist(), full, strict=True)
+        return [
+            first_pairs(text, pairs) if text else write(row)
+            for row, text in tqdm(rows, desc=f"first {pairs}", total=len(full))
         ]
 
     def _key(self, row: int) -> str:
@@ -152,12 +166,11 @@ class Bench:
         for way in ways:
             for place in tqdm(sample, desc=f"checking {way.name}"):
                 row = int(self.queries[place])
-                # An unfinished completion is invalid as a whole, and its first pairs alone may be valid.
-                if way.write is None or not self.stored(row):
+                if way.write is None:
                     continue
                 if (found := way.write(row)) != way.texts[place]:
                     raise RuntimeError(
-                        f"{way.name}: {found!r} for {self.encoder.items[row]}, stored: {way.texts[place]!r}"
+                        f"{way.name}: {found!r} for {self.encoder.items[row]}, searched with {way.texts[place]!r}"
                     )
 
     def time(self, ways: Sequence[Way], sample: Sequence[int], repeats: int) -> dict[str, list[float]]:
@@ -175,9 +188,10 @@ class Bench:
 
     def point(self, way: Way, samples: list[float]) -> Point:
         """Search with all queries."""
-        if way.enriched not in self._galleries:
-            texts = [self.stored(row) if way.enriched else "" for row in self.gallery.tolist()]
-            self._galleries[way.enriched] = self._all(self.gallery, texts, self.protocol.gallery, "gallery")
+        enriched = way.enriched and self.protocol.enriched == "both"
+        if enriched not in self._galleries:
+            texts = [self.stored(row) if enriched else "" for row in self.gallery.tolist()]
+            self._galleries[enriched] = self._all(self.gallery, texts, self.protocol.gallery, "gallery")
         queries = self._all(self.queries, way.texts, self.protocol.query, way.name)
         ranking = rank(
             self.catalogue,
@@ -185,7 +199,7 @@ class Bench:
             self.queries,
             queries,
             self.gallery,
-            self._galleries[way.enriched],
+            self._galleries[enriched],
             depth=1,
         )
         evaluation = self.config.evaluation

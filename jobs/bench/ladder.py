@@ -59,7 +59,7 @@ def write(config: Config, runs: Sequence[RunDirectory], title: str) -> None:
     record: dict[str, Any] = ladder_record(config, runs, title=title or config.run.name)
     run = RunDirectory(config.run.storage_path, config.run.name)
     if not record["rungs"]:
-        raise ConfigError(f"ladder: no rung is measured by all of the seeds beside {run.path}; run it without --report")
+        raise ConfigError(f"ladder: no rung is measured by any of the seeds beside {run.path}; run it without --report")
     for each in (run, runs[0]):
         storage.write_json(storage.join(each.path, LADDER), record)
     ladder = read_ladder(record)

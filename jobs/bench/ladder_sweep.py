@@ -76,7 +76,7 @@ KNOBS = (
 def cells(config: Config) -> list[tuple[str, str, Config]]:
     """Knob, its setting and the run's config, of every run of the sweep; the headline alone is measured."""
     headline = [protocol for protocol in config.evaluation.protocols if protocol.name == config.evaluation.headline]
-    shown = {"evaluation.protocols": headline, "cit.gate.protocols": []}
+    shown = {"evaluation.protocols": headline, "cit.gate.protocols": [], "cit.decided_by": ""}
     found: list[tuple[str, str, Config]] = []
     for knob in KNOBS:
         for setting, values in knob.values.items():
@@ -126,11 +126,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         label = f"{row['knob']}: {row['setting']}" if row["setting"] else row["knob"]
         shown = [f"{100 * row['hit@1'][names[0]]:.1f} %"]
-        for name in names[1:]:
-            gain = row["gain"][name]
-            shown.append(f"{100 * gain['mean']:+.1f} [{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}]")
+        shown += [_points(row["gain"].get(name)) for name in names[1:]]
         lines.append(f"| {label} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
+
+
+def _points(gain: Mapping[str, float] | None) -> str:
+    """A gain with its interval; empty where the rung below was not climbed."""
+    return f"{100 * gain['mean']:+.1f} [{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}]" if gain else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

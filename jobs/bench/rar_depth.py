@@ -54,14 +54,19 @@ class Cells:
         self._evaluation = self._config.evaluation.model_copy(update={"protocols": tuple(headline)})
         agcl = pipeline.agcl(0)
         self._encoder = EncoderRef(agcl.output("model"), self._config.encoder)
-        self._upstream = [agcl.fingerprint, pipeline.gallery(0).fingerprint]
+        self._upstream = upstream(agcl, pipeline.gallery(0))
         self._before = self._hit("depth-before", pipeline.attributes(0))
 
     def cell(self, k: int, seed: int) -> dict[str, float]:
         """Numbers of one RAR."""
         changes = {"run.seed": seed, "rar.reward.k": k, "rar.reward.kind": "recall"}
         config, name = with_values(self._config, changes), f"depth-k{k}-s{seed}"
-        inputs = {"upstream": self._upstream, "rar": config.rar.decisive(), "seed": seed}
+        inputs = {
+            "upstream": self._upstream,
+            "config": {"rar": config.rar.decisive()},
+            "seed": seed,
+            "changes": changes,
+        }
         run, reference = self._pipeline.run, self._pipeline.catalogue_ref
 
         def reinforced(directory: str) -> Any:
@@ -72,10 +77,12 @@ class Cells:
             return outcome
 
         rar = run.run_stage(name, inputs, reinforced, resumable=True)
+        annotate = self._config.annotate
+        annotated = {"items": annotate.items.decisive(), "truth": annotate.truth_column}
         generator = GeneratorRef(rar.output("model"), self._config.generator)
         attributes = run.run_stage(
             f"{name}-attributes",
-            {"upstream": rar.fingerprint, "items": self._config.annotate.items.decisive()},
+            {"upstream": upstream(rar), **annotated},
             lambda at: bodies.attributes_body(self._config, reference, generator, rar.fingerprint, at),
         )
         found = rar.metrics
@@ -83,7 +90,7 @@ class Cells:
         # The gallery as RAR searched it, with the attributes from before.
         queries = run.run_stage(
             f"{name}-queries",
-            {"upstream": attributes.fingerprint},
+            {"upstream": upstream(attributes), "evaluation": self._evaluation.decisive(), **annotated},
             lambda at: bodies.queries_anew_body(
                 self._headline_config(), reference, self._pipeline.attributes(0), attributes, at
             ),
@@ -109,9 +116,14 @@ class Cells:
         asked = EvaluationInputs(
             self._headline_config(), self._pipeline.catalogue_ref, self._encoder, attributes.output("attributes")
         )
-        inputs = {"upstream": [*self._upstream, attributes.fingerprint], "evaluation": self._evaluation.decisive()}
+        inputs = {"upstream": {**self._upstream, **upstream(attributes)}, "evaluation": self._evaluation.decisive()}
         stage = self._pipeline.run.run_stage(name, inputs, lambda at: evaluate_body(asked, at))
         return float(stage.metrics["protocols"][self._evaluation.headline]["metrics"]["hit@1"]["mean"])
+
+
+def upstream(*stages: Stage) -> dict[str, str]:
+    """Fingerprints by name, as all stages name those that they stand on."""
+    return {stage.name: stage.fingerprint for stage in stages}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

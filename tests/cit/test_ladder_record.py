@@ -10,6 +10,7 @@ from afmrl_ray.cit.evaluation import write_per_query
 from afmrl_ray.cit.ladder_record import ladder_record, stands_on
 from afmrl_ray.cit.stages import RunDirectory, StageOutcome
 from afmrl_ray.config import validate
+from afmrl_ray.errors import ConfigError
 from afmrl_ray.retrieval.evaluate import Measured
 from afmrl_ray.retrieval.seeds import over_seeds
 
@@ -21,14 +22,17 @@ HITS = {
 TRAINED = {"evaluate-baseline": "baseline", "evaluate-agcl-labels": "agcl-labels", "evaluate-distilled": "agcl-r0"}
 
 
-def write_run(path, seed: int, rows: list[int] | None = None) -> RunDirectory:
+def write_run(path, seed: int, rows: list[int] | None = None, steps: int = 77) -> RunDirectory:
     run = RunDirectory(str(path), f"t-s{seed}")
+    run.write_run({"config": {"run": {"seed": seed}, "agcl": {"steps": steps}}})
     models = run.run_stage("models", {}, lambda _: StageOutcome({}, {}))
     labels = run.run_stage("labels", {"upstream": {"models": models.fingerprint}}, lambda _: StageOutcome({}, {}))
     for name, hits in HITS.items():
         above = labels if name != "evaluate-baseline" else models
         encoder = run.run_stage(
-            TRAINED[name], {"upstream": {above.name: above.fingerprint}}, lambda _: StageOutcome({}, {})
+            TRAINED[name],
+            {"upstream": {above.name: above.fingerprint}, "config": {"agcl": {"steps": steps}}},
+            lambda _: StageOutcome({}, {}),
         )
         values = np.array(hits[seed], dtype=np.float32)
 
@@ -48,7 +52,7 @@ def write_run(path, seed: int, rows: list[int] | None = None) -> RunDirectory:
 def config():
     protocols = [{"kind": "retrieval", "name": "fine"}]
     cit = {"rounds": 3, "encoder_start": "base"}
-    return validate({"cit": cit, "agcl": {"steps": 77}, "evaluation": {"protocols": protocols}})
+    return validate({"cit": cit, "evaluation": {"protocols": protocols}})
 
 
 def test_means_gains_and_order_of_the_rungs(tmp_path, config):
@@ -85,6 +89,24 @@ def test_seeds_that_answered_other_queries_are_refused(tmp_path, config):
     runs = [write_run(tmp_path, 0), write_run(tmp_path, 1, rows=[3, 5, 8, 10])]
     with pytest.raises(ValueError, match="same queries"):
         ladder_record(config, runs, title="t")
+
+
+def test_encoders_that_took_other_numbers_of_steps_are_not_compared(tmp_path, config):
+    runs = [write_run(tmp_path, 0), write_run(tmp_path, 1, steps=78)]
+    with pytest.raises(ConfigError, match=r"77 of baseline.*78 of baseline"):
+        ladder_record(config, runs, title="t")
+
+
+def test_a_rung_made_with_other_settings_is_left_out_and_told(tmp_path, config, caplog):
+    run = write_run(tmp_path, 0)
+    evaluated = run.committed("evaluate-distilled")
+    # The encoder of one rung is trained anew, its evaluation is not.
+    inputs = {"upstream": {}, "config": {"agcl": {"steps": 77}}, "more": 1}
+    run.run_stage("agcl-r0", inputs, lambda _: StageOutcome({}, {}))
+    assert evaluated.fingerprint == run.committed("evaluate-distilled").fingerprint
+    record = ladder_record(config, [run], title="t")
+    assert [rung["key"] for rung in record["rungs"]] == ["vlm2vec", "agcl"]
+    assert "evaluate-distilled" in caplog.text
 
 
 def test_a_rung_costs_what_it_stands_on_but_not_what_all_share(tmp_path):

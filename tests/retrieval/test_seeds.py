@@ -28,12 +28,34 @@ def test_paired_gain_agrees_with_a_bootstrap_written_out():
     before = (draw.random((4, 300)) < 0.4).astype(np.float32)
     after = np.where(draw.random((4, 300)) < 0.1, 1.0, before)
     found = paired_gain_over_seeds(before, after, samples=4000, seed=0)
+    by_t = over_seeds((after - before).mean(axis=1).tolist())
     means = []
     for _ in range(4000):
         seeds, queries = draw.integers(4, size=4), draw.integers(300, size=300)
         means.append((after - before)[np.ix_(seeds, queries)].mean())
     assert found.mean == pytest.approx((after - before).mean())
-    assert (found.low, found.high) == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.004)
+    low, high = np.percentile(means, [2.5, 97.5])
+    # The queries decide here, so the bootstrap is the wider one.
+    assert low < by_t.low < by_t.high < high
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.004)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_the_interval_holds_the_truth_though_seeds_are_few_and_differ(seeds):
+    """Gains by seed are normal about 0.1; a bootstrap of three seeds alone holds it in about three of four."""
+    draw, held = np.random.default_rng(5), []
+    for _ in range(300):
+        gains = np.tile(0.1 + 0.05 * draw.standard_normal((seeds, 1)), (1, 40))
+        found = paired_gain_over_seeds(np.zeros_like(gains), gains, samples=200, seed=0)
+        held.append(found.low <= 0.1 <= found.high)
+    assert np.mean(held) > 0.92
+
+
+def test_the_interval_of_one_seed_is_over_queries():
+    before, after = np.zeros((1, 400)), (np.arange(400) % 4 == 0).astype(float)[None]
+    found = paired_gain_over_seeds(before, after, samples=2000, seed=0)
+    error = 1.96 * np.sqrt(0.25 * 0.75 / 400)
+    assert (found.low, found.high) == pytest.approx((0.25 - error, 0.25 + error), abs=0.006)
 
 
 def test_pairing_by_query_narrows_the_interval():
