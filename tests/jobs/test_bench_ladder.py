@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +13,9 @@ from matplotlib.figure import Figure
 from afmrl_ray.config import dump_yaml, load_config, with_values
 from afmrl_ray.report.plots import LIGHT
 from tests.cit.test_ladder import ladder_config
+from tests.jobs.benches import ROOT, bench, commits
 
-ROOT = Path(__file__).resolve().parents[2]
 RUNGS = ["vlm2vec", "agcl", "distilled", "rl"]
-
-
-def bench(folder: Path, program: str, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "jobs/bench" / program), *words],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": ""},
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        check=False,
-    )
-
-
-def commits(folder: Path) -> dict[str, str]:
-    records = sorted(folder.glob("t*/stages/*/stage.json"))
-    return {str(path): json.loads(path.read_text())["committed_at"] for path in records}
 
 
 @pytest.mark.slow
