@@ -122,7 +122,8 @@ def ladder_table(ladder: LadderSummary) -> str:
 def _words(ladder: LadderSummary) -> str:
     return (
         f"{ladder.seeds} seeds; shares in %, means ± 95 % over seeds. Gains are over the rung named, in points, with "
-        "the 95 % interval of a paired bootstrap over seeds and queries; an interval that includes zero is no gain."
+        "the 95 % interval of a paired bootstrap over seeds and queries, or of Student's t over seeds where that "
+        "reaches further; an interval that includes zero is no gain."
     )
 
 
