@@ -76,7 +76,7 @@ class DualPreparer:
         if self._store is None:
             return {}
         sides = [side for pair in self._agcl.pairs for side in (pair.query, pair.positive)]
-        rows = np.unique(np.concatenate([self._catalogue.rows(side) for side in sides]))
+        rows = self._catalogue.rows_of_any(sides)
         return values_by_name([self._store.get(self._items[row]) for row in rows.tolist()])
 
     def prepare(self, step: int) -> DualPrepared:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,14 @@ class CatalogueTable:
                 + ", ".join(sorted({str(split) for split in self.column("split")}))
             )
         return found.astype(np.int64)
+
+    def rows_of_any(self, sides: Iterable[SideConfig]) -> np.ndarray:
+        """Row indexes [N] int64 that are on at least one of the sides, each once, in the table's order.
+
+        Raises:
+            CatalogueError: see `rows`.
+        """
+        return np.unique(np.concatenate([self.rows(side) for side in sides]))
 
     def item(self, row: int) -> Item:
         """A row without its picture."""

@@ -64,17 +64,12 @@ def models_body(config: Config, catalogue: CatalogueRef, directory: str) -> Stag
     return StageOutcome({role: role for role in roles}, dict(zip(roles, losses, strict=True)))
 
 
-def rows_of(catalogue: StagedCatalogue, sides: Iterable[SideConfig]) -> np.ndarray:
-    """Rows that are on any of the sides, each once, in order."""
-    return np.unique(np.concatenate([catalogue.rows(side) for side in sides]))
-
-
 def labels_body(
     config: Config, catalogue_ref: CatalogueRef, sides: Sequence[SideConfig], directory: str
 ) -> StageOutcome:
     """Ask the teacher about the listings of some sides."""
     catalogue = catalogue_ref.open()
-    rows = rows_of(catalogue, sides)
+    rows = catalogue.rows_of_any(sides)
     path = storage.join(directory, "attributes.parquet")
     if config.teacher.kind == "model":
         generator = GeneratorRef(config.teacher.path, config.generator)
@@ -170,7 +165,7 @@ def queries_anew_body(
     protocols = [each for each in config.evaluation.protocols if isinstance(each, RetrievalProtocol)]
     queries = [each.query for each in protocols if each.enriched != "none"]
     galleries = [each.gallery for each in protocols if each.enriched == "both"]
-    asked = rows_of(catalogue, queries) if queries else np.array([], dtype=np.int64)
+    asked = catalogue.rows_of_any(queries) if queries else np.array([], dtype=np.int64)
     for side in galleries:
         if len(both := np.intersect1d(asked, catalogue.rows(side))):
             raise ConfigError(

@@ -168,7 +168,7 @@ class Pipeline:
         """The teacher's attributes of all listings of `agcl.pairs`: `labels` itself where it has them all."""
         sides = [side for pair in self.config.agcl.pairs for side in (pair.query, pair.positive)]
         labelled = self.catalogue.rows(self.config.distill.items)
-        if np.isin(bodies.rows_of(self.catalogue, sides), labelled).all():
+        if np.isin(self.catalogue.rows_of_any(sides), labelled).all():
             return self.labels
         inputs = self._inputs(
             self._teacher_sections,
