@@ -75,8 +75,7 @@ class DualPreparer:
     def _known_values(self) -> dict[str, list[str]]:
         if self._store is None:
             return {}
-        sides = [side for pair in self._agcl.pairs for side in (pair.query, pair.positive)]
-        rows = self._catalogue.rows_of_any(sides)
+        rows = self._catalogue.rows_of_any(self._agcl.sides)
         return values_by_name([self._store.get(self._items[row]) for row in rows.tolist()])
 
     def prepare(self, step: int) -> DualPrepared:

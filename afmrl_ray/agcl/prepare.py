@@ -96,8 +96,7 @@ class Preparer:
             self._warn_of_sides_without_text()
 
     def _fit_bm25(self) -> BM25:
-        sides = [side for pair in self._agcl.pairs for side in (pair.query, pair.positive)]
-        return BM25().fit([self._text(row) for row in self._catalogue.rows_of_any(sides).tolist()])
+        return BM25().fit([self._text(row) for row in self._catalogue.rows_of_any(self._agcl.sides).tolist()])
 
     def _warn_of_sides_without_text(self) -> None:
         """BM25 takes a listing without attributes for one that shares nothing, as if that were known of it."""

@@ -166,7 +166,7 @@ class Pipeline:
     @cached_property
     def pair_labels(self) -> Stage:
         """The teacher's attributes of all listings of `agcl.pairs`: `labels` itself where it has them all."""
-        sides = [side for pair in self.config.agcl.pairs for side in (pair.query, pair.positive)]
+        sides = self.config.agcl.sides
         labelled = self.catalogue.rows(self.config.distill.items)
         if np.isin(self.catalogue.rows_of_any(sides), labelled).all():
             return self.labels

@@ -119,6 +119,11 @@ class AGCLConfig(Section):
     workers: WorkersConfig = WorkersConfig()
     """Ray Train worker group."""
 
+    @property
+    def sides(self) -> list[SideConfig]:
+        """Where listings of any pair come from."""
+        return [side for pair in self.pairs for side in (pair.query, pair.positive)]
+
 
 class TaskConfig(Section):
     """The retrieval that RAR is rewarded for."""
