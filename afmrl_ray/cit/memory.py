@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Sequence
 
 import psutil
 
 _PERIOD_S = 2.0
 
 
-def tree_memory_mb() -> float:
-    """Memory of this process and its descendants, MiB: proportional set sizes, so that shared pages count once."""
+def process_tree() -> list[psutil.Process]:
+    """This process and its descendants."""
     own = psutil.Process()
+    return [own, *own.children(recursive=True)]
+
+
+def memory_mb(processes: Sequence[psutil.Process]) -> float:
+    """Memory of processes, MiB: proportional set sizes, so that shared pages count once."""
     total = 0
-    for process in [own, *own.children(recursive=True)]:
+    for process in processes:
         try:
             total += process.memory_full_info().pss
         except (psutil.NoSuchProcess, psutil.AccessDenied, AttributeError):
@@ -23,12 +29,12 @@ def tree_memory_mb() -> float:
     return total / 2**20
 
 
-def ray_is_elsewhere() -> bool:
-    """Whether somebody else started the Ray that does the work, so that its actors are not below this process."""
+def ray_is_elsewhere(processes: Sequence[psutil.Process]) -> bool:
+    """Whether somebody else started the Ray that does the work, so that its actors are not among this process's own."""
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return False
-    return not any(_name(process) == "raylet" for process in psutil.Process().children(recursive=True))
+    return not any(_name(process) == "raylet" for process in processes)
 
 
 def _name(process: psutil.Process) -> str:
@@ -39,7 +45,7 @@ def _name(process: psutil.Process) -> str:
 
 
 class PeakMemory:
-    """Context manager that samples `tree_memory_mb` in a thread.
+    """Context manager that samples `memory_mb` of the process tree in a thread.
 
     Attributes:
         peak_mb: the largest sample, MiB; none where the work is done by a Ray that this process did not start.
@@ -51,8 +57,8 @@ class PeakMemory:
         self._thread = threading.Thread(target=self._sample, name="peak-memory", daemon=True)
 
     def _sample(self) -> None:
-        while not ray_is_elsewhere():
-            self.peak_mb = max(self.peak_mb or 0.0, round(tree_memory_mb(), 1))
+        while not ray_is_elsewhere(processes := process_tree()):
+            self.peak_mb = max(self.peak_mb or 0.0, round(memory_mb(processes), 1))
             if self._stop.wait(_PERIOD_S):
                 return
         self.peak_mb = None

@@ -158,6 +158,11 @@ class RunSummary:
         return sorted(names, key=lambda name: name != self.headline)
 
     @property
+    def decided_by(self) -> str:
+        """The protocol whose hit@1 promotions compare."""
+        return self.config.get("cit", {}).get("decided_by") or self.headline
+
+    @property
     def outdated(self) -> set[str]:
         return {stage.name for stage in self.stages if stage.outdated}
 

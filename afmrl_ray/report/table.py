@@ -168,7 +168,9 @@ def _promotion_section(summary: RunSummary) -> Section:
         "; ".join(why),
         [
             Row("promoted", [Cell(("yes" if each.promoted else "no") if each is not None else "") for each in found]),
-            Row("gain in hit@1, points", [_share(gain, "+") for gain in gains], intervals=True),
+            Row(
+                f"gain in hit@1 of {summary.decided_by}, points", [_share(gain, "+") for gain in gains], intervals=True
+            ),
         ],
     )
 

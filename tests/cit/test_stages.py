@@ -216,14 +216,14 @@ def test_a_place_that_cannot_be_written_is_the_users_error(tmp_path: Path) -> No
 def test_peak_memory_keeps_the_largest_sample_and_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     samples, enough = iter([100.0, 900.0, 50.0]), threading.Event()
 
-    def sample() -> float:
+    def sample(processes: object) -> float:
         value = next(samples, None)
         if value is None:
             enough.set()
         return value or 50.0
 
     monkeypatch.setattr(memory, "_PERIOD_S", 0.001)
-    monkeypatch.setattr(memory, "tree_memory_mb", sample)
+    monkeypatch.setattr(memory, "memory_mb", sample)
     before = threading.active_count()
     with memory.PeakMemory() as peak:
         assert enough.wait(10)
@@ -232,13 +232,13 @@ def test_peak_memory_keeps_the_largest_sample_and_stops(monkeypatch: pytest.Monk
 
 
 def test_tree_memory_counts_descendants() -> None:
-    before = memory.tree_memory_mb()
+    before = memory.memory_mb(memory.process_tree())
     code = "block = bytearray(80 * 2**20); print(len(block), flush=True); input()"
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert child.stdout is not None
         child.stdout.readline()
-        assert memory.tree_memory_mb() > before + 70
+        assert memory.memory_mb(memory.process_tree()) > before + 70
     finally:
         child.communicate(b"\n")
 

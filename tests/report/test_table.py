@@ -76,8 +76,8 @@ def test_every_cell_is_the_number_of_its_stage(whole: RunDirectory) -> None:
     assert list(found["attribute names"]) == ["color", "size"], "the name written most often stands first"
     assert found["attribute names"]["size"][3:] == ["53 -> 43", "43 -> 33"]
     assert found["promotion"]["promoted"][3:] == ["yes", "no"]
-    assert found["promotion"]["gain in hit@1, points"] == ["-"] * 4 + ["+6.0"]
-    assert found["promotion"]["gain in hit@1, points interval"] == ["+4.9 to +7.2"]
+    assert found["promotion"]["gain in hit@1 of fine, points"] == ["-"] * 4 + ["+6.0"]
+    assert found["promotion"]["gain in hit@1 of fine, points interval"] == ["+4.9 to +7.2"]
     assert "labels changes by -0.0310" in text
     rar = [metrics[f"rar-r{r}"] for r in (0, 1)]
     for when in ("before", "after"):
@@ -132,3 +132,12 @@ def test_outdated_columns_and_stages_are_marked(tmp_path: Path) -> None:
     assert "baseline*" not in text
     assert "\nrar-r0*" in text
     assert "* made with other settings" in text
+
+
+def test_a_promotion_names_the_protocol_that_decided_it(tmp_path: Path) -> None:
+    fake = FakeRun(str(tmp_path))
+    run = fake.everything()
+    config = {**run.read_run()["config"], "cit": {"decided_by": "coarse"}}
+    run.write_run({**run.read_run(), "config": config})
+    promotion = cells(run_table(run).split("\n\n")[0].split("\n", 1)[1])["promotion"]
+    assert promotion["gain in hit@1 of coarse, points"][-1] == "+6.0"
