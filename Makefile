@@ -28,7 +28,7 @@ demo-grocery: $(VENV)/.installed ## the same on real photographs: make demo-groc
 	$(BIN)/python jobs/run_cit.py --config jobs/configs/grocery.yaml catalogue.path=$(CATALOGUE)
 
 test: $(VENV)/.installed ## the tests, but for those marked slow
-	$(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed ## ruff, mypy, import rules
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,8 @@ def test_tensorboard_shows_every_step_once(tmp_path):
     for step in range(4):
         first.log(step, {"loss": float(step), "bad": float("nan")})
     first.close()
+    # TensorBoard reads event files in the order of their names: the second of the start, then a count without zeros.
+    time.sleep(1.1)
     second = MetricsLog(str(tmp_path), resume_step=2)
     for step in range(2, 5):
         second.log(step, {"loss": 10.0 + step})
