@@ -35,7 +35,7 @@ class TeacherError(UserError):
 
 
 class RewardServiceError(RuntimeError):
-    """More rewards failed for reasons of infrastructure than `rar.reward.max_failed_share` allows."""
+    """More rewards failed for reasons of infrastructure than `rar.reward.max_failed_fraction` allows."""
 
 
 class GalleryVersionError(RuntimeError):

@@ -15,7 +15,7 @@ from afmrl_ray.errors import ConfigError
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", required=True, help=".csv or .jsonl file, or M5Product's JSON of items")
-    parser.add_argument("--pictures", required=True, help="folder of the pictures")
+    parser.add_argument("--images", required=True, help="folder of the images")
     parser.add_argument("--out", required=True, help="Parquet file to write")
     parser.add_argument("--column", action="append", default=[], metavar="CANONICAL=OWN", help="column of another name")
     parser.add_argument(
@@ -35,12 +35,12 @@ def body(config: Config, options: argparse.Namespace) -> None:
             if (split, role) in lists:
                 raise ConfigError(f"--ids {place}: given twice; join the two files")
             lists[split, role] = path
-        imported = import_m5product(options.source, options.pictures, lists=lists, labels=options.labels)
+        imported = import_m5product(options.source, options.images, lists=lists, labels=options.labels)
     else:
         columns = dict(pair.split("=", 1) for pair in options.column if "=" in pair)
         if len(columns) < len(options.column):
             raise ConfigError("--column: write CANONICAL=OWN")
-        imported = import_rows(options.source, options.pictures, columns=columns)
+        imported = import_rows(options.source, options.images, columns=columns)
     catalogue = check_table(imported.table, options.source, config=config.catalogue)
     write_catalogue(catalogue.table, options.out)
     catalogue.write_quarantine(f"{options.out}.quarantine.parquet")

@@ -24,10 +24,10 @@ def body(config: Config, options: argparse.Namespace) -> None:
     catalogue = open_catalogue(options.out, config=config.catalogue)
     if options.sheet:
         roles = catalogue.column("role")
-        picture = io.BytesIO()
-        contact_sheet(catalogue, [row for row, role in enumerate(roles) if role == "query"][:30]).save(picture, "PNG")
-        storage.write_bytes(options.sheet, picture.getvalue())
-    print(f"{options.out}: {len(catalogue)} listings, fingerprint {catalogue.fingerprint[:12]}")
+        image = io.BytesIO()
+        contact_sheet(catalogue, [row for row, role in enumerate(roles) if role == "query"][:30]).save(image, "PNG")
+        storage.write_bytes(options.sheet, image.getvalue())
+    print(f"{options.out}: {len(catalogue)} items, fingerprint {catalogue.fingerprint[:12]}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -33,7 +33,7 @@ def body(config: Config, options: argparse.Namespace) -> None:
             raise ConfigError("--out: the report of one run has its place below the run; use it with --compare")
         run = directory(options.run or storage.join(config.run.storage_path, config.run.name))
         summary = collect(run)
-        index = write_report(run, listings=listings(run))
+        index = write_report(run, items=items(run))
         print(f"{format_tables(summary)}\n-> {index}")
         return
     left, right = (directory(path) for path in options.compare)
@@ -47,8 +47,8 @@ def directory(path: str) -> RunDirectory:
     return RunDirectory(*storage.split(storage.absolute(path)))
 
 
-def listings(run: RunDirectory) -> StagedCatalogue | None:
-    """The run's catalogue, for pictures; none where it or a setting is not there any more, which is said."""
+def items(run: RunDirectory) -> StagedCatalogue | None:
+    """The run's catalogue, for images; none where it or a setting is not there any more, which is said."""
     stage = run.committed("catalogue")
     if stage is None:
         return None
@@ -57,7 +57,7 @@ def listings(run: RunDirectory) -> StagedCatalogue | None:
         path = config.catalogue.path or stage.output("catalogue")
         return CatalogueRef(storage.absolute(path), config.catalogue, stage.metrics["fingerprint"]).open()
     except (CatalogueError, ConfigError, StorageError) as error:
-        sys.stderr.write(f"no pictures in the report: {error}\n")
+        sys.stderr.write(f"no images in the report: {error}\n")
         return None
 
 

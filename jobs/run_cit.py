@@ -16,7 +16,7 @@ from afmrl_ray.report import run_table, write_report
 def body(config: Config, options: argparse.Namespace) -> None:
     with open_run(config) as pipeline:
         run_cit(pipeline)
-        index = write_report(pipeline.run, listings=pipeline.catalogue)
+        index = write_report(pipeline.run, items=pipeline.catalogue)
         if pipeline.tracker is not None:
             pipeline.tracker.report(index)
         print(run_table(pipeline.run))

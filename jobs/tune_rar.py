@@ -18,7 +18,7 @@ from afmrl_ray.config import Config, with_values
 from afmrl_ray.errors import ConfigError
 from afmrl_ray.rar.tune import RARTrainable
 
-COLUMNS = ("heldout_before", "heldout_after", "heldout_gain", "kl", "invalid_share", "attribute_pairs")
+COLUMNS = ("heldout_before", "heldout_after", "heldout_gain", "kl", "invalid_fraction", "attribute_pairs")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

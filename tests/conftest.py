@@ -76,7 +76,7 @@ def tiny_catalogue_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from afmrl_ray.config.catalogue import SyntheticConfig
 
     path = tmp_path_factory.mktemp("catalogue") / "catalogue.parquet"
-    write_catalogue(make_catalogue(SyntheticConfig(preset="tiny", picture_px=56)), str(path))
+    write_catalogue(make_catalogue(SyntheticConfig(preset="tiny", image_px=56)), str(path))
     return path
 
 
@@ -86,6 +86,6 @@ def tiny_catalogue_ref(tiny_catalogue_path: Path, tmp_path_factory: pytest.TempP
     from afmrl_ray.catalogue import CatalogueRef, open_catalogue
     from afmrl_ray.config.catalogue import CatalogueConfig
 
-    config = CatalogueConfig(path=str(tiny_catalogue_path), staging_dir=str(tmp_path_factory.mktemp("staging")))
+    config = CatalogueConfig(path=str(tiny_catalogue_path), cache_dir=str(tmp_path_factory.mktemp("staging")))
     fingerprint = open_catalogue(str(tiny_catalogue_path), config=config).fingerprint
     return CatalogueRef(str(tiny_catalogue_path), config, fingerprint)

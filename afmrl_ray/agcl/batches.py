@@ -1,4 +1,4 @@
-"""Which listings are in which batch: a pure function of seed and step, the same for any number of workers."""
+"""Which items are in which batch: a pure function of seed and step, the same for any number of workers."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A listing in a batch.
+class SampledItem:
+    """An item in a batch.
 
     Attributes:
         row: catalogue row.
-        enrich: number in [0, 1) that decides whether it shows its attributes.
+        attribute_draw: number in [0, 1); the attributes are shown where it is below 1 - `agcl.attribute_dropout`.
     """
 
     row: int
-    enrich: float
+    attribute_draw: float
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A query with its positives, different listings of one product.
+    """A query with its positives, different items of one product.
 
     Attributes:
         query: the query.
-        positives: `agcl.positives_per_query` listings, drawn with replacement where the product has fewer.
-        negatives: curated ones, at most `agcl.curated_negatives`.
+        positives: `agcl.positives_per_query` items, drawn with replacement where the product has fewer.
+        negatives: curated ones, at most `agcl.hard_negatives`.
         source: index of the `agcl.pairs` entry that the pair comes from.
         product: code of the product; equal codes are the same product.
     """
 
-    query: Shown
-    positives: tuple[Shown, ...]
-    negatives: tuple[Shown, ...]
+    query: SampledItem
+    positives: tuple[SampledItem, ...]
+    negatives: tuple[SampledItem, ...]
     source: int
     product: int
 
 
 class PairSampler:
-    """Uniform over products: every epoch visits each product once, another listing of it each time.
+    """Uniform over products: every epoch visits each product once, another item of it each time.
 
     Args:
         catalogue: where rows and product ids come from.
@@ -75,13 +75,11 @@ class PairSampler:
             self._sides.append((queries, positives))
             paired |= {p for p in queries.keys() & positives.keys() if len({*queries[p], *positives[p]}) > 1}
         if not paired:
-            raise CatalogueError(
-                "agcl.pairs: no product has two different listings on the two sides, nothing is positive"
-            )
+            raise CatalogueError("agcl.pairs: no product has two different items on the two sides, nothing is positive")
         # Products with pairs come first, so that their codes are places in the epoch's order.
-        self._products = _share_of(sorted(paired), config.product_share, seed)
+        self._products = _share_of(sorted(paired), config.train_fraction, seed)
         if len(self._products) < config.batch_size:
-            cut = f" after agcl.product_share {config.product_share:g}" if config.product_share < 1 else ""
+            cut = f" after agcl.train_fraction {config.train_fraction:g}" if config.train_fraction < 1 else ""
             raise ConfigError(
                 f"agcl.batch_size {config.batch_size} exceeds the {len(self._products)} products that have pairs{cut}; "
                 "lower it, since a batch holds each product once"
@@ -89,8 +87,8 @@ class PairSampler:
         others = sorted({product for product in products if product is not None} - set(self._products))
         codes = {product: code for code, product in enumerate([*self._products, *others])}
         self._code_of_row = [codes[product] if product is not None else -1 for product in products]
-        self._curated = _curated(catalogue, self._code_of_row) if config.curated_negatives else {}
-        self._groups = self._hard_groups(catalogue) if config.hard_share else []
+        self._curated = _curated(catalogue, self._code_of_row) if config.hard_negatives else {}
+        self._groups = self._hard_groups(catalogue) if config.batch_grouping.fraction else []
         self._epoch_order = lru_cache(maxsize=2)(self._make_epoch_order)
 
     @property
@@ -124,14 +122,14 @@ class PairSampler:
         count = self._config.positives_per_query
         picked = draw.choice(others, size=count, replace=len(others) < count).tolist()
         curated = self._curated.get(query, [])
-        wanted = min(self._config.curated_negatives, len(curated))
+        wanted = min(self._config.hard_negatives, len(curated))
         negatives = draw.choice(curated, size=wanted, replace=False).tolist() if wanted else []
-        shown = [Shown(int(row), float(draw.random())) for row in (query, *picked, *negatives)]
+        shown = [SampledItem(int(row), float(draw.random())) for row in (query, *picked, *negatives)]
         return Pair(shown[0], tuple(shown[1 : 1 + count]), tuple(shown[1 + count :]), source, code)
 
     def _hard_groups(self, catalogue: StagedCatalogue) -> list[list[int]]:
-        """Codes of the products that share a value of `hard_column`, groups of at least two."""
-        values = catalogue.column(self._config.hard_column)
+        """Codes of the products that share a value of `batch_grouping.column`, groups of at least two."""
+        values = catalogue.column(self._config.batch_grouping.column)
         group_of: dict[int, str] = {}
         for row, code in enumerate(self._code_of_row):
             if 0 <= code < len(self._products) and values[row] is not None:
@@ -142,12 +140,13 @@ class PairSampler:
         found = [codes for _, codes in sorted(groups.items()) if len(codes) > 1]
         if not found:
             raise CatalogueError(
-                f"agcl.hard_column {self._config.hard_column!r}: no two products share a value; set agcl.hard_share=0"
+                f"agcl.batch_grouping.column {self._config.batch_grouping.column!r}: no two products share a value; "
+                "set agcl.batch_grouping.fraction=0"
             )
         return found
 
     def _make_epoch_order(self, epoch: int) -> np.ndarray:
-        """Codes of all products, batch after batch; `hard_share` of each batch is made of whole groups."""
+        """Codes of all products, batch after batch; `batch_grouping.fraction` of each batch is made of whole groups."""
         draw = np.random.default_rng([self._seed, epoch])
         order = draw.permutation(len(self._products))
         if not self._groups:
@@ -156,7 +155,7 @@ class PairSampler:
         waiting = deque(draw.permutation(len(queues)).tolist())
         rest, taken, made = deque(order.tolist()), np.zeros(len(order), dtype=bool), []
         size = self._config.batch_size
-        hard = round(self._config.hard_share * size)
+        hard = round(self._config.batch_grouping.fraction * size)
         for _ in range(self.steps_per_epoch):
             batch: list[int] = []
             while len(batch) < hard and waiting:
@@ -213,5 +212,5 @@ def _curated(catalogue: StagedCatalogue, codes: Sequence[int]) -> dict[int, list
             same,
         )
     if not found:
-        raise CatalogueError("column negatives holds no usable item id; set agcl.curated_negatives=0")
+        raise CatalogueError("column negatives holds no usable item id; set agcl.hard_negatives=0")
     return found

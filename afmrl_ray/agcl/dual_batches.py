@@ -1,6 +1,6 @@
 """What FG-CLIP's objectives are trained on: regions with their phrases, and texts with one attribute changed.
 
-Pure functions of the catalogue, the attribute table and a listing's draw, so that a batch is the same for any number of
+Pure functions of the catalogue, the attribute table and an item's draw, so that a batch is the same for any number of
 workers.
 """
 
@@ -16,14 +16,14 @@ from PIL import Image
 from afmrl_ray.attributes.text import Attributes, format_attributes
 
 Box = tuple[float, float, float, float]
-"""Left, top, right, bottom, as shares of the picture's sides."""
+"""Left, top, right, bottom, as shares of the image's sides."""
 
 _LEAST_PX = 2
 
 
 @dataclass(frozen=True)
 class Region:
-    """A part of a listing's picture and what its attributes say about it."""
+    """A part of an item's image and what its attributes say about it."""
 
     part: str
     box: Box
@@ -45,7 +45,7 @@ def changed_texts(
     """Up to `count` different attribute texts in which exactly one value is another one of its name.
 
     Args:
-        attributes: of the listing.
+        attributes: of the item.
         values: from `values_by_name`.
         count: of texts; fewer where there are not so many.
         draw: decides which.
@@ -69,11 +69,11 @@ def changed_texts(
 def regions(
     boxes: Mapping[str, Sequence[float]], attributes: Attributes, parts: Mapping[str, Sequence[str]]
 ) -> list[Region]:
-    """The parts of a picture that attributes speak of.
+    """The parts of an image that attributes speak of.
 
     Args:
         boxes: part to left, top, right, bottom.
-        attributes: of the listing.
+        attributes: of the item.
         parts: names of the attributes that belong to a part; a part that is not there has the one of its own name.
     """
     found = []
@@ -93,9 +93,9 @@ def parse_boxes(value: str | Mapping[str, Sequence[float]] | None) -> dict[str, 
     return dict(json.loads(value) if isinstance(value, str) else value)
 
 
-def crop(picture: Image.Image, box: Box) -> Image.Image:
-    """The region of a picture, at least two pixels wide and high."""
-    width, height = picture.size
+def crop(image: Image.Image, box: Box) -> Image.Image:
+    """The region of an image, at least two pixels wide and high."""
+    width, height = image.size
     left, top = min(int(box[0] * width), width - _LEAST_PX), min(int(box[1] * height), height - _LEAST_PX)
     right, bottom = max(round(box[2] * width), left + _LEAST_PX), max(round(box[3] * height), top + _LEAST_PX)
-    return picture.crop((left, top, min(right, width), min(bottom, height)))
+    return image.crop((left, top, min(right, width), min(bottom, height)))

@@ -1,8 +1,8 @@
-"""Objectives of dual towers: CLIP's picture-text contrast, and what FG-CLIP adds. Pure functions of tensors.
+"""Objectives of dual encoders: CLIP's image-text contrast, and what FG-CLIP adds. Pure functions of tensors.
 
 Sources: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (ICML 2021), section
 2.3; Xie et al., "FG-CLIP: Fine-Grained Visual and Textual Alignment" (ICML 2025): regions against their phrases, and a
-picture against texts that differ from its own in one attribute.
+image against texts that differ from its own in one attribute.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from afmrl_ray.agcl.loss import agcl_loss
+from afmrl_ray.agcl.loss import weighted_info_nce
 
 
 def contrast(rows: Tensor, columns: Tensor, positives: Tensor, *, temperature: float, negatives: Tensor) -> Tensor:
@@ -28,26 +28,26 @@ def contrast(rows: Tensor, columns: Tensor, positives: Tensor, *, temperature: f
     """
     if not len(rows):
         return columns.sum() * 0
-    mean, _ = agcl_loss(rows @ columns.T, positives, temperature=temperature, keep=negatives)
+    mean, _ = weighted_info_nce(rows @ columns.T, positives, temperature=temperature, keep=negatives)
     return mean * len(rows)
 
 
-def hard_text_loss(pictures: Tensor, texts: Tensor, there: Tensor, *, temperature: float) -> Tensor:
-    """A picture's own text against changed ones, summed over the pictures.
+def hard_text_loss(images: Tensor, texts: Tensor, there: Tensor, *, temperature: float) -> Tensor:
+    """An image's own text against changed ones, summed over the images.
 
     Args:
-        pictures: [n, D] of unit length.
+        images: [n, D] of unit length.
         texts: [n, 1 + K, D] of unit length, the true one first.
-        there: [n, 1 + K] bool, whether a text exists; a picture without a changed text counts for nothing.
+        there: [n, 1 + K] bool, whether a text exists; an image without a changed text counts for nothing.
         temperature: divisor of the similarities.
 
     Returns:
-        Scalar; 0 where no picture has a changed text.
+        Scalar; 0 where no image has a changed text.
     """
     usable = there[:, 0] & there[:, 1:].any(1)
     if not bool(usable.any()):
-        return (pictures.sum() + texts.sum()) * 0
-    logits = torch.einsum("nd,nkd->nk", pictures[usable], texts[usable]) / temperature
+        return (images.sum() + texts.sum()) * 0
+    logits = torch.einsum("nd,nkd->nk", images[usable], texts[usable]) / temperature
     logits = logits.masked_fill(~there[usable], float("-inf"))
     target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
     return torch.nn.functional.cross_entropy(logits, target, reduction="sum")

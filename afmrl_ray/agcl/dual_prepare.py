@@ -1,4 +1,4 @@
-"""What a step of a dual tower needs before it runs: rows of listings, of regions and of texts, and who repels whom."""
+"""What a step of a dual encoder needs before it runs: rows of items, of regions and of texts, and who repels whom."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from afmrl_ray.agcl.batches import PairSampler, Shown
+from afmrl_ray.agcl.batch_layout import Batch
+from afmrl_ray.agcl.batches import PairSampler, SampledItem
 from afmrl_ray.agcl.dual_batches import Region, changed_texts, crop, parse_boxes, regions, values_by_name
-from afmrl_ray.agcl.layout import Batch
 from afmrl_ray.attributes.store import AttributeStore
 from afmrl_ray.attributes.text import format_attributes
 from afmrl_ray.catalogue import StagedCatalogue
 from afmrl_ray.config import Config
-from afmrl_ray.models.dual_tower import DualProcessor, DualRow, dual_text
+from afmrl_ray.models.dual_encoder import DualProcessor, DualRow, dual_text
 
 
 @dataclass(frozen=True)
-class DualPrepared:
+class DualStepInputs:
     """A step's inputs on one worker, of B pairs.
 
     Attributes:
-        listings: [2 B] queries, then their positives.
+        items: [2 B] queries, then their positives.
         products: [2 B] codes of their products.
         regions: [B] a region of each query with its phrase; without pixels and text where it has none.
         phrases: [B] their phrases, empty where there is none.
@@ -30,7 +30,7 @@ class DualPrepared:
         numbers: for the step's metrics.
     """
 
-    listings: list[DualRow]
+    items: list[DualRow]
     products: list[int]
     regions: list[DualRow]
     phrases: list[str]
@@ -45,12 +45,12 @@ class DualPreparer:
         config: the whole config.
         catalogue: the catalogue.
         processor: of the checkpoint.
-        store: attributes, for regions and changed texts and for enriched listings; none = there are none.
+        store: attributes, for regions and changed texts and for items with attributes; none = there are none.
         rank: of this worker.
         world: number of workers.
 
     Raises:
-        CatalogueError: `encoder.dual_tower.region_weight` asks for boxes and the catalogue has no such column.
+        CatalogueError: `encoder.dual_encoder.region_weight` asks for boxes and the catalogue has no such column.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class DualPreparer:
         world: int = 1,
     ) -> None:
         self._agcl, self._seed = config.agcl, config.run.seed
-        self._dual = config.encoder.dual_tower
+        self._dual = config.encoder.dual_encoder
         self._catalogue, self._processor, self._store = catalogue, processor, store
         self._rank, self._world = rank, world
         self._items = catalogue.column("item_id")
@@ -78,16 +78,16 @@ class DualPreparer:
         rows = self._catalogue.rows_of_any(self._agcl.sides)
         return values_by_name([self._store.get(self._items[row]) for row in rows.tolist()])
 
-    def prepare(self, step: int) -> DualPrepared:
+    def prepare(self, step: int) -> DualStepInputs:
         """Everything that a step needs before the towers run."""
         began = time.perf_counter()
         batch = Batch(self._sampler.batch(step), self._rank, self._world, self._sampler.product_of)
-        local = batch.local_listings()
-        listings = [self._listing(shown, source, as_query) for shown, source, as_query in local]
+        local = batch.local_items()
+        items = [self._item(shown, source, as_query) for shown, source, as_query in local]
         queries = [shown for shown, _, as_query in local if as_query]
         found = [self._region(shown, step) for shown in queries]
-        return DualPrepared(
-            listings=listings,
+        return DualStepInputs(
+            items=items,
             products=[self._sampler.product_of(shown.row) for shown, _, _ in local],
             regions=[row for row, _ in found],
             phrases=[phrase for _, phrase in found],
@@ -95,30 +95,30 @@ class DualPreparer:
             numbers={"seconds_prepare": time.perf_counter() - began},
         )
 
-    def _listing(self, shown: Shown, source: int, as_query: bool) -> DualRow:
+    def _item(self, shown: SampledItem, source: int, as_query: bool) -> DualRow:
         pair = self._agcl.pairs[source]
         side = pair.query if as_query else pair.positive
-        enriched = self._agcl.enrich_query if as_query else self._agcl.enrich_positive
-        attributes = self._text(shown.row) if shown.enrich < enriched else ""
-        title = self._catalogue.title(shown.row, side.title_columns) if side.inputs != "picture" else ""
-        picture = self._catalogue.picture(shown.row) if side.inputs != "text" else None
-        return self._processor.row(picture, dual_text(title, attributes))
+        dropout = self._agcl.attribute_dropout.query if as_query else self._agcl.attribute_dropout.positive
+        attributes = self._text(shown.row) if shown.attribute_draw < 1 - dropout else ""
+        title = self._catalogue.title(shown.row, side.title_columns) if side.inputs != "image" else ""
+        image = self._catalogue.image(shown.row) if side.inputs != "text" else None
+        return self._processor.row(image, dual_text(title, attributes))
 
     def _text(self, row: int) -> str:
         return self._store.text(self._items[row]) if self._store is not None else ""
 
-    def _draw(self, shown: Shown, step: int, purpose: int) -> np.random.Generator:
+    def _draw(self, shown: SampledItem, step: int, purpose: int) -> np.random.Generator:
         return np.random.default_rng([self._seed, step, shown.row, purpose])
 
-    def _region(self, shown: Shown, step: int) -> tuple[DualRow, str]:
+    def _region(self, shown: SampledItem, step: int) -> tuple[DualRow, str]:
         """One of the query's regions, drawn anew every time, and its phrase."""
         chosen = self._drawn_region(shown, step)
         if chosen is None:
             return DualRow(None, None), ""
-        part = crop(self._catalogue.picture(shown.row), chosen.box)
+        part = crop(self._catalogue.image(shown.row), chosen.box)
         return self._processor.row(part, chosen.phrase), chosen.phrase
 
-    def _drawn_region(self, shown: Shown, step: int) -> Region | None:
+    def _drawn_region(self, shown: SampledItem, step: int) -> Region | None:
         if self._boxes is None or self._store is None:
             return None
         there = regions(
@@ -126,7 +126,7 @@ class DualPreparer:
         )
         return there[int(self._draw(shown, step, 23).integers(len(there)))] if there else None
 
-    def _texts(self, shown: Shown, step: int) -> list[DualRow]:
+    def _texts(self, shown: SampledItem, step: int) -> list[DualRow]:
         """The query's own attribute text and changed ones; rows without text fill up."""
         count = self._dual.hard_texts
         nothing = DualRow(None, None)

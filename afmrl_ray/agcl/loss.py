@@ -17,7 +17,7 @@ LexicalScale = Literal["raw", "self", "temperature"]
 _SAMPLED_WEIGHTS = 4_096
 
 
-def agcl_loss(
+def weighted_info_nce(
     similarity: Tensor,
     positives: Tensor,
     *,
@@ -43,7 +43,7 @@ def agcl_loss(
 
     Returns:
         The scalar loss, and `loss`, `accuracy` (share of queries whose positive is the most similar kept candidate),
-        `positive_similarity`, `hardest_negative_similarity` (means), `masked_share` (of negatives), and quantiles of
+        `positive_similarity`, `hardest_negative_similarity` (means), `masked_fraction` (of negatives), and quantiles of
         w_ij / w_ii over kept negatives, from an even sample of the matrix: `weight_p10`, `weight_p50`, `weight_p90`.
     """
     similarity = similarity.float()
@@ -84,7 +84,7 @@ def _stats(
         "accuracy": (own[:, 0] > hardest).float().mean(),
         "positive_similarity": own.mean(),
         "hardest_negative_similarity": hardest[hardest.isfinite()].mean(),
-        "masked_share": loss.new_zeros(()) if keep is None else (keep.numel() - _count(keep).sum()) / possible,
+        "masked_fraction": loss.new_zeros(()) if keep is None else (keep.numel() - _count(keep).sum()) / possible,
     }
     quantiles = _weight_quantiles(bias, positives, keep)
     # One transfer from the accelerator instead of one for each number.
@@ -117,7 +117,7 @@ def scale_lexical(
     """Bring BM25 scores into the range that `tanh` can tell apart.
 
     Negative scores become 0. A query whose own positive shares no word with it (`B_ii <= 0`, as when its attributes are
-    missing) gets zeros, hence uniform weights: otherwise an incomplete listing would up-weight all its lexical
+    missing) gets zeros, hence uniform weights: otherwise an incomplete item would up-weight all its lexical
     neighbours.
 
     Args:
@@ -140,7 +140,7 @@ def scale_lexical(
 
 
 @torch.no_grad()
-def false_negative_keep(
+def mask_by_candidate(
     candidates: Tensor,
     positives: Tensor,
     *,
@@ -155,22 +155,22 @@ def false_negative_keep(
         candidates: [D, dim] embeddings of the candidates.
         positives: [Q] candidate that is each query's positive.
         threshold: a candidate whose cosine to the positive is above it is no negative.
-        product_ids: see `keep_negatives`.
-        min_negatives: see `keep_negatives`.
-        exempt: see `keep_negatives`.
+        product_ids: see `finish_mask`.
+        min_negatives: see `finish_mask`.
+        exempt: see `finish_mask`.
 
     Returns:
         [Q, D] bool, False = not a negative; True for the positive itself.
     """
     unit = F.normalize(candidates.float(), dim=1)
     cosine = unit.index_select(0, positives) @ unit.T
-    return keep_negatives(
+    return finish_mask(
         cosine > threshold, cosine, positives, product_ids=product_ids, min_negatives=min_negatives, exempt=exempt
     )
 
 
 @torch.no_grad()
-def margin_keep(
+def mask_by_margin(
     similarity: Tensor,
     positives: Tensor,
     *,
@@ -188,7 +188,7 @@ def margin_keep(
     """
     similarity = similarity.float()
     own = similarity.gather(1, positives[:, None])
-    return keep_negatives(
+    return finish_mask(
         similarity > own + margin,
         similarity,
         positives,
@@ -199,7 +199,7 @@ def margin_keep(
 
 
 @torch.no_grad()
-def attribute_keep(
+def mask_by_attributes(
     lexical: Tensor,
     positives: Tensor,
     *,
@@ -217,7 +217,7 @@ def attribute_keep(
     """
     lexical = lexical.float()
     own = lexical.gather(1, positives[:, None])
-    return keep_negatives(
+    return finish_mask(
         (own > 0) & (lexical > threshold * own),
         lexical,
         positives,
@@ -228,7 +228,7 @@ def attribute_keep(
 
 
 @torch.no_grad()
-def keep_negatives(
+def finish_mask(
     suspicious: Tensor,
     closeness: Tensor,
     positives: Tensor,

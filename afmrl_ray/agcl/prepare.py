@@ -1,4 +1,4 @@
-"""What a step of AGCL needs before the encoder runs: listings as model inputs, cut into parts, and BM25 scores.
+"""What a step of AGCL needs before the encoder runs: items as model inputs, cut into parts, and BM25 scores.
 
 All of it is a pure function of the step, so the next step's is prepared by a thread while this step's encoder runs.
 """
@@ -16,23 +16,23 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from afmrl_ray.agcl.batches import PairSampler, Shown
-from afmrl_ray.agcl.layout import Batch, Direction
+from afmrl_ray.agcl.batch_layout import Batch, Direction
+from afmrl_ray.agcl.batches import PairSampler, SampledItem
 from afmrl_ray.attributes.lexical import BM25
 from afmrl_ray.attributes.store import AttributeStore
 from afmrl_ray.catalogue import StagedCatalogue
 from afmrl_ray.config import Config
-from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.item_processor import ItemProcessor
 from afmrl_ray.models.microbatches import cut_by_tokens
-from afmrl_ray.models.prompts import encoder_row
-from afmrl_ray.models.rows import Row
+from afmrl_ray.models.model_input import ModelInput
+from afmrl_ray.models.prompts import encoder_input
 from afmrl_ray.models.vision_cache import VisionCache
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Task:
+class ScoredView:
     """A direction with the BM25 scores [rows, columns] of its texts, or none where nothing asks for them."""
 
     direction: Direction
@@ -40,23 +40,23 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class StepInputs:
     """A step's inputs on one worker.
 
     Attributes:
         counts: queries, positives and curated negatives among the rows, in this order.
         rows: what this worker embeds.
         parts: row numbers of each pass through the encoder.
-        forward: queries look for positives.
-        backward: positives look for queries, or none.
+        query_to_positive: queries look for positives.
+        positive_to_query: positives look for queries, or none.
         numbers: for the step's metrics: `seconds_prepare` in all, `seconds_bm25` of it, and what the vision cache saw.
     """
 
     counts: list[int]
-    rows: list[Row]
+    rows: list[ModelInput]
     parts: list[list[int]]
-    forward: Task
-    backward: Task | None
+    query_to_positive: ScoredView
+    positive_to_query: ScoredView | None
     numbers: dict[str, float]
 
 
@@ -65,7 +65,7 @@ class Preparer:
 
     Args:
         config: the whole config.
-        catalogue: where listings come from.
+        catalogue: where items come from.
         processor: of the encoder's checkpoint.
         store: attributes, or none.
         rank: of this worker.
@@ -77,7 +77,7 @@ class Preparer:
         self,
         config: Config,
         catalogue: StagedCatalogue,
-        processor: ListingProcessor,
+        processor: ItemProcessor,
         store: AttributeStore | None,
         *,
         rank: int = 0,
@@ -99,14 +99,14 @@ class Preparer:
         return BM25().fit([self._text(row) for row in self._catalogue.rows_of_any(self._agcl.sides).tolist()])
 
     def _warn_of_sides_without_text(self) -> None:
-        """BM25 takes a listing without attributes for one that shares nothing, as if that were known of it."""
+        """BM25 takes an item without attributes for one that shares nothing, as if that were known of it."""
         for number, pair in enumerate(self._agcl.pairs):
             for name, side in (("query", pair.query), ("positive", pair.positive)):
                 rows = self._catalogue.rows(side).tolist()
                 bare = sum(not self._text(row) for row in rows)
                 if bare > len(rows) / 2:
                     log.warning(
-                        "agcl.pairs.%d.%s: %d of %d listings have no attributes, so their weights say nothing",
+                        "agcl.pairs.%d.%s: %d of %d items have no attributes, so their weights say nothing",
                         number, name, bare, len(rows),
                     )  # fmt: skip
 
@@ -117,44 +117,46 @@ class Preparer:
         """Who is in a step."""
         return Batch(self._sampler.batch(step), self._rank, self._world, self._sampler.product_of)
 
-    def prepare(self, step: int) -> Prepared:
+    def prepare(self, step: int) -> StepInputs:
         """Everything that a step needs before the encoder runs."""
         seconds = {"seconds_prepare": 0.0, "seconds_bm25": 0.0}
         seen = (self._cache.hits, self._cache.misses) if self._cache is not None else (0, 0)
         with _timed(seconds, "seconds_prepare"):
             batch = self.batch(step)
-            rows = [self._row(*listing) for listing in batch.local_listings()]
+            rows = [self._row(*item) for item in batch.local_items()]
             budget = self._agcl.tokens_per_microbatch
             parts = cut_by_tokens([len(row) for row in rows], budget) if budget else [list(range(len(rows)))]
             with _timed(seconds, "seconds_bm25"):
-                forward = self._task(batch.forward(self._text))
-                backward = self._task(batch.backward(self._text)) if self._agcl.bidirectional else None
+                query_to_positive = self._scored_view(batch.query_to_positive(self._text))
+                positive_to_query = (
+                    self._scored_view(batch.positive_to_query(self._text)) if self._agcl.bidirectional else None
+                )
         if self._cache is not None:
             hits, misses = self._cache.hits - seen[0], self._cache.misses - seen[1]
-            seconds["vision_cache_hit_share"] = hits / max(1, hits + misses)
-        return Prepared(batch.counts, rows, parts, forward, backward, seconds)
+            seconds["vision_cache_hit_fraction"] = hits / max(1, hits + misses)
+        return StepInputs(batch.counts, rows, parts, query_to_positive, positive_to_query, seconds)
 
-    def _row(self, shown: Shown, source: int, as_query: bool) -> Row:
+    def _row(self, shown: SampledItem, source: int, as_query: bool) -> ModelInput:
         pair = self._agcl.pairs[source]
         config = pair.query if as_query else pair.positive
-        enriched = self._agcl.enrich_query if as_query else self._agcl.enrich_positive
-        return encoder_row(
+        dropout = self._agcl.attribute_dropout.query if as_query else self._agcl.attribute_dropout.positive
+        return encoder_input(
             self._processor,
             self._catalogue,
             shown.row,
             config=self._config.encoder,
             inputs=config.inputs,
             title_columns=config.title_columns,
-            attributes=self._text(shown.row) if shown.enrich < enriched else "",
+            attributes=self._text(shown.row) if shown.attribute_draw < 1 - dropout else "",
             cache=self._cache,
         )
 
-    def _task(self, direction: Direction) -> Task:
+    def _scored_view(self, direction: Direction) -> ScoredView:
         if not self._lexical:
-            return Task(direction, None)
+            return ScoredView(direction, None)
         # Without the corpus' statistics those of the candidates serve, which are everybody's and so the same for all.
         bm25 = self._bm25 or BM25().fit(direction.candidate_texts)
-        return Task(direction, torch.from_numpy(bm25.scores(direction.own_texts, direction.candidate_texts)))
+        return ScoredView(direction, torch.from_numpy(bm25.scores(direction.own_texts, direction.candidate_texts)))
 
 
 Inputs = TypeVar("Inputs", covariant=True)
@@ -166,7 +168,7 @@ class PreparesSteps(Protocol[Inputs]):
     def prepare(self, step: int) -> Inputs: ...
 
 
-class Ahead(Generic[Inputs]):
+class Prefetcher(Generic[Inputs]):
     """Prepares a step in a thread while the one before it is trained.
 
     Args:

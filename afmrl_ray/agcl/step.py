@@ -1,4 +1,4 @@
-"""One step of AGCL on one worker: listings to embeddings, embeddings to loss, loss to gradients."""
+"""One step of AGCL on one worker: items to embeddings, embeddings to loss, loss to gradients."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from afmrl_ray.agcl.batch_layout import Direction
 from afmrl_ray.agcl.gather import gather_plain, gather_with_gradient
 from afmrl_ray.agcl.gradcache import backward_in_parts
-from afmrl_ray.agcl.layout import Direction
 from afmrl_ray.agcl.loss import (
-    agcl_loss,
-    attribute_keep,
-    false_negative_keep,
-    keep_negatives,
-    margin_keep,
+    finish_mask,
+    mask_by_attributes,
+    mask_by_candidate,
+    mask_by_margin,
     scale_lexical,
+    weighted_info_nce,
 )
-from afmrl_ray.agcl.prepare import Ahead, Prepared, Preparer, Task
+from afmrl_ray.agcl.prepare import Prefetcher, Preparer, ScoredView, StepInputs
 from afmrl_ray.config.train import AGCLConfig
 from afmrl_ray.models.flops import EncoderFlops
-from afmrl_ray.models.rows import collate
+from afmrl_ray.models.model_input import collate
 from afmrl_ray.training.engine import Engine
 from afmrl_ray.training.stopwatch import Stopwatch
 
@@ -61,7 +61,7 @@ class AGCLStep:
     ) -> None:
         self._agcl, self._engine, self._pad_id, self._flops = config, engine, pad_id, flops
         self._rank, self._world = rank, world
-        self._ahead = Ahead(preparer, config.steps)
+        self._ahead = Prefetcher(preparer, config.steps)
         self._warned = False
 
     def __call__(self, step: int) -> dict[str, float]:
@@ -94,7 +94,7 @@ class AGCLStep:
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         return int(most)
 
-    def _sizes(self, prepared: Prepared) -> dict[str, float]:
+    def _sizes(self, prepared: StepInputs) -> dict[str, float]:
         """Samples of the step, and tokens of this worker."""
         rows, parts = prepared.rows, prepared.parts
         tokens = sum(len(row) for row in rows)
@@ -105,12 +105,12 @@ class AGCLStep:
             "samples": float(self._agcl.batch_size),
             "tokens": float(tokens),
             "visual_tokens": float(sum(int(row.token_types.sum()) for row in rows)),
-            "padding_share": 1 - tokens / padded,
+            "padding_fraction": 1 - tokens / padded,
             "microbatches": float(len(parts)),
         }
 
     def loss(
-        self, step: int, prepared: Prepared, embeddings: Tensor, watch: Stopwatch
+        self, step: int, prepared: StepInputs, embeddings: Tensor, watch: Stopwatch
     ) -> tuple[Tensor, dict[str, float]]:
         """This worker's share of the loss, and the step's numbers averaged over the workers.
 
@@ -126,21 +126,21 @@ class AGCLStep:
             everyone = gather_with_gradient(positives)
             if prepared.counts[2]:
                 everyone = torch.cat([everyone, gather_with_gradient(negatives)])
-        loss, stats = self._direction(step, prepared.forward, queries, everyone, temperature=temperature)
-        if prepared.backward is not None:
+        loss, stats = self._direction(step, prepared.query_to_positive, queries, everyone, temperature=temperature)
+        if prepared.positive_to_query is not None:
             with watch("gather"):
                 everyone = gather_with_gradient(queries)
-            backward, _ = self._direction(step, prepared.backward, positives, everyone, temperature=temperature)
-            loss = (loss + backward) / 2
+            reverse, _ = self._direction(step, prepared.positive_to_query, positives, everyone, temperature=temperature)
+            loss = (loss + reverse) / 2
         stats["temperature"] = float(temperature.detach())
         values = torch.tensor([*stats.values(), float(loss.detach())], dtype=torch.float64, device=loss.device)
         with watch("gather"):
             mean = dict(zip([*stats, "loss"], gather_plain(values[None]).mean(0).tolist(), strict=True))
-        self._warn(step, mean["masked_share"])
+        self._warn(step, mean["masked_fraction"])
         return loss, mean
 
     def _direction(
-        self, step: int, task: Task, own: Tensor, candidates: Tensor, *, temperature: Tensor
+        self, step: int, task: ScoredView, own: Tensor, candidates: Tensor, *, temperature: Tensor
     ) -> tuple[Tensor, dict[str, float]]:
         """Mean loss of the local rows against all columns, over each of a row's positives."""
         lexical_config = self._agcl.lexical
@@ -153,7 +153,7 @@ class AGCLStep:
             if raw is not None and lexical_config.enabled:
                 lexical = scale_lexical(raw, index, scale=lexical_config.scale, temperature=lexical_config.temperature)
             found.append(
-                agcl_loss(
+                weighted_info_nce(
                     similarity,
                     index,
                     temperature=temperature,
@@ -176,16 +176,16 @@ class AGCLStep:
         if mask.enabled and step >= mask.warmup_steps:
             shared["min_negatives"] = mask.min_negatives
             if mask.kind == "candidate":
-                keep = false_negative_keep(candidates, index, threshold=mask.threshold, **shared)
+                keep = mask_by_candidate(candidates, index, threshold=mask.threshold, **shared)
             elif mask.kind == "margin":
-                keep = margin_keep(similarity, index, margin=mask.margin, **shared)
+                keep = mask_by_margin(similarity, index, margin=mask.margin, **shared)
             else:
                 assert raw is not None  # the config sees to it
-                keep = attribute_keep(raw, index, threshold=mask.attribute_threshold, **shared)
+                keep = mask_by_attributes(raw, index, threshold=mask.attribute_threshold, **shared)
         elif len(task.positives) == 1 and task.valid is None:
             return None  # a batch holds each product once, so there is nothing to hide
         else:
-            keep = keep_negatives(torch.zeros_like(similarity, dtype=torch.bool), similarity, index, **shared)
+            keep = finish_mask(torch.zeros_like(similarity, dtype=torch.bool), similarity, index, **shared)
         return keep if task.valid is None else keep & task.valid.to(keep.device)
 
     def _warn(self, step: int, masked: float) -> None:

@@ -18,11 +18,11 @@ from afmrl_ray.catalogue import CatalogueRef
 from afmrl_ray.config import Config, validate
 from afmrl_ray.models.adapters import load_start, save_trained
 from afmrl_ray.models.backbones import fetch
-from afmrl_ray.models.dual_tower import DualProcessor, DualTower
+from afmrl_ray.models.dual_encoder import DualEncoder, DualProcessor
 from afmrl_ray.models.encoder import EmbeddingModel
 from afmrl_ray.models.flops import EncoderFlops
 from afmrl_ray.models.inner import inner_model
-from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.item_processor import ItemProcessor
 from afmrl_ray.models.vision_cache import VisionCache
 from afmrl_ray.training.engine import Engine
 from afmrl_ray.training.fit import fit, run_steps, worker_threads
@@ -66,13 +66,13 @@ def train_agcl(config: Config, job: AGCLJob) -> dict[str, float]:
 def train_loop(payload: dict[str, Any]) -> None:
     """What every worker runs; `payload` is the plain-data argument that Ray Train ships."""
     config, job = validate(payload["config"]), payload["job"]
-    if config.encoder.kind == "clip":
-        return train_dual_tower(config, job)
+    if config.encoder.kind == "dual_encoder":
+        return train_dual_encoder(config, job)
     agcl = config.agcl
     worker_threads(agcl.workers)
     rank, world = dist.get_rank(), dist.get_world_size()
     model = load_start(job.start, "encoder", agcl.adapter, seed=config.run.seed, dtype=config.encoder.dtype)
-    processor = ListingProcessor.from_pretrained(job.start, config.encoder.picture)
+    processor = ItemProcessor.from_pretrained(job.start, config.encoder.image)
     catalogue = job.catalogue.open()
     flops = EncoderFlops(model)
     engine = Engine(
@@ -106,15 +106,15 @@ def train_loop(payload: dict[str, Any]) -> None:
     return None
 
 
-def train_dual_tower(config: Config, job: AGCLJob) -> None:
-    """The same for an encoder of kind `clip`."""
+def train_dual_encoder(config: Config, job: AGCLJob) -> None:
+    """The same for an encoder of kind `dual_encoder`."""
     agcl = config.agcl
     worker_threads(agcl.workers)
     rank, world = dist.get_rank(), dist.get_world_size()
-    model = load_start(job.start, "dual_tower", agcl.adapter, seed=config.run.seed, dtype=config.encoder.dtype)
+    model = load_start(job.start, "dual_encoder", agcl.adapter, seed=config.run.seed, dtype=config.encoder.dtype)
     processor = DualProcessor.from_pretrained(fetch(job.start), inner_model(model))
     engine = Engine(
-        DualTower(model).train(),
+        DualEncoder(model).train(),
         agcl.optimizer,
         steps=agcl.steps,
         zero_stage=agcl.workers.zero_stage,

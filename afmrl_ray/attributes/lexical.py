@@ -47,7 +47,7 @@ class BM25:
         documents = [tokenize(text) for text in corpus]
         if not any(documents):
             raise CatalogueError(
-                f"BM25: none of the {len(documents)} attribute texts has a word; annotate these listings, or train the "
+                f"BM25: none of the {len(documents)} attribute texts has a word; annotate these items, or train the "
                 "generator longer where all that it wrote is invalid (reasons: attributes-r*/stage.json), or set "
                 "agcl.lexical.enabled=false"
             )

@@ -10,12 +10,12 @@ from typing import Any
 from afmrl_ray.attributes.text import Attributes
 
 NAME_SHARE = "name_share/"
-"""Prefix of the logged keys that tell which share of some listings has an attribute name."""
+"""Prefix of the logged keys that tell which share of some items has an attribute name."""
 
 
 @dataclass(frozen=True)
 class PairScores:
-    """Written pairs against the source's, counted over all listings (micro average).
+    """Written pairs against the source's, counted over all items (micro average).
 
     Attributes:
         precision: share of written pairs that the source has, name and value alike; 0 where none is written.
@@ -31,7 +31,7 @@ class PairScores:
 
 
 def pair_scores(written: Sequence[Attributes], source: Sequence[Attributes]) -> PairScores:
-    """Compare listing by listing; both in normal form, in the same order.
+    """Compare item by item; both in normal form, in the same order.
 
     Args:
         written: [N] attributes that a generator wrote, empty where they were invalid.
@@ -49,7 +49,7 @@ def pair_scores(written: Sequence[Attributes], source: Sequence[Attributes]) -> 
 
 
 def name_shares(written: Iterable[Attributes], names: Sequence[str]) -> dict[str, float]:
-    """Share of listings that have each of `names`; 0 where there are no listings."""
+    """Share of items that have each of `names`; 0 where there are no items."""
     counts: Counter[str] = Counter()
     total = 0
     for attributes in written:
@@ -65,9 +65,9 @@ def common_names(source: Iterable[Attributes], *, most: int) -> list[str]:
 
 
 def quality(written: Sequence[Attributes], source: Sequence[Attributes], *, most_names: int = 20) -> dict[str, Any]:
-    """JSON values of `pair_scores`, and by name the share of listings that have it, written and in the source.
+    """JSON values of `pair_scores`, and by name the share of items that have it, written and in the source.
 
-    Listings without attributes in the source are left out; the result is empty where none has any.
+    Items without attributes in the source are left out; the result is empty where none has any.
     """
     known = [(own, truth) for own, truth in zip(written, source, strict=True) if truth]
     if not known:
@@ -77,6 +77,6 @@ def quality(written: Sequence[Attributes], source: Sequence[Attributes], *, most
     wrote, has = name_shares(own, names), name_shares(truth, names)
     return {
         **asdict(pair_scores(own, truth)),
-        "listings": len(known),
+        "items": len(known),
         "names": {name: {"written": wrote[name], "source": has[name]} for name in names},
     }

@@ -1,4 +1,4 @@
-"""Attributes of many listings as one Parquet table, keyed by item and by the generator that wrote them."""
+"""Attributes of many items as one Parquet table, keyed by item and by the generator that wrote them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class AttributeRow:
-    """One listing's attributes.
+    """One item's attributes.
 
     Attributes:
-        item_id: the listing.
+        item_id: the item.
         text: canonical attribute text; empty if invalid.
         reason: why there are none; none (or empty) if there are.
     """
@@ -76,7 +76,7 @@ class AttributeStore:
         return _pairs(text) if text else ()
 
     @property
-    def invalid_share(self) -> float:
+    def invalid_fraction(self) -> float:
         """Share of the rows that are invalid."""
         return len(self._reasons) / max(1, len(self))
 
@@ -106,7 +106,7 @@ def write_attributes(path: str, rows: Iterable[AttributeRow], *, fingerprint: st
     """
     rows = list(rows)
     if not rows:
-        raise CatalogueError(f"{path}: no listing to write attributes of; check the sides that are annotated")
+        raise CatalogueError(f"{path}: no item to write attributes of; check the sides that are annotated")
     ids = [row.item_id for row in rows]
     if len(set(ids)) < len(ids):
         raise CatalogueError(f"{path}: item {Counter(ids).most_common(1)[0][0]!r} has attributes more than once")

@@ -40,27 +40,27 @@ _SIGNATURES = (
 
 
 @dataclass(frozen=True)
-class Listing:
+class TeacherItem:
     """What a teacher may see of one item.
 
     Attributes:
         item_id: the item.
         title: seller's text; may be empty.
         attributes: as the catalogue gives them.
-        picture_bytes: fetches the encoded picture, called only when it is needed; empty = no picture.
+        image_bytes: fetches the encoded image, called only when it is needed; empty = no image.
     """
 
     item_id: str
     title: str
     attributes: Mapping[str, str | None]
-    picture_bytes: Callable[[], bytes]
+    image_bytes: Callable[[], bytes]
 
 
 class Teacher(Protocol):
-    """Writes the attributes of listings."""
+    """Writes the attributes of items."""
 
-    def annotate(self, items: Sequence[Listing]) -> list[Attributes | InvalidAttributes]:
-        """Attributes of each listing, in order."""
+    def annotate(self, items: Sequence[TeacherItem]) -> list[Attributes | InvalidAttributes]:
+        """Attributes of each item, in order."""
         ...
 
 
@@ -71,7 +71,7 @@ def make_teacher(
 
     Args:
         cache_dir: path or URI of the folder that keeps answers of an endpoint.
-        max_attributes: a listing with more is invalid.
+        max_attributes: an item with more is invalid.
     """
     if isinstance(config, ColumnTeacherConfig):
         return ColumnTeacher(max_attributes, names=config.names)
@@ -82,15 +82,15 @@ class ColumnTeacher:
     """The catalogue's own attributes, in normal form.
 
     Args:
-        max_attributes: a listing with more is invalid.
-        names: attributes that are taken, in this order; none = all, in the listing's order.
+        max_attributes: an item with more is invalid.
+        names: attributes that are taken, in this order; none = all, in the item's order.
     """
 
     def __init__(self, max_attributes: int, *, names: Sequence[str] | None = None) -> None:
         self._max_attributes = max_attributes
         self._names = names
 
-    def annotate(self, items: Sequence[Listing]) -> list[Attributes | InvalidAttributes]:
+    def annotate(self, items: Sequence[TeacherItem]) -> list[Attributes | InvalidAttributes]:
         texts = [
             format_attributes(normalise_attributes(chosen_attributes(item.attributes, self._names))) for item in items
         ]
@@ -122,8 +122,8 @@ class OpenAITeacher:
         self._lock = threading.Lock()
         self._asking: dict[str, threading.Lock] = {}
 
-    def annotate(self, items: Sequence[Listing]) -> list[Attributes | InvalidAttributes]:
-        """Ask for every listing that has no answer in the cache.
+    def annotate(self, items: Sequence[TeacherItem]) -> list[Attributes | InvalidAttributes]:
+        """Ask for every item that has no answer in the cache.
 
         Raises:
             TeacherError: a request failed for good; the answers so far are kept.
@@ -135,32 +135,32 @@ class OpenAITeacher:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
 
-    def _annotate(self, item: Listing) -> Attributes | InvalidAttributes:
-        picture = item.picture_bytes()
+    def _annotate(self, item: TeacherItem) -> Attributes | InvalidAttributes:
+        image = item.image_bytes()
         prompt = self._config.prompt.replace("{title}", item.title)
-        path = storage.join(self._cache_dir, f"{self._key(picture, item.title)}.json")
+        path = storage.join(self._cache_dir, f"{self._key(image, item.title)}.json")
         with self._lock:
             lock = self._asking.setdefault(path, threading.Lock())
         with lock:
             if storage.exists(path):
                 answer = storage.read_json(path)
             else:
-                answer = self._ask(picture, prompt)
+                answer = self._ask(image, prompt)
                 storage.write_json(path, answer)
         return parse_attributes(answer["text"], max_attributes=self._max_attributes, complete=answer["complete"])
 
-    def _key(self, picture: bytes, title: str) -> str:
+    def _key(self, image: bytes, title: str) -> str:
         config = self._config
         # Two servers may give one name to different models.
         server = without_credentials(config.base_url.rstrip("/"))
         return storage.digest(
-            [hashlib.sha256(picture).hexdigest(), title, server, config.model, config.prompt, config.max_tokens]
+            [hashlib.sha256(image).hexdigest(), title, server, config.model, config.prompt, config.max_tokens]
         )
 
-    def _ask(self, picture: bytes, prompt: str) -> dict[str, Any]:
+    def _ask(self, image: bytes, prompt: str) -> dict[str, Any]:
         content: list[dict[str, Any]] = [{"type": "text", "text": prompt}]
-        if picture:
-            content.insert(0, {"type": "image_url", "image_url": {"url": _data_url(picture)}})
+        if image:
+            content.insert(0, {"type": "image_url", "image_url": {"url": _data_url(image)}})
         response = self._post(
             {
                 "model": self._config.model,
@@ -229,9 +229,9 @@ def _api_key(variable: str | None) -> str | None:
     return os.environ[variable]
 
 
-def _data_url(picture: bytes) -> str:
-    mime = next((mime for signature, mime in _SIGNATURES if picture.startswith(signature)), "application/octet-stream")
-    return f"data:{mime};base64,{base64.b64encode(picture).decode()}"
+def _data_url(image: bytes) -> str:
+    mime = next((mime for signature, mime in _SIGNATURES if image.startswith(signature)), "application/octet-stream")
+    return f"data:{mime};base64,{base64.b64encode(image).decode()}"
 
 
 def _retry_after(response: requests.Response) -> float:

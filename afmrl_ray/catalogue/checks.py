@@ -12,20 +12,20 @@ from PIL import Image
 from afmrl_ray.catalogue.schema import parse_source_attributes
 
 _WORKERS = 4
-# The picture processor of Qwen2-VL refuses longer ones.
+# The image processor of Qwen2-VL refuses longer ones.
 _MAX_ASPECT_RATIO = 200
 
 
-def bad_rows(table: pa.Table, max_picture_pixels: int) -> dict[int, str]:
+def bad_rows(table: pa.Table, max_image_pixels: int) -> dict[int, str]:
     """Reason of quarantine by row: missing_item_id, duplicate_item_id, bad_attributes, empty, missing_image,
     decompression_bomb, aspect_ratio or undecodable_image.
     """
     found = _bad_text(table)
-    pictures = table["image"]
+    images = table["image"]
     with ThreadPoolExecutor(_WORKERS) as pool:
         rows = [row for row in range(len(table)) if row not in found]
         for row, reason in zip(
-            rows, pool.map(lambda row: picture_fault(pictures[row].as_py(), max_picture_pixels), rows), strict=True
+            rows, pool.map(lambda row: image_fault(images[row].as_py(), max_image_pixels), rows), strict=True
         ):
             if reason:
                 found[row] = reason
@@ -35,7 +35,7 @@ def bad_rows(table: pa.Table, max_picture_pixels: int) -> dict[int, str]:
 def _bad_text(table: pa.Table) -> dict[int, str]:
     found: dict[int, str] = {}
     seen: set[str] = set()
-    pictureless = table["image"].is_null().to_pylist()
+    imageless = table["image"].is_null().to_pylist()
     columns = (table[name].to_pylist() for name in ("item_id", "title", "attributes"))
     for row, (item_id, title, attributes) in enumerate(zip(*columns, strict=True)):
         if item_id is None or item_id == "":
@@ -50,25 +50,25 @@ def _bad_text(table: pa.Table) -> dict[int, str]:
         except (ValueError, AttributeError, TypeError):
             found[row] = "bad_attributes"
             continue
-        if not title and not parsed and pictureless[row]:
+        if not title and not parsed and imageless[row]:
             found[row] = "empty"
     return found
 
 
-def picture_fault(data: bytes | None, max_pixels: int) -> str | None:
-    """Why encoded bytes are no usable picture; the size is judged from the header before anything is decoded."""
+def image_fault(data: bytes | None, max_pixels: int) -> str | None:
+    """Why encoded bytes are no usable image; the size is judged from the header before anything is decoded."""
     if not data:
         return "missing_image"
     try:
         with warnings.catch_warnings():
             # The limit that counts is the catalogue's own, below.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as picture:
-                if picture.width * picture.height > max_pixels:
+            with Image.open(io.BytesIO(data)) as image:
+                if image.width * image.height > max_pixels:
                     return "decompression_bomb"
-                if max(picture.size) > _MAX_ASPECT_RATIO * min(picture.size):
+                if max(image.size) > _MAX_ASPECT_RATIO * min(image.size):
                     return "aspect_ratio"
-                picture.load()
+                image.load()
     except Image.DecompressionBombError:
         return "decompression_bomb"
     except Exception:  # noqa: BLE001 - damaged files make Pillow's many decoders raise anything

@@ -1,4 +1,4 @@
-"""A page of listings, to look at a catalogue."""
+"""A page of items, to look at a catalogue."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _PAD, _LINES, _LINE = 8, 6, 13
 
 
 def contact_sheet(catalogue: CatalogueTable, rows: Sequence[int], *, columns: int = 6, side: int = 150) -> Image.Image:
-    """Pictures with title and attributes below each, row by row.
+    """Images with title and attributes below each, row by row.
 
     Args:
         rows: catalogue rows in reading order.
-        columns: pictures per line.
-        side: of a picture, pixels.
+        columns: images per line.
+        side: of an image, pixels.
     """
     cell = (side + _PAD, side + _LINES * _LINE + _PAD)
     lines = -(-len(rows) // columns)
@@ -27,7 +27,7 @@ def contact_sheet(catalogue: CatalogueTable, rows: Sequence[int], *, columns: in
     font = ImageFont.load_default(11)
     for index, row in enumerate(rows):
         x, y = _PAD + index % columns * cell[0], _PAD + index // columns * cell[1]
-        sheet.paste(catalogue.picture(row).resize((side, side)), (x, y))
+        sheet.paste(catalogue.image(row).resize((side, side)), (x, y))
         item = catalogue.item(row)
         attributes = "; ".join(f"{name}: {value}" for name, value in item.attributes.items())
         text = textwrap.wrap(item.title or "", 27)[:2] + textwrap.wrap(attributes, 28)[: _LINES - 2]

@@ -1,4 +1,4 @@
-"""From other layouts to a catalogue's table: CSV or JSONL with a picture folder, and M5Product as published."""
+"""From other layouts to a catalogue's table: CSV or JSONL with an image folder, and M5Product as published."""
 
 from __future__ import annotations
 
@@ -26,19 +26,17 @@ class Imported:
     counts: dict[str, int]
 
 
-def import_rows(
-    path: str, pictures: str, *, columns: Mapping[str, str] | None = None, split: str = "train"
-) -> Imported:
-    """Read a `.csv` or `.jsonl` file whose rows name pictures in a folder.
+def import_rows(path: str, images: str, *, columns: Mapping[str, str] | None = None, split: str = "train") -> Imported:
+    """Read a `.csv` or `.jsonl` file whose rows name images in a folder.
 
     Args:
         path: the file.
-        pictures: folder of the pictures.
-        columns: canonical name to the file's own, where they differ; `image` names the column of picture file names.
+        images: folder of the images.
+        columns: canonical name to the file's own, where they differ; `image` names the column of image file names.
         split: for rows that name none.
 
     Raises:
-        CatalogueError: the file is missing, of another kind, not UTF-8, or lacks the columns of item id and picture;
+        CatalogueError: the file is missing, of another kind, not UTF-8, or lacks the columns of item id and image;
             or `columns` names something that no catalogue has.
     """
     unknown = sorted(set(columns or {}) - {*_COLUMNS, "image"})
@@ -52,31 +50,31 @@ def import_rows(
     if missing:
         raise CatalogueError(f"{path}: no column {', '.join(missing)}; map it with --column canonical=own")
     known = set(names.values())
-    counts = {"rows": len(rows), "pictures_missing": 0}
+    counts = {"rows": len(rows), "images_missing": 0}
     made = []
     for row in rows:
-        picture = _picture(pictures, _text(row.get(names["image"])) or "")
-        counts["pictures_missing"] += picture is None
+        image = _image(images, _text(row.get(names["image"])) or "")
+        counts["images_missing"] += image is None
         extra = {name: value for name, value in row.items() if name not in known}
         made.append(
             {
                 **extra,
                 **{name: _text(row.get(names[name])) for name in _COLUMNS},
                 "split": _text(row.get(names["split"])) or split,
-                "image": picture,
+                "image": image,
             }
         )
     return Imported(_table(made), counts)
 
 
 def import_m5product(
-    metadata: str, pictures: str, *, lists: Mapping[tuple[str, str], str], labels: str | None = None
+    metadata: str, images: str, *, lists: Mapping[tuple[str, str], str], labels: str | None = None
 ) -> Imported:
     """Read M5Product: a JSON object of items and text files of ids.
 
     Args:
         metadata: JSON `{id: {"title", "pv": "k#:#v#;#k#:#v", "label"}}`.
-        pictures: folder with `<id>.jpg`.
+        images: folder with `<id>.jpg`.
         lists: (split, role) to a file with one id per line; ids in no list go to split train.
         labels: JSON `{id: label}` of the instance labels of fine-grained retrieval, which become product ids; none =
             the items' own labels are product ids too.
@@ -90,12 +88,12 @@ def import_m5product(
     for place, path in lists.items():
         for line in _text_of(path).split():
             places[line] = place
-    counts = {"items": len(items), "listed_but_absent": len(places.keys() - items.keys()), "pictures_missing": 0}
+    counts = {"items": len(items), "listed_but_absent": len(places.keys() - items.keys()), "images_missing": 0}
     made = []
     for item_id, item in items.items():
         split, role = places.get(item_id, ("train", ""))
-        picture = _picture(pictures, f"{item_id}.jpg")
-        counts["pictures_missing"] += picture is None
+        image = _image(images, f"{item_id}.jpg")
+        counts["images_missing"] += image is None
         counts[f"{split} {role}".strip()] = counts.get(f"{split} {role}".strip(), 0) + 1
         label = _text(item.get("label"))
         made.append(
@@ -107,7 +105,7 @@ def import_m5product(
                 "attributes": json.dumps(parse_pv(item.get("pv") or ""), ensure_ascii=False),
                 "split": split,
                 "role": role or None,
-                "image": picture,
+                "image": image,
             }
         )
     return Imported(_table(made), counts)
@@ -169,7 +167,7 @@ def _existing(path: str) -> str:
     return path
 
 
-def _picture(folder: str, name: str) -> bytes | None:
+def _image(folder: str, name: str) -> bytes | None:
     path = storage.join(folder, name)
     return storage.read_bytes(path) if name and storage.exists(path) else None
 

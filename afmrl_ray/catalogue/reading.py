@@ -1,4 +1,4 @@
-"""Opening a catalogue: schema, pictures, quarantine, fingerprint."""
+"""Opening a catalogue: schema, images, quarantine, fingerprint."""
 
 from __future__ import annotations
 
@@ -40,20 +40,21 @@ def open_catalogue(path: str, *, config: CatalogueConfig | None = None) -> Catal
     """Read a Parquet file or directory, on any filesystem, and put bad rows aside.
 
     Raises:
-        CatalogueError: it is missing, lacks columns, has no good row, or more bad rows than `catalogue.max_bad_share`.
+        CatalogueError: it is missing, lacks columns, has no good row, or more bad rows than
+            `catalogue.max_bad_fraction`.
     """
     return check_table(_read(path), path, config=config)
 
 
 def check_table(table: pa.Table, path: str, *, config: CatalogueConfig | None = None) -> Catalogue:
-    """Put the bad rows of a table aside; `path` is where relative pictures lie, and what messages name.
+    """Put the bad rows of a table aside; `path` is where relative images lie, and what messages name.
 
     Raises:
         CatalogueError: see `open_catalogue`.
     """
     config = config or CatalogueConfig()
-    table = _with_pictures(_normalised(table, path), path)
-    bad = bad_rows(table, config.max_picture_pixels)
+    table = _with_images(_normalised(table, path), path)
+    bad = bad_rows(table, config.max_image_pixels)
     rows = sorted(bad)
     quarantine = pa.table(
         {
@@ -62,11 +63,11 @@ def check_table(table: pa.Table, path: str, *, config: CatalogueConfig | None = 
             "reason": pa.array([bad[row] for row in rows], pa.string()),
         }
     )
-    if len(rows) > config.max_bad_share * len(table):
+    if len(rows) > config.max_bad_fraction * len(table):
         reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(bad.values()).most_common())
         raise CatalogueError(
-            f"{path}: {len(rows)} of {len(table)} rows are bad ({reasons}), more than catalogue.max_bad_share "
-            f"{config.max_bad_share:g} allows; mend them or raise it"
+            f"{path}: {len(rows)} of {len(table)} rows are bad ({reasons}), more than catalogue.max_bad_fraction "
+            f"{config.max_bad_fraction:g} allows; mend them or raise it"
         )
     good = table.filter(pa.array([row not in bad for row in range(len(table))])) if bad else table
     if not len(good):
@@ -95,7 +96,7 @@ def _read(path: str) -> pa.Table:
     try:
         files: str | list[str] = inner
         if storage.is_dir(path):
-            # Its pictures may lie beside the tables.
+            # Its images may lie beside the tables.
             files = [storage.join(inner, name) for name in storage.list_files(path) if name.endswith(".parquet")]
         if not files:
             raise CatalogueError(f"catalogue.path: {path} holds no .parquet file")
@@ -124,20 +125,18 @@ def _normalised(table: pa.Table, path: str) -> pa.Table:
     return table
 
 
-def _with_pictures(table: pa.Table, path: str) -> pa.Table:
-    """The table with encoded pictures in `image`; URIs are read, relative ones from the catalogue's folder."""
+def _with_images(table: pa.Table, path: str) -> pa.Table:
+    """The table with encoded images in `image`; URIs are read, relative ones from the catalogue's folder."""
     if "image" in table.column_names:
         if not pa.types.is_binary(table["image"].type) and not pa.types.is_large_binary(table["image"].type):
-            raise CatalogueError(
-                f"{path}: column image is {table['image'].type}, it must hold encoded pictures (binary)"
-            )
+            raise CatalogueError(f"{path}: column image is {table['image'].type}, it must hold encoded images (binary)")
         return table
     folder = path if storage.is_dir(path) else os.path.dirname(path)
-    pictures = [_read_picture(uri, folder) for uri in table["image_uri"].to_pylist()]
-    return table.append_column("image", pa.array(pictures, pa.binary()))
+    images = [_read_image(uri, folder) for uri in table["image_uri"].to_pylist()]
+    return table.append_column("image", pa.array(images, pa.binary()))
 
 
-def _read_picture(uri: str | None, folder: str) -> bytes | None:
+def _read_image(uri: str | None, folder: str) -> bytes | None:
     if not uri:
         return None
     full = uri if "://" in uri or os.path.isabs(uri) else storage.join(folder or ".", uri)

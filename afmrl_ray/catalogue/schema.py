@@ -19,7 +19,7 @@ NULLABLE = ("product_id", "category", "title", "attributes", "role")
 
 @dataclass(frozen=True)
 class Item:
-    """One listing.
+    """One item.
 
     Attributes:
         row: its row in the catalogue.

@@ -71,7 +71,7 @@ def _open_staged(path: str, ref: CatalogueRef) -> StagedCatalogue:
 
 def staged_path(config: CatalogueConfig, fingerprint: str) -> str:
     """Where the staged copy of a catalogue lies on every node."""
-    folder = config.staging_dir or os.path.join(tempfile.gettempdir(), f"afmrl_ray-{getpass.getuser()}")
+    folder = config.cache_dir or os.path.join(tempfile.gettempdir(), f"afmrl_ray-{getpass.getuser()}")
     return os.path.join(folder, f"{fingerprint[:32]}.arrow")
 
 
@@ -83,9 +83,7 @@ def stage(catalogue: Catalogue, config: CatalogueConfig) -> str:
     try:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     except OSError as error:
-        raise StorageError(
-            f"catalogue.staging_dir: {os.path.dirname(path)} cannot be made ({error.strerror})"
-        ) from error
+        raise StorageError(f"catalogue.cache_dir: {os.path.dirname(path)} cannot be made ({error.strerror})") from error
     table = catalogue.table.replace_schema_metadata({"name": catalogue.name, "fingerprint": catalogue.fingerprint})
     partial = f"{path}.{uuid.uuid4().hex}.partial"
     with pa.OSFile(partial, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:

@@ -11,7 +11,7 @@ import pyarrow as pa
 from PIL import Image
 
 from afmrl_ray.catalogue.schema import NULLABLE, REQUIRED, Item, parse_source_attributes
-from afmrl_ray.config.catalogue import SideConfig
+from afmrl_ray.config.catalogue import ItemSelector
 from afmrl_ray.errors import CatalogueError
 
 _KNOWN = {*REQUIRED, *NULLABLE, "image"}
@@ -21,7 +21,7 @@ class CatalogueTable:
     """Access by row to a table of good rows.
 
     Args:
-        table: with the columns of DESIGN 4.1 and encoded pictures in `image`.
+        table: with the columns of DESIGN 4.1 and encoded images in `image`.
         name: of the catalogue, for messages.
         fingerprint: digest of the rows' content.
     """
@@ -50,7 +50,7 @@ class CatalogueTable:
             self._columns[name] = self.table[name].to_pylist()
         return self._columns[name]
 
-    def rows(self, side: SideConfig) -> np.ndarray:
+    def rows(self, side: ItemSelector) -> np.ndarray:
         """Row indexes [N] int64 of a side, in the table's order.
 
         Raises:
@@ -60,7 +60,7 @@ class CatalogueTable:
         wanted = {**({"role": side.role} if side.role is not None else {}), **side.where}
         for name, value in wanted.items():
             keep &= np.array([str(found) == value for found in self.column(name)])
-        if side.inputs != "picture":
+        if side.inputs != "image":
             for name in side.title_columns:
                 self.column(name)
         found = np.flatnonzero(keep)
@@ -72,7 +72,7 @@ class CatalogueTable:
             )
         return found.astype(np.int64)
 
-    def rows_of_any(self, sides: Iterable[SideConfig]) -> np.ndarray:
+    def rows_of_any(self, sides: Iterable[ItemSelector]) -> np.ndarray:
         """Row indexes [N] int64 that are on at least one of the sides, each once, in the table's order.
 
         Raises:
@@ -81,7 +81,7 @@ class CatalogueTable:
         return np.unique(np.concatenate([self.rows(side) for side in sides]))
 
     def item(self, row: int) -> Item:
-        """A row without its picture."""
+        """A row without its image."""
         values = {name: self.column(name)[row] for name in self.table.column_names if name != "image"}
         return Item(
             row=row,
@@ -99,19 +99,19 @@ class CatalogueTable:
         """Texts of the given columns, joined by a space; null is left out."""
         return " ".join(text for name in columns if (text := self.column(name)[row]))
 
-    def picture_bytes(self, row: int) -> bytes:
-        """The encoded picture."""
+    def image_bytes(self, row: int) -> bytes:
+        """The encoded image."""
         batch = int(np.searchsorted(self._starts, row, side="right")) - 1
         return self._batches[batch].column(0)[row - int(self._starts[batch])].as_py()
 
-    def picture(self, row: int) -> Image.Image:
-        """The decoded picture, RGB."""
-        with Image.open(io.BytesIO(self.picture_bytes(row))) as picture:
-            return picture.convert("RGB")
+    def image(self, row: int) -> Image.Image:
+        """The decoded image, RGB."""
+        with Image.open(io.BytesIO(self.image_bytes(row))) as image:
+            return image.convert("RGB")
 
 
 def check_positives(
-    catalogue: CatalogueTable, query: SideConfig, gallery: SideConfig, label: str = "product_id"
+    catalogue: CatalogueTable, query: ItemSelector, gallery: ItemSelector, label: str = "product_id"
 ) -> None:
     """Make sure that some query has a positive: another item with the same `label` in the gallery.
 

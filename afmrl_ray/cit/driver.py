@@ -14,10 +14,10 @@ from typing import Any
 
 from afmrl_ray import storage
 from afmrl_ray.catalogue import check_positives, open_catalogue
-from afmrl_ray.cit.lease import Lease
 from afmrl_ray.cit.mlflow_tracker import MLflowTracker
 from afmrl_ray.cit.pipeline import Pipeline
 from afmrl_ray.cit.promotion import converged
+from afmrl_ray.cit.run_lock import RunLock
 from afmrl_ray.cit.schedule import resources
 from afmrl_ray.cit.stages import RunDirectory
 from afmrl_ray.config import Config
@@ -54,10 +54,10 @@ def open_run(config: Config) -> Iterator[Pipeline]:
         given = None
         if config.catalogue.path is not None:
             given = open_catalogue(config.catalogue.path, config=config.catalogue)
-            check_sides(config, given)
+            check_selectors(config, given)
         run.create()
-        with Lease(run.path) as lease:
-            run.guard = lease.check
+        with RunLock(run.path) as run_lock:
+            run.guard = run_lock.check
             yield from _opened(config, run, given)
 
 
@@ -67,7 +67,7 @@ def _opened(config: Config, run: RunDirectory, given: Any) -> Iterator[Pipeline]
     try:
         pipeline = Pipeline(config, run, given, tracker)
         if given is None:
-            check_sides(config, pipeline.catalogue)
+            check_selectors(config, pipeline.catalogue)
         run.write_run({**run_record(config, pipeline), **commands(_recorded(run), own_command(), job=_job())})
         yield pipeline
         finished = True
@@ -96,7 +96,7 @@ def run_cit(pipeline: Pipeline) -> None:
             return
 
 
-def check_sides(config: Config, catalogue: Any) -> None:
+def check_selectors(config: Config, catalogue: Any) -> None:
     """Make sure that every side and column that the config names is there, and that queries have positives.
 
     Raises:

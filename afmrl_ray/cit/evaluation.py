@@ -11,21 +11,21 @@ import numpy as np
 from afmrl_ray import storage
 from afmrl_ray.attributes.store import read_attributes
 from afmrl_ray.catalogue import CatalogueRef
-from afmrl_ray.cit.bodies import generated_metrics
 from afmrl_ray.cit.examples import examples, failures
 from afmrl_ray.cit.promotion import GUARDED, decide
+from afmrl_ray.cit.stage_functions import generated_metrics
 from afmrl_ray.cit.stages import Stage, StageOutcome
 from afmrl_ray.config import Config
-from afmrl_ray.config.catalogue import SideConfig
+from afmrl_ray.config.catalogue import ItemSelector
 from afmrl_ray.config.evaluation import RetrievalProtocol
+from afmrl_ray.retrieval.baselines import chance, pixel_embeddings
 from afmrl_ray.retrieval.embed import EncoderRef, View, embed_rows
 from afmrl_ray.retrieval.evaluate import Measured, Value, evaluate, paired_gain, retrieval_protocol, sides
-from afmrl_ray.retrieval.floor import chance, pixel_embeddings
 
 
 @dataclass(frozen=True)
 class EvaluationInputs:
-    """What an evaluation is done with; `attributes` is the path of a table, or none for unenriched inputs."""
+    """What an evaluation is done with; `attributes` is the path of a table, or none for uninputs with attributes."""
 
     config: Config
     catalogue: CatalogueRef
@@ -33,25 +33,25 @@ class EvaluationInputs:
     attributes: str | None
 
 
-def evaluate_body(inputs: EvaluationInputs, directory: str) -> StageOutcome:
-    """Run all protocols and write examples of the headline one."""
+def evaluate_stage(inputs: EvaluationInputs, directory: str) -> StageOutcome:
+    """Run all protocols and write examples of the primary protocol one."""
     config, catalogue = inputs.config, inputs.catalogue.open()
     there = inputs.attributes is not None
 
-    def view(side: SideConfig, enriched: bool) -> View:
-        return View(side.inputs, side.title_columns, enriched and there)
+    def view(side: ItemSelector, with_attributes: bool) -> View:
+        return View(side.inputs, side.title_columns, with_attributes and there)
 
-    # Every listing once in every way in which any protocol shows it.
+    # Every item once in every way in which any protocol shows it.
     wanted: dict[View, np.ndarray] = {}
-    for side, enriched in sides(config.evaluation):
-        shown = view(side, enriched)
+    for side, with_attributes in sides(config.evaluation):
+        shown = view(side, with_attributes)
         wanted[shown] = np.union1d(wanted.get(shown, np.empty(0, np.int64)), catalogue.rows(side))
     embedded = embed_rows(
         wanted, inputs.encoder, inputs.catalogue, attributes=inputs.attributes, pool=config.evaluation.pool
     )
 
-    def embed(side: SideConfig, enriched: bool) -> tuple[np.ndarray, np.ndarray]:
-        rows, shown = catalogue.rows(side), view(side, enriched)
+    def embed(side: ItemSelector, with_attributes: bool) -> tuple[np.ndarray, np.ndarray]:
+        rows, shown = catalogue.rows(side), view(side, with_attributes)
         return rows, embedded[shown][np.searchsorted(wanted[shown], rows)]
 
     measured = evaluate(config.evaluation, catalogue, embed, seed=config.run.seed)
@@ -60,20 +60,20 @@ def evaluate_body(inputs: EvaluationInputs, directory: str) -> StageOutcome:
     if store is not None:
         metrics["attributes"] = generated_metrics(store, catalogue, config)
     texts = store.text if store is not None else lambda item: ""
-    headline = next(p for p in config.evaluation.protocols if p.name == config.evaluation.headline)
-    ranking = measured[headline.name].ranking
-    assert isinstance(headline, RetrievalProtocol)  # the config's validator made sure
+    primary_protocol = next(p for p in config.evaluation.protocols if p.name == config.evaluation.primary_protocol)
+    ranking = measured[primary_protocol.name].ranking
+    assert isinstance(primary_protocol, RetrievalProtocol)  # the config's validator made sure
     assert ranking is not None
     drawn = examples(ranking, catalogue, texts, seed=config.run.seed)
     storage.write_json(storage.join(directory, "examples.json"), drawn)
-    worst = failures(ranking, catalogue, texts, headline, embed)
+    worst = failures(ranking, catalogue, texts, primary_protocol, embed)
     storage.write_json(storage.join(directory, "failures.json"), worst)
     write_per_query(storage.join(directory, "per_query.safetensors"), measured)
     outputs = {"examples": "examples.json", "failures": "failures.json", "per_query": "per_query.safetensors"}
     return StageOutcome(outputs, metrics)
 
 
-def promotion_body(config: Config, *, last: Stage | None, before: Stage | None, now: Stage) -> StageOutcome:
+def promotion_stage(config: Config, *, last: Stage | None, before: Stage | None, now: Stage) -> StageOutcome:
     """Hold a round's evaluation against those of the last promoted round and of the round before.
 
     Args:
@@ -96,7 +96,9 @@ def promotion_body(config: Config, *, last: Stage | None, before: Stage | None, 
         "changes": {name: asdict(value) for name, value in changes.items()},
     }
     if before is not None:
-        metrics["gain"] = asdict(change(before, config.cit.decided_by or config.evaluation.headline, "hit@1"))
+        metrics["gain"] = asdict(
+            change(before, config.cit.selection_protocol or config.evaluation.primary_protocol, "hit@1")
+        )
     return StageOutcome({}, metrics)
 
 
@@ -120,13 +122,13 @@ def read_per_query(stage: Stage, protocol: str, metric: str) -> tuple[np.ndarray
     return columns[f"{protocol}/rows"], columns[f"{protocol}/{metric}"]
 
 
-def floor_body(config: Config, catalogue_ref: CatalogueRef, directory: str) -> StageOutcome:
+def baselines_stage(config: Config, catalogue_ref: CatalogueRef, directory: str) -> StageOutcome:
     """8x8 pixels and chance under every retrieval protocol."""
     catalogue = catalogue_ref.open()
     found: dict[str, dict[str, Any]] = {"pixels": {}, "chance": {}}
     embeddings = pixel_embeddings(catalogue)
 
-    def embed(side: SideConfig, enriched: bool) -> tuple[np.ndarray, np.ndarray]:
+    def embed(side: ItemSelector, with_attributes: bool) -> tuple[np.ndarray, np.ndarray]:
         rows = catalogue.rows(side)
         return rows, embeddings[rows]
 

@@ -41,8 +41,8 @@ def failures(
     first = ranking.ranks[ranking.offsets[:-1]]
     worst = [index for index in np.argsort(-first, kind="stable")[:WORST].tolist() if first[index] > 0]
     labels = np.array(label_codes(catalogue.column(protocol.label)))
-    query_rows, queries = embed(protocol.query, protocol.enriched != "none")
-    gallery_rows, gallery = embed(protocol.gallery, protocol.enriched == "both")
+    query_rows, queries = embed(protocol.query, protocol.with_attributes != "none")
+    gallery_rows, gallery = embed(protocol.gallery, protocol.with_attributes == "both")
     found = []
     for index in worst:
         query = int(ranking.query_rows[index])

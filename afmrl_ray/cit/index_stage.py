@@ -20,7 +20,7 @@ from afmrl_ray.attributes.text import stored_attributes
 from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue
 from afmrl_ray.cit.stages import StageOutcome
 from afmrl_ray.config import Config
-from afmrl_ray.config.catalogue import SideConfig
+from afmrl_ray.config.catalogue import ItemSelector
 from afmrl_ray.config.evaluation import RetrievalProtocol
 from afmrl_ray.errors import ConfigError
 from afmrl_ray.retrieval.ann import build_index, chosen_kind, open_index, recall_against_exact, save_index
@@ -54,21 +54,21 @@ class ItemRecord(NamedTuple):
     thumbnail: bytes | None
 
 
-def index_gallery(config: Config) -> SideConfig:
+def index_gallery(config: Config) -> ItemSelector:
     """The side that is served.
 
     Raises:
-        ConfigError: none is named, and the headline is no retrieval protocol.
+        ConfigError: none is named, and the primary protocol is no retrieval protocol.
     """
     if config.index.gallery is not None:
         return config.index.gallery
-    headline = next(p for p in config.evaluation.protocols if p.name == config.evaluation.headline)
-    if not isinstance(headline, RetrievalProtocol):
-        raise ConfigError("index.gallery: the headline protocol has no gallery; name the side that is searched")
-    return headline.gallery
+    primary_protocol = next(p for p in config.evaluation.protocols if p.name == config.evaluation.primary_protocol)
+    if not isinstance(primary_protocol, RetrievalProtocol):
+        raise ConfigError("index.gallery: the primary protocol has no gallery; name the side that is searched")
+    return primary_protocol.gallery
 
 
-def index_body(
+def build_index_stage(
     config: Config, catalogue_ref: CatalogueRef, encoder: EncoderRef, attributes: str, directory: str
 ) -> StageOutcome:
     """Embed the gallery with its attributes, build the index and write both files."""
@@ -112,12 +112,12 @@ def write_index(
 
 
 def _records(
-    catalogue: StagedCatalogue, rows: np.ndarray, text_of: Callable[[str], str], side: SideConfig, thumbnail_px: int
+    catalogue: StagedCatalogue, rows: np.ndarray, text_of: Callable[[str], str], side: ItemSelector, thumbnail_px: int
 ) -> Iterator[ItemRecord]:
     for row in tqdm(rows.tolist(), desc="index: items", unit="item", mininterval=1, disable=None):
         item = catalogue.item(row)
         title = catalogue.title(row, side.title_columns) or item.title or ""
-        small = thumbnail(catalogue.picture(row), thumbnail_px)
+        small = thumbnail(catalogue.image(row), thumbnail_px)
         yield ItemRecord(item.item_id, title, item.category, item.product_id, text_of(item.item_id), small)
 
 
@@ -136,9 +136,9 @@ def write_items(path: str, records: Iterable[ItemRecord]) -> None:
         connection.close()
 
 
-def thumbnail(picture: Image.Image, longest_px: int) -> bytes:
+def thumbnail(image: Image.Image, longest_px: int) -> bytes:
     """A small JPEG."""
-    small = picture.convert("RGB")
+    small = image.convert("RGB")
     small.thumbnail((longest_px, longest_px))
     target = io.BytesIO()
     small.save(target, "JPEG", quality=85)

@@ -1,4 +1,4 @@
-"""The ladder: from a dual tower to three rounds of CIT, every rung a set of committed stages of one seed's run.
+"""The ladder: from a dual encoder to three rounds of CIT, every rung a set of committed stages of one seed's run.
 
 Every rung's encoder is trained from the same checkpoint for the same number of steps (`agcl.steps`), so that a rung can
 only gain by what it is trained with. Stages are shared where rungs share them: the encoder that the distilled generator
@@ -41,7 +41,7 @@ class Rung:
 
 
 RUNGS = (
-    Rung("clip", "CLIP", "evaluate-clip", "clip", None, "dual tower, picture-text and pair InfoNCE"),
+    Rung("clip", "CLIP", "evaluate-clip", "clip", None, "dual encoder, image-text and pair InfoNCE"),
     Rung(
         "fg-clip",
         "FG-CLIP's recipe",
@@ -73,7 +73,7 @@ RUNGS = (
         "evaluate-r0",
         "agcl-r0",
         "distilled",
-        "the same encoder, all listings with the attributes after RAR, before it is trained with them",
+        "the same encoder, all items with the attributes after RAR, before it is trained with them",
     ),
     Rung("cit-2", "+ CIT, second round", "evaluate-r1", "agcl-r1", "rl", "encoder and generator trained once more"),
     Rung("cit-3", "+ CIT, third round", "evaluate-r2", "agcl-r2", "cit-2", "and once more"),
@@ -116,11 +116,11 @@ RUNGS = (
 )
 
 # Objectives of its own; weights and masks belong to AGCL.
-_CLIP = {"encoder.kind": "clip", **PLAIN_INFONCE}
-DUAL_TOWERS: dict[str, dict[str, Any]] = {
+_CLIP = {"encoder.kind": "dual_encoder", **PLAIN_INFONCE}
+DUAL_ENCODERS: dict[str, dict[str, Any]] = {
     "clip": _CLIP,
     # The weights of FG-CLIP (Xie et al. 2025, equation 4): 0.1 of regions, 0.5 of hard texts.
-    "fg-clip": {**_CLIP, "encoder.dual_tower.region_weight": 0.1, "encoder.dual_tower.hard_text_weight": 0.5},
+    "fg-clip": {**_CLIP, "encoder.dual_encoder.region_weight": 0.1, "encoder.dual_encoder.hard_text_weight": 0.5},
 }
 """Settings of the rungs that are no Qwen2-VL, over the ladder's config."""
 
@@ -130,7 +130,7 @@ class Ladder:
 
     Args:
         pipeline: the seed's run; its config trains every round's encoder from the backbone.
-        clip_path: checkpoint that the dual towers begin with.
+        clip_path: checkpoint that the dual encoders begin with.
         share: share of the products in the branch with fewer.
 
     Raises:
@@ -141,8 +141,8 @@ class Ladder:
         check_ladder(pipeline.config)
         self._pipeline, self._clip_path, self._share = pipeline, clip_path, share
         self._build: dict[str, Callable[[], Stage]] = {
-            "clip": lambda: self._dual_tower("clip", None),
-            "fg-clip": lambda: self._dual_tower("fg-clip", self._pipeline.labels),
+            "clip": lambda: self._dual_encoder("clip", None),
+            "fg-clip": lambda: self._dual_encoder("fg-clip", self._pipeline.labels),
             "vlm2vec": pipeline.evaluate_baseline,
             "agcl": self._agcl_by_labels,
             "distilled": lambda: pipeline.evaluation("evaluate-distilled", pipeline.agcl(0), pipeline.attributes(0)),
@@ -159,18 +159,18 @@ class Ladder:
         """The evaluation of a rung; whatever it stands on is run first."""
         return self._build[key]()
 
-    def _dual_tower(self, key: str, attributes: Stage | None) -> Stage:
+    def _dual_encoder(self, key: str, attributes: Stage | None) -> Stage:
         if self._clip_path is None:
-            raise ConfigError(f"ladder: rung {key} needs the checkpoint of a dual tower")
-        changes = {**DUAL_TOWERS[key], "encoder.path": self._clip_path}
-        if self._pipeline.config.encoder.dual_tower.boxes_column not in self._pipeline.catalogue.table.column_names:
-            changes["encoder.dual_tower.region_weight"] = 0.0
+            raise ConfigError(f"ladder: rung {key} needs the checkpoint of a dual encoder")
+        changes = {**DUAL_ENCODERS[key], "encoder.path": self._clip_path}
+        if self._pipeline.config.encoder.dual_encoder.boxes_column not in self._pipeline.catalogue.table.column_names:
+            changes["encoder.dual_encoder.region_weight"] = 0.0
         variant = self._pipeline.variant(changes)
         return variant.evaluation(f"evaluate-{key}", variant.encoder(key, attributes), None)
 
     def _agcl_by_labels(self) -> Stage:
         """The loss alone: attributes decide weights and mask, and no input shows them."""
-        variant = self._pipeline.variant({"agcl.enrich_query": 0.0, "agcl.enrich_positive": 0.0})
+        variant = self._pipeline.variant({"agcl.attribute_dropout.query": 1.0, "agcl.attribute_dropout.positive": 1.0})
         encoder = variant.encoder("agcl-labels", self._pipeline.pair_labels)
         return variant.evaluation("evaluate-agcl-labels", encoder, None)
 
@@ -180,7 +180,7 @@ class Ladder:
 
     def _fewer_products(self) -> Stage:
         pipeline = self._pipeline
-        encoder = pipeline.encoder("agcl-r1-share", pipeline.attributes(1), product_share=self._share)
+        encoder = pipeline.encoder("agcl-r1-share", pipeline.attributes(1), train_fraction=self._share)
         return pipeline.evaluation("evaluate-r1-share", encoder, pipeline.attributes(2))
 
     def _round(self, number: int) -> Stage:
@@ -200,9 +200,9 @@ def check_ladder(config: Config) -> None:
     Raises:
         ConfigError: a round's encoder would go on from the last one's, or there are too few rounds.
     """
-    if config.cit.encoder_start != "base":
+    if config.cit.init_from != "base":
         raise ConfigError(
-            "ladder: cit.encoder_start previous gives later rounds more encoder steps; set cit.encoder_start=base"
+            "ladder: cit.init_from previous gives later rounds more encoder steps; set cit.init_from=base"
         )
     if config.cit.rounds < 3:
         raise ConfigError(f"ladder: it has three rounds, cit.rounds is {config.cit.rounds}; set cit.rounds=3")

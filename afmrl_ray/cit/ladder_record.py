@@ -12,8 +12,8 @@ import numpy as np
 from afmrl_ray import storage
 from afmrl_ray.cit.evaluation import read_per_query
 from afmrl_ray.cit.ladder import RUNGS, Rung
-from afmrl_ray.cit.outdated import outdated_stages
 from afmrl_ray.cit.stages import RECORD, RunDirectory, Stage
+from afmrl_ray.cit.stale import stale_stages
 from afmrl_ray.config import Config
 from afmrl_ray.errors import ConfigError
 from afmrl_ray.retrieval.seeds import over_seeds, paired_gain_over_seeds
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 _FREE = frozenset({"catalogue", "models", "floor"})
 """Stages that every rung shares, or that measure."""
-_SIZES = ("mean_pairs", "mean_words", "invalid_share")
+_SIZES = ("mean_pairs", "mean_words", "invalid_fraction")
 _QUALITY = ("precision", "recall", "f1")
 _HELD_OUT = (
     "heldout_before", "heldout_after", "heldout_gain", "heldout_pairs_before", "heldout_pairs_after",
@@ -44,13 +44,13 @@ def ladder_record(config: Config, runs: Sequence[RunDirectory], *, title: str) -
         ConfigError: encoders were trained for different numbers of steps, so that rungs cannot be compared.
         ValueError: seeds answered different queries.
     """
-    outdated = [outdated_stages(run.stages(), run.read_run()["config"]) for run in runs]
-    found = {rung.key: _measured(rung, runs, outdated) for rung in RUNGS}
+    stale = [stale_stages(run.stages(), run.read_run()["config"]) for run in runs]
+    found = {rung.key: _measured(rung, runs, stale) for rung in RUNGS}
     steps = _encoder_steps(runs, found)
     return {
         "title": title,
         "protocols": [protocol.name for protocol in config.evaluation.protocols],
-        "headline": config.evaluation.headline,
+        "primary_protocol": config.evaluation.primary_protocol,
         "seeds": len(runs),
         "floor": _floor(runs),
         "rungs": [{**_rung(rung, config, runs, found), "encoder_steps": steps} for rung in RUNGS if found[rung.key]],
@@ -58,14 +58,14 @@ def ladder_record(config: Config, runs: Sequence[RunDirectory], *, title: str) -
     }
 
 
-def _measured(rung: Rung, runs: Sequence[RunDirectory], outdated: Sequence[set[str]]) -> dict[int, Stage]:
+def _measured(rung: Rung, runs: Sequence[RunDirectory], stale: Sequence[set[str]]) -> dict[int, Stage]:
     """The evaluation of a rung by the place of the run."""
     found = {}
     for place, run in enumerate(runs):
         stage = run.committed(rung.evaluation)
         if stage is None:
             continue
-        if stage.name in outdated[place]:
+        if stage.name in stale[place]:
             log.warning("%s: rung %s is left out, stage %s has other settings", run.path, rung.key, stage.name)
             continue
         found[place] = stage

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from afmrl_ray.catalogue import Catalogue, CatalogueRef, StagedCatalogue
-from afmrl_ray.cit import bodies
-from afmrl_ray.cit.evaluation import EvaluationInputs, evaluate_body, floor_body, promotion_body
-from afmrl_ray.cit.index_stage import index_body, index_gallery
+from afmrl_ray.cit import stage_functions
+from afmrl_ray.cit.evaluation import EvaluationInputs, baselines_stage, evaluate_stage, promotion_stage
+from afmrl_ray.cit.index_stage import build_index_stage, index_gallery
 from afmrl_ray.cit.mlflow_tracker import MLflowTracker
 from afmrl_ray.cit.stages import Body, RunDirectory, Stage
 from afmrl_ray.config import Config, with_values
@@ -27,8 +27,8 @@ from afmrl_ray.storage import absolute, is_dir
 PLAIN_INFONCE: dict[str, Any] = {
     "agcl.lexical": {"enabled": False},
     "agcl.mask": {"enabled": False},
-    "agcl.enrich_query": 0.0,
-    "agcl.enrich_positive": 0.0,
+    "agcl.attribute_dropout.query": 1.0,
+    "agcl.attribute_dropout.positive": 1.0,
 }
 """Settings of a training without attributes, weights and mask; whole sections, as none of their fields counts then."""
 
@@ -78,7 +78,7 @@ class Pipeline:
         return self._done[name]
 
     def _inputs(self, sections: tuple[str, ...], *upstream: Stage | None, **more: Any) -> dict[str, Any]:
-        dumped = {name: getattr(self.config, name).decisive() for name in sections}
+        dumped = {name: getattr(self.config, name).fingerprinted() for name in sections}
         changes = {key: value for key, value in self._changes.items() if key.split(".")[0] in sections}
         return {
             "config": dumped,
@@ -94,10 +94,10 @@ class Pipeline:
         config = self.config
         inputs: dict[str, Any]
         if self.given is None:
-            inputs = {"synthetic": config.synthetic.decisive()}
+            inputs = {"synthetic": config.synthetic.fingerprinted()}
         else:
             inputs = {"fingerprint": self.given.fingerprint}
-        return self._stage("catalogue", inputs, lambda at: bodies.catalogue_body(config, self.given, at))
+        return self._stage("catalogue", inputs, lambda at: stage_functions.catalogue_stage_fn(config, self.given, at))
 
     @cached_property
     def catalogue_ref(self) -> CatalogueRef:
@@ -123,10 +123,10 @@ class Pipeline:
                 for section, role in (("encoder", config.encoder.role), ("generator", "generator"))
                 if getattr(config, section).path is None
             ],
-            pictures=[config.encoder.picture.model_dump(), config.generator.picture.model_dump()],
+            images=[config.encoder.image.model_dump(), config.generator.image.model_dump()],
             instructions=[config.encoder.instruction, config.generator.instruction],
         )
-        return self._stage("models", inputs, lambda at: bodies.models_body(config, self.catalogue_ref, at))
+        return self._stage("models", inputs, lambda at: stage_functions.models_stage_fn(config, self.catalogue_ref, at))
 
     def _base(self, role: str) -> str:
         path = getattr(self.config, role).path
@@ -153,19 +153,19 @@ class Pipeline:
         inputs = self._inputs(
             self._teacher_sections,
             self.catalogue_stage,
-            items=items.decisive(),
+            items=items.fingerprinted(),
             max_attributes=self.config.generator.max_attributes,
         )
         return self._stage(
             "labels",
             inputs,
-            lambda at: bodies.labels_body(self.config, self.catalogue_ref, [items], at),
+            lambda at: stage_functions.labels_stage_fn(self.config, self.catalogue_ref, [items], at),
             resumable=True,
         )
 
     @cached_property
     def pair_labels(self) -> Stage:
-        """The teacher's attributes of all listings of `agcl.pairs`: `labels` itself where it has them all."""
+        """The teacher's attributes of all items of `agcl.pairs`: `labels` itself where it has them all."""
         sides = self.config.agcl.sides
         labelled = self.catalogue.rows(self.config.distill.items)
         if np.isin(self.catalogue.rows_of_any(sides), labelled).all():
@@ -173,13 +173,13 @@ class Pipeline:
         inputs = self._inputs(
             self._teacher_sections,
             self.catalogue_stage,
-            sides=[side.decisive() for side in sides],
+            sides=[side.fingerprinted() for side in sides],
             max_attributes=self.config.generator.max_attributes,
         )
         return self._stage(
             "labels-pairs",
             inputs,
-            lambda at: bodies.labels_body(self.config, self.catalogue_ref, sides, at),
+            lambda at: stage_functions.labels_stage_fn(self.config, self.catalogue_ref, sides, at),
             resumable=True,
         )
 
@@ -194,7 +194,7 @@ class Pipeline:
         return self._stage(
             "distill",
             inputs,
-            lambda at: bodies.distill_body(
+            lambda at: stage_functions.distill_stage_fn(
                 self.config, self.catalogue_ref, self.generator_base, self.labels.output("attributes"), at
             ),
             resumable=True,
@@ -202,11 +202,15 @@ class Pipeline:
 
     @cached_property
     def oracle(self) -> Stage:
-        """The true attributes (`annotate.truth_column`) of the listings that the generator would annotate."""
+        """The true attributes (`annotate.ground_truth_column`) of the items that the generator would annotate."""
         annotate = self.config.annotate
-        inputs = self._inputs((), self.catalogue_stage, items=annotate.items.decisive(), column=annotate.truth_column)
-        inputs["names"] = bodies.taught_names(self.config)
-        return self._stage("oracle", inputs, lambda at: bodies.oracle_body(self.config, self.catalogue_ref, at))
+        inputs = self._inputs(
+            (), self.catalogue_stage, items=annotate.items.fingerprinted(), column=annotate.ground_truth_column
+        )
+        inputs["names"] = stage_functions.taught_names(self.config)
+        return self._stage(
+            "oracle", inputs, lambda at: stage_functions.oracle_stage_fn(self.config, self.catalogue_ref, at)
+        )
 
     def _generator(self, path: str) -> GeneratorRef:
         return GeneratorRef(path, self.config.generator)
@@ -218,12 +222,12 @@ class Pipeline:
         """Attributes by the generator as it is before round `number`."""
         before = self.rar(number - 1) if number else self.distill
         annotate = self.config.annotate
-        inputs = self._inputs(("generator",), self.catalogue_stage, before, items=annotate.items.decisive())
-        inputs["truth"] = annotate.truth_column
+        inputs = self._inputs(("generator",), self.catalogue_stage, before, items=annotate.items.fingerprinted())
+        inputs["truth"] = annotate.ground_truth_column
         return self._stage(
             f"attributes-r{number}",
             inputs,
-            lambda at: bodies.attributes_body(
+            lambda at: stage_functions.attributes_stage_fn(
                 self.config, self.catalogue_ref, self._generator(before.output("model")), before.fingerprint, at
             ),
         )
@@ -235,9 +239,9 @@ class Pipeline:
 
     def agcl(self, number: int) -> Stage:
         """The encoder trained with the attributes of round `number`."""
-        previous = self.agcl(number - 1) if number and self.config.cit.encoder_start == "previous" else None
-        share = self.config.cit.product_share if number else None
-        return self.encoder(f"agcl-r{number}", self.attributes(number), previous=previous, product_share=share)
+        previous = self.agcl(number - 1) if number and self.config.cit.init_from == "previous" else None
+        share = self.config.cit.train_fraction if number else None
+        return self.encoder(f"agcl-r{number}", self.attributes(number), previous=previous, train_fraction=share)
 
     def encoder(
         self,
@@ -245,7 +249,7 @@ class Pipeline:
         attributes: Stage | None,
         *,
         previous: Stage | None = None,
-        product_share: float | None = None,
+        train_fraction: float | None = None,
     ) -> Stage:
         """A training of the encoder.
 
@@ -253,17 +257,17 @@ class Pipeline:
             name: of the stage.
             attributes: stage that wrote them, or none for training without attributes.
             previous: the encoder to go on from; none = the backbone.
-            product_share: over `agcl.product_share`.
+            train_fraction: over `agcl.train_fraction`.
         """
         config = self.config
         inputs = self._inputs(("encoder", "agcl"), self.catalogue_stage, self.models_stage, attributes, previous)
-        if product_share is not None:
-            config = with_values(config, {"agcl.product_share": product_share})
-            inputs["product_share"] = product_share
+        if train_fraction is not None:
+            config = with_values(config, {"agcl.train_fraction": train_fraction})
+            inputs["train_fraction"] = train_fraction
         return self._stage(
             name,
             inputs,
-            lambda at: bodies.agcl_body(
+            lambda at: stage_functions.agcl_stage_fn(
                 config,
                 self.catalogue_ref,
                 previous.output("model") if previous is not None else self.encoder_base,
@@ -277,12 +281,12 @@ class Pipeline:
     def gallery(self, number: int) -> Stage:
         """Embeddings of the galleries that RAR searches."""
         agcl, attributes = self.agcl(number), self.attributes(number)
-        task = self.config.rar.task.decisive()
+        task = self.config.rar.task.fingerprinted()
         inputs = self._inputs(("encoder",), self.catalogue_stage, agcl, attributes, task=task)
         return self._stage(
             f"gallery-r{number}",
             inputs,
-            lambda at: bodies.gallery_body(
+            lambda at: stage_functions.gallery_stage_fn(
                 self.config, self.catalogue_ref, self._encoder(agcl), attributes.output("attributes"), at
             ),
         )
@@ -295,7 +299,7 @@ class Pipeline:
         return self._stage(
             f"rar-r{number}",
             inputs,
-            lambda at: bodies.rar_body(self.config, self.rar_job(number, at)),
+            lambda at: stage_functions.rar_stage_fn(self.config, self.rar_job(number, at)),
             resumable=True,
         )
 
@@ -304,7 +308,7 @@ class Pipeline:
         before = self.rar(number - 1) if number else self.distill
         agcl, gallery = self.agcl(number), self.gallery(number)
         generator, encoder = self._generator(before.output("model")), self._encoder(agcl)
-        return bodies.rar_job(self.catalogue_ref, generator, encoder, gallery, f"rar-r{number}", directory)
+        return stage_functions.rar_job(self.catalogue_ref, generator, encoder, gallery, f"rar-r{number}", directory)
 
     def evaluate(self, number: int) -> Stage:
         """All protocols with the encoder of round `number` and the generator after its RAR."""
@@ -316,11 +320,11 @@ class Pipeline:
         before, after = self.attributes(number), self.attributes(number + 1)
         protocols = [protocol.model_dump(mode="json") for protocol in self.config.evaluation.protocols]
         inputs = self._inputs((), self.catalogue_stage, before, after, protocols=protocols)
-        inputs["truth"] = self.config.annotate.truth_column
+        inputs["truth"] = self.config.annotate.ground_truth_column
         return self._stage(
             f"attributes-r{number}-queries",
             inputs,
-            lambda at: bodies.queries_anew_body(self.config, self.catalogue_ref, before, after, at),
+            lambda at: stage_functions.query_attributes_stage_fn(self.config, self.catalogue_ref, before, after, at),
         )
 
     def promotion(self, number: int) -> Stage:
@@ -328,13 +332,13 @@ class Pipeline:
         last = self.promoted(number - 1) if number else None
         before = self.evaluate(number - 1) if number else None
         upstream = {stage.name: stage for stage in (last, before, self.evaluate(number)) if stage is not None}
-        inputs = self._inputs((), *upstream.values(), gate=self.config.cit.gate.decisive())
-        if self.config.cit.decided_by:
-            inputs["decided_by"] = self.config.cit.decided_by
+        inputs = self._inputs((), *upstream.values(), gate=self.config.cit.gate.fingerprinted())
+        if self.config.cit.selection_protocol:
+            inputs["selection_protocol"] = self.config.cit.selection_protocol
         return self._stage(
             f"promotion-r{number}",
             inputs,
-            lambda _: promotion_body(self.config, last=last, before=before, now=self.evaluate(number)),
+            lambda _: promotion_stage(self.config, last=last, before=before, now=self.evaluate(number)),
         )
 
     def promoted(self, number: int) -> Stage:
@@ -353,24 +357,24 @@ class Pipeline:
         outputs = ["examples", "failures", "per_query"]
         inputs = self._inputs(("encoder", "evaluation"), self.catalogue_stage, encoder, attributes, outputs=outputs)
         if attributes is not None:
-            inputs["truth"] = self.config.annotate.truth_column
+            inputs["truth"] = self.config.annotate.ground_truth_column
         evaluation = EvaluationInputs(
             self.config,
             self.catalogue_ref,
             self._encoder(encoder),
             attributes.output("attributes") if attributes is not None else None,
         )
-        return self._stage(name, inputs, lambda at: evaluate_body(evaluation, at))
+        return self._stage(name, inputs, lambda at: evaluate_stage(evaluation, at))
 
     def index(self, number: int) -> Stage:
         """What is served of round `number`: its encoder's index of the gallery, with the attributes after its RAR."""
         agcl, attributes = self.agcl(number), self.attributes(number + 1)
-        gallery = index_gallery(self.config).decisive()
+        gallery = index_gallery(self.config).fingerprinted()
         inputs = self._inputs(("encoder", "index"), self.catalogue_stage, agcl, attributes, gallery=gallery)
         return self._stage(
             f"index-r{number}",
             inputs,
-            lambda at: index_body(
+            lambda at: build_index_stage(
                 self.config, self.catalogue_ref, self._encoder(agcl), attributes.output("attributes"), at
             ),
         )
@@ -379,4 +383,4 @@ class Pipeline:
     def floor(self) -> Stage:
         """Pixel baseline and chance."""
         inputs = self._inputs(("evaluation",), self.catalogue_stage)
-        return self._stage("floor", inputs, lambda at: floor_body(self.config, self.catalogue_ref, at))
+        return self._stage("floor", inputs, lambda at: baselines_stage(self.config, self.catalogue_ref, at))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from afmrl_ray.config import Config
 from afmrl_ray.config.cluster import WorkersConfig
-from afmrl_ray.training.cluster import Demand, pool_demand, resources_there, total, workers_demand
+from afmrl_ray.training.cluster import Demand, pool_demand, resources_available, total, workers_demand
 
 
 def resources(config: Config) -> dict[str, list[Demand]]:
@@ -24,7 +24,7 @@ def resources(config: Config) -> dict[str, list[Demand]]:
 
 def dry_run(config: Config) -> str:
     """What `--dry-run` prints after the config; a cluster that would be joined is asked what it has."""
-    return describe(config, resources_there(config.ray))
+    return describe(config, resources_available(config.ray))
 
 
 def describe(config: Config, there: Mapping[str, float]) -> str:
@@ -33,7 +33,7 @@ def describe(config: Config, there: Mapping[str, float]) -> str:
     completions = rar.prompts_per_step * rar.group_size
     lines = [
         "schedule",
-        f"  distill   {distill.steps} steps x {distill.batch_size} listings on {_size(distill.workers)} workers",
+        f"  distill   {distill.steps} steps x {distill.batch_size} items on {_size(distill.workers)} workers",
         f"  rounds    {config.cit.rounds}" + (", after a baseline" if config.cit.baseline else ""),
         f"  agcl      {agcl.steps} steps x {agcl.batch_size} pairs on {_size(agcl.workers)} workers, "
         f"{agcl.batch_size - 1} negatives a query, ZeRO {agcl.workers.zero_stage}, {agcl.adapter.kind}",

@@ -15,11 +15,11 @@ from afmrl_ray.attributes.text import format_attributes, normalise_attributes
 from afmrl_ray.catalogue import CatalogueRef, make_catalogue
 from afmrl_ray.config import Config
 from afmrl_ray.config.catalogue import SyntheticConfig
-from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.item_processor import ItemProcessor
+from afmrl_ray.models.model_input import ModelInput
 from afmrl_ray.models.pretrain import caption, pretrain
-from afmrl_ray.models.rows import Row
 from afmrl_ray.models.tiny import build_encoder, build_generator, save_checkpoint, train_tokenizer
-from afmrl_ray.models.tiny_dual_tower import build_dual_tower, save_dual_tower, train_dual_tokenizer
+from afmrl_ray.models.tiny_dual_encoder import build_dual_encoder, save_dual_encoder, train_dual_tokenizer
 
 # Far from any seed a user would pick; the few products that recur by chance are left out.
 _DISJOINT_SEED = 900_001
@@ -29,17 +29,17 @@ TRUE_ATTRIBUTES = "true_attributes"
 def make_tiny(config: Config, role: str, catalogue: CatalogueRef, directory: str) -> dict[str, float]:
     """Build, pre-train and save the tiny checkpoint of `role`; returns the first and last captioning loss.
 
-    A dual tower cannot write captions: it begins with random weights, and nothing is returned.
+    A dual encoder cannot write captions: it begins with random weights, and nothing is returned.
     """
     tiny = config.tiny
     torch.set_num_threads(1)
     examples = pretraining_examples(config, catalogue)
     texts = _texts(catalogue) + [text for _, title, text in examples for text in (title, text)]
-    if role == "encoder" and config.encoder.kind == "clip":
+    if role == "encoder" and config.encoder.kind == "dual_encoder":
         dual_tokenizer = train_dual_tokenizer(texts, tiny.vocabulary)
-        tower = build_dual_tower(tiny, config.encoder.picture, dual_tokenizer, config.run.seed)
+        tower = build_dual_encoder(tiny, config.encoder.image, dual_tokenizer, config.run.seed)
         with tempfile.TemporaryDirectory() as local:
-            save_dual_tower(tower, dual_tokenizer, local)
+            save_dual_encoder(tower, dual_tokenizer, local)
             storage.copy_dir(local, directory)
         return {}
     instructions = [config.encoder.instruction, config.generator.instruction, "user assistant"]
@@ -48,13 +48,13 @@ def make_tiny(config: Config, role: str, catalogue: CatalogueRef, directory: str
     with tempfile.TemporaryDirectory() as local:
         save_checkpoint(model, tokenizer, tiny, local)
         section = config.encoder if role == "encoder" else config.generator
-        processor = ListingProcessor.from_pretrained(local, section.picture)
+        processor = ItemProcessor.from_pretrained(local, section.image)
         steps = tiny.encoder_pretrain_steps if role == "encoder" else tiny.generator_pretrain_steps
 
-        def example(index: int) -> tuple[Row, str]:
-            picture, title, text = examples[index]
+        def example(index: int) -> tuple[ModelInput, str]:
+            image, title, text = examples[index]
             parts = (section.instruction, title) if role == "encoder" else (title, section.instruction)
-            return processor.row(Image.open(io.BytesIO(picture)).convert("RGB"), "\n".join(parts)), text
+            return processor.row(Image.open(io.BytesIO(image)).convert("RGB"), "\n".join(parts)), text
 
         losses = pretrain(
             model,
@@ -74,7 +74,7 @@ def make_tiny(config: Config, role: str, catalogue: CatalogueRef, directory: str
 
 
 def pretraining_examples(config: Config, catalogue_ref: CatalogueRef) -> list[tuple[bytes, str, str]]:
-    """Picture, title and caption of the listings of a synthetic catalogue, but for products of the run's own."""
+    """Image, title and caption of the items of a synthetic catalogue, but for products of the run's own."""
     catalogue = catalogue_ref.open()
     taken: set[tuple[str, str]] = set()
     if TRUE_ATTRIBUTES in catalogue.table.column_names:
@@ -86,9 +86,9 @@ def pretraining_examples(config: Config, catalogue_ref: CatalogueRef) -> list[tu
         train_products=products,
         val_products=1,
         test_products=1,
-        listings_per_product=2,
-        duplicate_share=0.0,
-        picture_px=config.synthetic.picture_px,
+        items_per_product=2,
+        duplicate_fraction=0.0,
+        image_px=config.synthetic.image_px,
     )
     table = make_catalogue(synthetic)
     return [

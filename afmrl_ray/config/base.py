@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 class Section(BaseModel):
     """A frozen group of settings; an unknown key is an error, and the string under a field is its help text."""
 
-    operational: ClassVar[frozenset[str]] = frozenset()
+    runtime_only: ClassVar[frozenset[str]] = frozenset()
     """Fields that decide time, memory or patience but no result: changing one never asks for finished work again."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
@@ -34,16 +34,16 @@ class Section(BaseModel):
                 filled[name] = {field.discriminator: getattr(default, str(field.discriminator)), **given}
         return filled
 
-    def decisive(self) -> dict[str, Any]:
+    def fingerprinted(self) -> dict[str, Any]:
         """JSON values of all fields that can change a result, for fingerprints."""
-        dumped = self.model_dump(mode="json", exclude=set(self.operational))
+        dumped = self.model_dump(mode="json", exclude=set(self.runtime_only))
         for name in dumped:
             value = getattr(self, name)
             if isinstance(value, Section):
-                dumped[name] = value.decisive()
+                dumped[name] = value.fingerprinted()
             elif isinstance(value, tuple):
                 dumped[name] = [
-                    part.decisive() if isinstance(part, Section) else plain
+                    part.fingerprinted() if isinstance(part, Section) else plain
                     for part, plain in zip(value, dumped[name], strict=True)
                 ]
         return dumped

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from afmrl_ray.config.base import Section
 
-Inputs = Literal["picture", "text", "both"]
+Inputs = Literal["image", "text", "both"]
 
 
 class CatalogueConfig(Section):
@@ -16,11 +16,11 @@ class CatalogueConfig(Section):
 
     path: str | None = None
     """Parquet file or directory, local or URI; none = the run makes the synthetic catalogue first."""
-    max_bad_share: float = Field(0.05, ge=0, le=1)
+    max_bad_fraction: float = Field(0.05, ge=0, le=1)
     """Share of rows that may be quarantined before the job stops."""
-    max_picture_pixels: int = Field(64_000_000, gt=0)
-    """Pixels a picture may have; a larger one is taken for a decompression bomb and quarantined."""
-    staging_dir: str | None = None
+    max_image_pixels: int = Field(64_000_000, gt=0)
+    """Pixels an image may have; a larger one is taken for a decompression bomb and quarantined."""
+    cache_dir: str | None = None
     """Local folder for the memory-mapped copy that workers read by row; none = below the system's temporary folder."""
 
 
@@ -40,27 +40,27 @@ class SyntheticConfig(Section):
     """Products of split val."""
     test_products: int | None = Field(None, gt=0)
     """Products of split test."""
-    listings_per_product: int | None = Field(None, ge=2)
-    """Listings of each product; in val and test the first is the query and the others are its positives."""
+    items_per_product: int | None = Field(None, ge=2)
+    """Items of each product; in val and test the first is the query and the others are its positives."""
     siblings_per_family: int = Field(6, ge=1)
     """Products of a family; each differs from another one of it in exactly one attribute."""
-    duplicate_share: float = Field(0.08, ge=0, le=0.5)
+    duplicate_fraction: float = Field(0.08, ge=0, le=0.5)
     """Share of train products listed again under another product_id: the false negatives that a mask must find."""
     title_mention_rate: float = Field(0.35, ge=0, le=1)
     """Chance that a title names a visible attribute."""
     title_hidden_mention_rate: float = Field(0.8, ge=0, le=1)
-    """Chance that a title names an attribute that pictures do not show (material, capacity)."""
+    """Chance that a title names an attribute that images do not show (material, capacity)."""
     teacher_error_rate: float = Field(0.1, ge=0, le=1)
     """Chance that the teacher gives an attribute a wrong value."""
     teacher_missing_rate: float = Field(0.1, ge=0, le=1)
     """Chance that the teacher leaves an attribute out."""
     teacher_irrelevant_rate: float = Field(0.5, ge=0, le=1)
     """Chance of each irrelevant pair of the teacher (background, seller's mood)."""
-    picture_px: int = Field(112, ge=32)
-    """Side of the square pictures, pixels."""
+    image_px: int = Field(112, ge=32)
+    """Side of the square images, pixels."""
 
 
-class SideConfig(Section):
+class ItemSelector(Section):
     """One side of retrieval: which rows of the catalogue, and what of each the encoder sees."""
 
     split: tuple[str, ...] = ("test",)
@@ -70,6 +70,6 @@ class SideConfig(Section):
     where: dict[str, str] = Field(default_factory=dict)
     """Further columns and the value that a row must have in each."""
     inputs: Inputs = "both"
-    """What of a row goes to the model: its picture, its title, or both."""
+    """What of a row goes to the model: its image, its title, or both."""
     title_columns: tuple[str, ...] = ("title",)
     """Columns whose texts, joined by a space, are the title that the model reads."""

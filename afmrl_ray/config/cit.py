@@ -7,17 +7,17 @@ from typing import Literal
 from pydantic import Field
 
 from afmrl_ray.config.base import Section
-from afmrl_ray.config.catalogue import SideConfig
+from afmrl_ray.config.catalogue import ItemSelector
 from afmrl_ray.config.cluster import PoolConfig
 
 
 class AnnotateConfig(Section):
     """Attributes written by the generator for whole sides of the catalogue."""
 
-    items: SideConfig = SideConfig(split=("train", "val", "test", "gallery"))
-    """Listings that get attributes."""
-    truth_column: str = "attributes"
-    """Column that holds what a listing's attributes truly are, by which written ones are judged."""
+    items: ItemSelector = ItemSelector(split=("train", "val", "test", "gallery"))
+    """Items that get attributes."""
+    ground_truth_column: str = "attributes"
+    """Column that holds what an item's attributes truly are, by which written ones are judged."""
     pool: PoolConfig = PoolConfig()
     """Ray Data actors that generate."""
 
@@ -43,17 +43,17 @@ class CITConfig(Section):
     """Rounds of attributes, AGCL, gallery, RAR and evaluation, at most."""
     baseline: bool = False
     """Whether plain InfoNCE without weights, mask and attributes is trained and measured first."""
-    encoder_start: Literal["base", "previous"] = "previous"
+    init_from: Literal["base", "previous"] = "previous"
     """Whether a round's encoder starts from the backbone or from the round before."""
-    product_share: float | None = Field(None, gt=0, le=1)
-    """Share of the products that rounds after the first train the encoder on; none = `agcl.product_share`."""
+    train_fraction: float | None = Field(None, gt=0, le=1)
+    """Share of the products that rounds after the first train the encoder on; none = `agcl.train_fraction`."""
     gate: GateConfig = GateConfig()
     """Which rounds are promoted. After a round that is refused the run ends, since what it would go on from has been
     tried; its result is the last round that was promoted."""
     patience: int | None = Field(None, ge=1)
-    """End after so many rounds in a row whose gain over the last one, in the hit@1 of `decided_by`, has an interval
-    that includes zero or lies below it; none = all rounds."""
-    decided_by: str = ""
+    """End after so many rounds in a row whose gain over the last one, in the hit@1 of `selection_protocol`, has an
+    interval that includes zero or lies below it; none = all rounds."""
+    selection_protocol: str = ""
     """Retrieval protocol of `evaluation.protocols` whose hit@1 says what a round gained, and so when `patience` ends
-    the run. A protocol over val queries keeps the test queries out of that choice; empty = the headline decides, on the
-    very queries that are reported."""
+    the run. A protocol over val queries keeps the test queries out of that choice; empty = the primary protocol
+    decides, on the very queries that are reported."""

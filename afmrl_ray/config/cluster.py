@@ -38,7 +38,7 @@ class RayConfig(Section):
 class PlacementConfig(Section):
     """On which nodes the actors of a pool, or the workers of a group, run."""
 
-    operational = frozenset({"strategy", "labels", "resources", "timeout_s"})
+    runtime_only = frozenset({"strategy", "labels", "resources", "timeout_s"})
 
     strategy: Literal["default", "pack", "spread", "strict_spread"] = "default"
     """`default`: as Ray sees fit. `pack`: on as few nodes as there is room on. `spread`: over as many as there are;
@@ -59,7 +59,7 @@ class WorkersConfig(Section):
     makes for its own share.
     """
 
-    operational = frozenset(
+    runtime_only = frozenset(
         {
             "num_workers", "min_workers", "cpus_per_worker", "use_gpu",
             "checkpoint_every", "checkpoints_kept", "max_failures", "collective_timeout_s", "peak_tflops", "placement",
@@ -111,7 +111,7 @@ class WorkersConfig(Section):
 class PoolConfig(Section):
     """A pool of Ray actors (or Ray Data actors) that run a model without training it."""
 
-    operational = frozenset({"num_workers", "cpus_per_worker", "gpus_per_worker", "placement"})
+    runtime_only = frozenset({"num_workers", "cpus_per_worker", "gpus_per_worker", "placement"})
 
     num_workers: int = Field(1, ge=1)
     """Actors in the pool."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from afmrl_ray.config.base import Section
-from afmrl_ray.config.catalogue import SideConfig
+from afmrl_ray.config.catalogue import ItemSelector
 from afmrl_ray.config.cluster import PoolConfig
 from afmrl_ray.config.train import Enriched
 
@@ -19,13 +19,13 @@ class RetrievalProtocol(Section):
     """Discriminates the protocols."""
     name: str
     """Name in tables."""
-    query: SideConfig = SideConfig(role="query")
+    query: ItemSelector = ItemSelector(role="query")
     """Rows that search."""
-    gallery: SideConfig = SideConfig(role="gallery")
+    gallery: ItemSelector = ItemSelector(role="gallery")
     """Rows that are searched; a query's own row is excluded."""
     label: str = "product_id"
     """Column whose equality makes a positive."""
-    enriched: Enriched = "both"
+    with_attributes: Enriched = "both"
     """Which sides are shown to the encoder with attributes."""
     ks: tuple[PositiveInt, ...] = Field((1, 5, 10), min_length=1)
     """Depths of hit@k and recall@k."""
@@ -40,13 +40,13 @@ class LabelProtocol(Section):
     """Discriminates the protocols."""
     name: str
     """Name in tables."""
-    fit: SideConfig = SideConfig(split=("train",))
+    fit: ItemSelector = ItemSelector(split=("train",))
     """Rows on which the probe is fitted."""
-    test: SideConfig = SideConfig(split=("test",))
+    test: ItemSelector = ItemSelector(split=("test",))
     """Rows that are classified and clustered."""
     label: str = "category"
     """Column that holds the class."""
-    enriched: bool = True
+    with_attributes: bool = True
     """Whether rows are shown to the encoder with attributes."""
     neighbours: int = Field(5, gt=0)
     """Neighbours that vote."""
@@ -63,7 +63,7 @@ class EvaluationConfig(Section):
         LabelProtocol(name="labels"),
     )
     """Protocols in the order of the report."""
-    headline: str = "fine"
+    primary_protocol: str = "fine"
     """Retrieval protocol whose numbers stand first."""
     bootstrap_samples: int = Field(1000, gt=0)
     """Resamples for the 95 % intervals."""
@@ -77,8 +77,9 @@ class EvaluationConfig(Section):
         if twice:
             raise ValueError(f"evaluation.protocols: {twice[0]!r} names two protocols; give each a name of its own")
         retrieval = [protocol.name for protocol in self.protocols if protocol.kind == "retrieval"]
-        if self.headline not in retrieval:
+        if self.primary_protocol not in retrieval:
             raise ValueError(
-                f"evaluation.headline {self.headline!r} is not a retrieval protocol; there are: {', '.join(retrieval)}"
+                f"evaluation.primary_protocol {self.primary_protocol!r} is not a retrieval protocol; there are: "
+                f"{', '.join(retrieval)}"
             )
         return self

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from afmrl_ray.config.base import Section
-from afmrl_ray.config.catalogue import SideConfig
+from afmrl_ray.config.catalogue import ItemSelector
 
 
 class IndexConfig(Section):
@@ -28,9 +28,9 @@ class IndexConfig(Section):
     """Cells that IVF cuts the items into."""
     ivf_probes: int = Field(32, gt=0)
     """Cells that a search looks into."""
-    gallery: SideConfig | None = None
-    """What is searched; none = the gallery of the headline protocol."""
+    gallery: ItemSelector | None = None
+    """What is searched; none = the gallery of the primary protocol."""
     thumbnail_px: int = Field(160, ge=16, le=1024)
-    """Longer side of the pictures kept for result pages, pixels."""
+    """Longer side of the images kept for result pages, pixels."""
     recall_queries: int = Field(500, gt=0)
     """Items that are searched for when the recall against exact is measured."""

@@ -11,16 +11,16 @@ from afmrl_ray.config.base import Section
 LANGUAGE_PROJECTIONS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 
 
-class PictureConfig(Section):
-    """Pixel budget of a picture, which decides its number of visual tokens."""
+class ImageConfig(Section):
+    """Pixel budget of an image, which decides its number of visual tokens."""
 
     min_pixels: int = Field(56 * 56, gt=0)
-    """Smaller pictures are enlarged to this many pixels."""
+    """Smaller images are enlarged to this many pixels."""
     max_pixels: int = Field(448 * 448, gt=0)
-    """Larger pictures are shrunk to this many pixels."""
+    """Larger images are shrunk to this many pixels."""
 
     @model_validator(mode="after")
-    def _ordered(self) -> PictureConfig:
+    def _ordered(self) -> ImageConfig:
         if self.min_pixels > self.max_pixels:
             raise ValueError("min_pixels is above max_pixels")
         return self
@@ -29,86 +29,90 @@ class PictureConfig(Section):
 class VisionCacheConfig(Section):
     """Outputs of the encoder's vision tower on each node's disk, where the tower is frozen."""
 
-    operational = frozenset({"enabled", "folder", "max_gb"})
+    runtime_only = frozenset({"enabled", "folder", "max_gb"})
 
     enabled: bool = False
-    """Whether they are kept: each picture then goes through the tower once. Results differ by rounding only."""
+    """Whether they are kept: each image then goes through the tower once. Results differ by rounding only."""
     folder: str | None = None
     """Local folder, the same on every node; none = in the system's folder for temporary files."""
     max_gb: float = Field(20, gt=0)
-    """Size above which what was not read for the longest time is removed, GB; processes look every 64 pictures."""
+    """Size above which what was not read for the longest time is removed, GB; processes look every 64 images."""
 
 
-class DualTowerConfig(Section):
-    """What an encoder of kind `clip` is trained on; weights of 0 switch one off."""
+class DualEncoderConfig(Section):
+    """What an encoder of kind `dual_encoder` is trained on; weights of 0 switch one off."""
 
     pair_weight: float = Field(1.0, ge=0)
-    """Of InfoNCE between listings, each the sum of its picture's and its text's vector."""
-    picture_text_weight: float = Field(1.0, ge=0)
-    """Of CLIP's own objective: the picture of a listing against its text, both ways."""
+    """Of InfoNCE between items, each the sum of its image's and its text's vector."""
+    image_text_weight: float = Field(1.0, ge=0)
+    """Of CLIP's own objective: the image of an item against its text, both ways."""
     region_weight: float = Field(0.0, ge=0)
-    """Of FG-CLIP's: a region of the query's picture against what the attributes say of that part; needs attributes and
-    `boxes_column`. Listings without are left out and counted."""
+    """Of FG-CLIP's: a region of the query's image against what the attributes say of that part; needs attributes and
+    `boxes_column`. Items without are left out and counted."""
     hard_text_weight: float = Field(0.0, ge=0)
-    """Of FG-CLIP's: the query's picture against its attribute text and changed ones; needs attributes."""
+    """Of FG-CLIP's: the query's image against its attribute text and changed ones; needs attributes."""
     hard_texts: int = Field(4, gt=0)
     """Changed texts of a query; in each, one attribute has another value that the catalogue knows for its name."""
     boxes_column: str = "boxes"
-    """Column with the boxes of a picture's parts, a JSON object: part to left, top, right, bottom, as shares."""
+    """Column with the boxes of an image's parts, a JSON object: part to left, top, right, bottom, as shares."""
     region_attributes: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Names of the attributes that belong to a part; a part that is not named here has the one of its own name."""
 
 
 class EncoderConfig(Section):
-    """The embedding encoder (Qwen2-VL): picture, title and attributes to one vector."""
+    """The embedding encoder (Qwen2-VL): image, title and attributes to one vector."""
 
-    kind: Literal["qwen2_vl", "clip"] = "qwen2_vl"
-    """`clip`: a dual tower (CLIP or SigLIP checkpoint) for comparison, with objectives of its own (`dual_tower`);
+    kind: Literal["qwen2_vl", "dual_encoder"] = "qwen2_vl"
+    """`dual_encoder`: a CLIP or SigLIP checkpoint for comparison, with objectives of its own (section `dual_encoder`);
     pixels and text length are the checkpoint's, and RAR cannot search with it."""
     path: str | None = None
     """Local folder, URI or hub name of the checkpoint; none = the run makes a tiny one."""
-    picture: PictureConfig = PictureConfig()
+    image: ImageConfig = ImageConfig()
     """Pixel budget."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights and activations; similarities are always float32."""
     instruction: str = "Represent the product."
-    """Text before the listing; last-token pooling reads what the model makes of it."""
+    """Text before the item; last-token pooling reads what the model makes of it."""
     max_tokens: int = Field(2048, gt=0)
-    """Longest input; text is cut to fit, a picture never is."""
+    """Longest input; text is cut to fit, an image never is."""
     vision_cache: VisionCacheConfig = VisionCacheConfig()
-    """Pictures that went through the frozen vision tower."""
+    """Images that went through the frozen vision tower."""
 
-    dual_tower: DualTowerConfig = DualTowerConfig()
-    """For kind `clip`."""
+    dual_encoder: DualEncoderConfig = DualEncoderConfig()
+    """For kind `dual_encoder`."""
 
-    def decisive(self) -> dict[str, Any]:
-        """As everywhere; what only dual towers read decides nothing about Qwen2-VL."""
-        found = super().decisive()
-        return found if self.kind == "clip" else {k: v for k, v in found.items() if k not in ("kind", "dual_tower")}
+    def fingerprinted(self) -> dict[str, Any]:
+        """As everywhere; what only dual encoders read decides nothing about Qwen2-VL."""
+        found = super().fingerprinted()
+        return (
+            found
+            if self.kind == "dual_encoder"
+            else {k: v for k, v in found.items() if k not in ("kind", "dual_encoder")}
+        )
 
     @property
-    def role(self) -> Literal["encoder", "dual_tower"]:
+    def role(self) -> Literal["encoder", "dual_encoder"]:
         """What its checkpoint must be."""
-        return "dual_tower" if self.kind == "clip" else "encoder"
+        return "dual_encoder" if self.kind == "dual_encoder" else "encoder"
 
 
 class GeneratorConfig(Section):
-    """The attribute generator (Qwen2.5-VL): picture and title to attribute text."""
+    """The attribute generator (Qwen2.5-VL): image and title to attribute text."""
 
     path: str | None = None
     """Local folder, URI or hub name of the checkpoint; none = the run makes a tiny one."""
-    picture: PictureConfig = PictureConfig()
+    image: ImageConfig = ImageConfig()
     """Pixel budget."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights and activations; losses are always float32."""
-    inputs: Literal["picture", "text", "both"] = "both"
-    """What of a listing the generator sees."""
+    inputs: Literal["image", "text", "both"] = "both"
+    """What of an item the generator sees."""
     title_columns: tuple[str, ...] = ("title",)
     """Columns whose texts, joined by a space, are the title that the generator reads."""
     instruction: str = "List the key attributes."
-    """Text after the listing in the prompt."""
+    """Text after the item in the prompt."""
     max_prompt_tokens: int = Field(2048, gt=0)
-    """Listings whose prompt is longer are dropped at load and counted, never truncated."""
+    """Items whose prompt is longer are dropped at load and counted, never truncated."""
     max_new_tokens: int = Field(128, gt=0)
     """Longest completion; one without an end by then is invalid."""
     max_attributes: int = Field(16, gt=0)
@@ -147,9 +151,9 @@ class OptimizerConfig(Section):
     """Decay rates of the moments."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """What follows the warm-up: constant, or decay to zero at the last step."""
-    warmup_share: float = Field(0.05, ge=0, lt=1)
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
     """Share of the steps in which the rate rises from zero."""
-    gradient_clip: float = Field(1.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0)
     """Largest global gradient norm; 0 = no clipping."""
 
 
@@ -180,7 +184,7 @@ class TinyConfig(Section):
     generator_pretrain_steps: int = Field(300, ge=0)
     """Captioning steps of the generator; 0 leaves random weights."""
     pretrain_batch_size: int = Field(48, gt=0)
-    """Listings per captioning step."""
+    """Items per captioning step."""
     pretrain_learning_rate: float = Field(2e-3, gt=0)
     """Peak learning rate of the captioning."""
 

@@ -87,13 +87,17 @@ class Config(Section):
     @model_validator(mode="after")
     def _protocols_that_decide_have_hit_at_1(self) -> Config:
         retrieval = {each.name: each for each in self.evaluation.protocols if each.kind == "retrieval"}
-        decided_by = self.cit.decided_by
-        if decided_by and decided_by not in retrieval:
+        selection_protocol = self.cit.selection_protocol
+        if selection_protocol and selection_protocol not in retrieval:
             raise ValueError(
-                f"cit.decided_by {decided_by!r} is not a retrieval protocol of evaluation.protocols; there are: "
+                f"cit.selection_protocol {selection_protocol!r} is not a retrieval protocol of evaluation.protocols; "
+                "there are: "
                 f"{', '.join(retrieval)}"
             )
-        named = [("evaluation.headline", self.evaluation.headline), ("cit.decided_by", decided_by)]
+        named = [
+            ("evaluation.primary_protocol", self.evaluation.primary_protocol),
+            ("cit.selection_protocol", selection_protocol),
+        ]
         named += [("cit.gate.protocols", name) for name in self.cit.gate.protocols]
         for field, name in named:
             if name in retrieval and 1 not in retrieval[name].ks:
@@ -143,8 +147,8 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _a_dual_tower_is_asked_for_what_it_can(self) -> Config:
-        if self.encoder.kind != "clip":
+    def _a_dual_encoder_is_asked_for_what_it_can(self) -> Config:
+        if self.encoder.kind != "dual_encoder":
             return self
         agcl = self.agcl
         asked = {
@@ -154,9 +158,11 @@ class Config(Section):
             "agcl.learn_temperature=false": agcl.learn_temperature,
             "agcl.tokens_per_microbatch=null": agcl.tokens_per_microbatch is not None,
             "agcl.positives_per_query=1": agcl.positives_per_query != 1,
-            "agcl.curated_negatives=0": agcl.curated_negatives != 0,
+            "agcl.hard_negatives=0": agcl.hard_negatives != 0,
         }
         wrong = [setting for setting, is_asked in asked.items() if is_asked]
         if wrong:
-            raise ValueError(f"encoder.kind clip has objectives of its own (encoder.dual_tower); set {' '.join(wrong)}")
+            raise ValueError(
+                f"encoder.kind clip has objectives of its own (encoder.dual_encoder); set {' '.join(wrong)}"
+            )
         return self

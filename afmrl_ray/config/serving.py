@@ -50,8 +50,8 @@ class LimitsConfig(Section):
 
     body_mb: float = Field(16, gt=0)
     """Size of a request's body, MB."""
-    picture_pixels: int = Field(16_000_000, gt=0)
-    """Pixels of a picture, judged from its header."""
+    image_pixels: int = Field(16_000_000, gt=0)
+    """Pixels of an image, judged from its header."""
     title_characters: int = Field(2000, gt=0)
     """Length of a title."""
     attributes: int = Field(32, gt=0)
@@ -84,13 +84,13 @@ class ServingConfig(Section):
     state_dir: str | None = None
     """Local folder, the same for all replicas of the index, with what was put in and the round that is served; none =
     `serving` below the run."""
-    enrich: Literal["generated", "none"] = "generated"
+    attributes_source: Literal["generated", "none"] = "generated"
     """Whether a search that does not say is made with generated attributes."""
     max_pairs: int | None = Field(None, gt=0)
     """Pairs after which the generator stops, for speed; none = where it ends by itself."""
     cached_attributes: int = Field(100_000, ge=0)
     """Attribute texts that each ingress replica remembers."""
-    merge_above: int = Field(10_000, gt=0)
+    max_delta_items: int = Field(10_000, gt=0)
     """Items put in since the index was built, above which they are merged into a new copy of it; until then they are
     searched one by one."""
     rounds_kept: int = Field(2, ge=2)

@@ -21,7 +21,7 @@ class ColumnTeacherConfig(Section):
 class OpenAITeacherConfig(Section):
     """Any endpoint that speaks OpenAI's chat completions."""
 
-    operational = frozenset({"api_key_env", "concurrency", "timeout_s", "max_retries", "backoff_s"})
+    runtime_only = frozenset({"api_key_env", "concurrency", "timeout_s", "max_retries", "backoff_s"})
 
     kind: Literal["openai"] = "openai"
     """Discriminates the teachers."""
@@ -35,7 +35,7 @@ class OpenAITeacherConfig(Section):
         "List the key attributes of this product as 'name: value; name: value', lower case, nothing else. "
         "Title: {title}"
     )
-    """Text sent with the picture; {title} is replaced."""
+    """Text sent with the image; {title} is replaced."""
     max_tokens: int = Field(256, gt=0)
     """Longest answer, tokens."""
     concurrency: int = Field(8, gt=0)

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from afmrl_ray.config.base import Section
-from afmrl_ray.config.catalogue import SideConfig
+from afmrl_ray.config.catalogue import ItemSelector
 from afmrl_ray.config.cluster import PoolConfig, WorkersConfig
 from afmrl_ray.config.models import AdapterConfig, OptimizerConfig
 
@@ -17,12 +17,12 @@ Enriched = Literal["none", "query", "both"]
 class DistillConfig(Section):
     """Supervised fine-tuning of the generator on the teacher's attributes."""
 
-    items: SideConfig = SideConfig(split=("train",))
-    """Listings that the teacher labels."""
+    items: ItemSelector = ItemSelector(split=("train",))
+    """Items that the teacher labels."""
     steps: int = Field(500, gt=0)
     """Optimizer steps."""
     batch_size: int = Field(32, gt=0)
-    """Listings per step, over all workers."""
+    """Items per step, over all workers."""
     adapter: AdapterConfig = AdapterConfig(kind="full")
     """What is trained; the paper fine-tunes the generator fully."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5)
@@ -43,14 +43,14 @@ class LexicalConfig(Section):
     temperature: float = Field(1.0, gt=0)
     """Divisor for scale `temperature`."""
     idf: Literal["corpus", "batch"] = "corpus"
-    """Where document frequencies come from: all listings of `agcl.pairs`, or the candidates of the step."""
+    """Where document frequencies come from: all items of `agcl.pairs`, or the candidates of the step."""
 
 
 class MaskConfig(Section):
     """Masking of probable false negatives."""
 
     enabled: bool = False
-    """Off = only listings of the same product are masked, which retrieved best wherever it was measured."""
+    """Off = only items of the same product are masked, which retrieved best wherever it was measured."""
     kind: Literal["candidate", "margin", "attributes"] = "candidate"
     """By what a candidate is suspicious: its similarity to the positive, to the query, or its attributes."""
     threshold: float = Field(0.9, ge=-1, le=1)
@@ -66,14 +66,32 @@ class MaskConfig(Section):
 
 
 class PairConfig(Section):
-    """A source of positive pairs: two listings of one product, one from each side."""
+    """A source of positive pairs: two items of one product, one from each side."""
 
-    query: SideConfig = SideConfig(split=("train",))
+    query: ItemSelector = ItemSelector(split=("train",))
     """Where queries come from."""
-    positive: SideConfig = SideConfig(split=("train",))
+    positive: ItemSelector = ItemSelector(split=("train",))
     """Where their positives come from."""
     weight: float = Field(1.0, gt=0)
     """Relative share of the batch."""
+
+
+class BatchGroupingConfig(Section):
+    """Whole groups of similar products in one batch."""
+
+    fraction: float = Field(0.0, ge=0, le=1)
+    """Fraction of a batch made of whole groups of products that agree in `column`; 0 = batches are uniform."""
+    column: str = "category"
+    """Column whose equal values put products into one group."""
+
+
+class AttributeDropoutConfig(Section):
+    """Probability that the attributes of a training item are left out of the encoder's input."""
+
+    query: float = Field(0.3, ge=0, le=1)
+    """Of a query."""
+    positive: float = Field(0.3, ge=0, le=1)
+    """Of a positive."""
 
 
 class AGCLConfig(Section):
@@ -81,7 +99,7 @@ class AGCLConfig(Section):
 
     pairs: tuple[PairConfig, ...] = (PairConfig(),)
     """Sources of positive pairs."""
-    product_share: float = Field(1.0, gt=0, le=1)
+    train_fraction: float = Field(1.0, gt=0, le=1)
     """Share of the products that are trained on, drawn by the run's seed; the number of steps stays the same."""
     steps: int = Field(1000, gt=0)
     """Optimizer steps of a round."""
@@ -92,12 +110,10 @@ class AGCLConfig(Section):
     second forward pass (GradCache), and changes the result by nothing but which random numbers dropout draws."""
     positives_per_query: int = Field(1, ge=1)
     """Positives of each query; each is pulled towards it on its own, none repels another."""
-    curated_negatives: int = Field(0, ge=0)
-    """Listings of the query's column `negatives` (item ids) that join the candidates; the mask spares them."""
-    hard_share: float = Field(0.0, ge=0, le=1)
-    """Share of a batch made of whole groups of products that agree in `hard_column`."""
-    hard_column: str = "category"
-    """Column whose equal values make products hard to tell apart."""
+    hard_negatives: int = Field(0, ge=0)
+    """Items of the query's column `negatives` (item ids) that join the candidates; the mask spares them."""
+    batch_grouping: BatchGroupingConfig = BatchGroupingConfig()
+    """Products that are hard to tell apart, brought together in a batch."""
     temperature: float = Field(0.05, gt=0)
     """Temperature of the similarities."""
     learn_temperature: bool = False
@@ -108,10 +124,8 @@ class AGCLConfig(Section):
     """BM25 weights."""
     mask: MaskConfig = MaskConfig()
     """False-negative mask."""
-    enrich_query: float = Field(0.7, ge=0, le=1)
-    """Chance that a query is shown to the encoder with its attributes."""
-    enrich_positive: float = Field(0.7, ge=0, le=1)
-    """Chance that a positive is shown to the encoder with its attributes."""
+    attribute_dropout: AttributeDropoutConfig = AttributeDropoutConfig()
+    """How often the encoder sees an item without its attributes."""
     adapter: AdapterConfig = AdapterConfig()
     """What is trained; the paper uses LoRA."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-5)
@@ -120,57 +134,57 @@ class AGCLConfig(Section):
     """Ray Train worker group."""
 
     @property
-    def sides(self) -> list[SideConfig]:
-        """Where listings of any pair come from."""
+    def sides(self) -> list[ItemSelector]:
+        """Where items of any pair come from."""
         return [side for pair in self.pairs for side in (pair.query, pair.positive)]
 
 
-class TaskConfig(Section):
+class RetrievalTask(Section):
     """The retrieval that RAR is rewarded for."""
 
-    query: SideConfig = SideConfig(split=("train",))
-    """Listings for which attributes are generated."""
-    gallery: SideConfig = SideConfig(split=("train",))
-    """Listings that are searched; the query's own is excluded."""
-    heldout_query: SideConfig = SideConfig(split=("val",), role="query")
-    """Listings never trained on, for the reward before and after."""
-    heldout_gallery: SideConfig = SideConfig(split=("val", "train"))
-    """Listings searched by the held-out queries."""
-    gallery_enriched: bool = True
+    query: ItemSelector = ItemSelector(split=("train",))
+    """Items for which attributes are generated."""
+    gallery: ItemSelector = ItemSelector(split=("train",))
+    """Items that are searched; the query's own is excluded."""
+    heldout_query: ItemSelector = ItemSelector(split=("val",), role="query")
+    """Items never trained on, for the reward before and after."""
+    heldout_gallery: ItemSelector = ItemSelector(split=("val", "train"))
+    """Items searched by the held-out queries."""
+    gallery_with_attributes: bool = True
     """Whether the gallery is embedded with its attributes of this round."""
 
 
 class RewardConfig(Section):
     """The reward service: frozen encoder and gallery behind Ray actors.
 
-    Which queries go through the encoder together changes their embeddings by rounding. With `coalesce_ms` and
+    Which queries go through the encoder together changes their embeddings by rounding. With `batch_wait_ms` and
     `cached_scores` 0 a score is a function of its request alone.
     """
 
-    operational = frozenset(
+    runtime_only = frozenset(
         {
-            "gallery_placement", "shared_prefix", "tokens_per_batch", "coalesce_ms", "cached_scores", "max_in_flight",
-            "start_timeout_s", "timeout_s", "max_retries", "backoff_s", "max_failed_share",
+            "gallery_placement", "shared_prefix", "tokens_per_batch", "batch_wait_ms", "cached_scores", "max_in_flight",
+            "start_timeout_s", "timeout_s", "max_retries", "backoff_s", "max_failed_fraction",
         }
     )  # fmt: skip
 
     kind: Literal["hit", "recall", "reciprocal_rank", "ndcg"] = "recall"
-    """Measure of the enriched query's retrieval: hit@k, recall@k, one over the first positive's place (at any depth),
-    or nDCG@k."""
+    """Retrieval metric of the query with attributes: hit@k, recall@k, reciprocal rank of the first positive (at any
+    depth), or nDCG@k."""
     k: int = Field(50, gt=0)
     """Depth of the retrieval."""
     invalid: float = -0.1
     """Reward of an output that the parser refuses."""
     pool: PoolConfig = PoolConfig()
-    """Reward actors; `batch_size` counts the queries of a request, a listing's together."""
+    """Reward actors; `batch_size` counts the queries of a request, an item's together."""
     gallery_placement: Literal["shared", "sharded"] = "shared"
     """`shared`: every actor maps the whole gallery, one copy per node; `sharded`: each holds a share of its rows, and
     their counts add up to the same ranks."""
     shared_prefix: bool = True
-    """Whether the encoder computes what the queries of a listing begin with once."""
+    """Whether the encoder computes what the queries of an item begin with once."""
     tokens_per_batch: int = Field(16384, gt=0)
     """Tokens, visual ones counted, that requests are collected up to, and of one forward pass of the encoder."""
-    coalesce_ms: float = Field(3.0, ge=0)
+    batch_wait_ms: float = Field(3.0, ge=0)
     """Longest wait of a request for others to be encoded with, ms; 0 = each request by itself."""
     cached_scores: int = Field(65536, ge=0)
     """Latest scores that an actor keeps, so that it scores equal queries once; 0 = none."""
@@ -184,14 +198,14 @@ class RewardConfig(Section):
     """Times that a failed request is sent again, to another actor if there is one."""
     backoff_s: float = Field(0.2, ge=0)
     """Pause before the first retry; doubles with each, up to 10 s, and is drawn from half to one and a half of it."""
-    max_failed_share: float = Field(0.1, ge=0, le=1)
+    max_failed_fraction: float = Field(0.1, ge=0, le=1)
     """Share of a step's rewards that may fail for reasons of infrastructure before the job stops."""
 
 
 class VLLMConfig(Section):
     """vLLM inside a rollout actor; what else it needs to know follows from the policy."""
 
-    operational = frozenset({"gpu_memory_utilization", "tensor_parallel_size", "enforce_eager"})
+    runtime_only = frozenset({"gpu_memory_utilization", "tensor_parallel_size", "enforce_eager"})
 
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     """Share of each GPU's memory that an actor takes; actors that share a GPU must share this too."""
@@ -204,7 +218,7 @@ class VLLMConfig(Section):
 class RolloutConfig(Section):
     """Sampling of completions by Ray actors."""
 
-    operational = frozenset({"timeout_s", "max_restarts"})
+    runtime_only = frozenset({"timeout_s", "max_restarts"})
 
     engine: Literal["transformers", "vllm"] = "transformers"
     """What samples: `transformers`, on CPUs or GPUs; or `vllm`, on GPUs (`pip install .[vllm]`), made for large models,
@@ -240,12 +254,12 @@ class RolloutConfig(Section):
 class GRPOConfig(Section):
     """Readings of GRPO's loss; the defaults are what most trainers agree on."""
 
-    aggregation: Literal["token", "sequence", "constant"] = "token"
+    loss_aggregation: Literal["token", "sequence", "constant"] = "token"
     """What the loss of a step is: the mean over its tokens, the mean over completions of the mean over their tokens, or
     the sum over tokens by a constant, completions times `generator.max_new_tokens` (Dr. GRPO)."""
-    ratio_level: Literal["token", "sequence"] = "token"
+    importance_sampling_level: Literal["token", "sequence"] = "token"
     """Whether every token has its own ratio, or a completion the geometric mean of its tokens' (GSPO)."""
-    ratio_cap: float | None = Field(None, gt=1)
+    delta: float | None = Field(None, gt=1)
     """Largest ratio where the clip does not hold, of either sign of the advantage; none = no cap."""
     dual_clip: float | None = Field(None, gt=1)
     """Bound of the loss for negative advantages, times the advantage; none = no bound."""
@@ -257,7 +271,7 @@ class GRPOConfig(Section):
     """Whether the KL is taken off a completion's reward, summed over its tokens, instead of being added to the loss."""
     baseline: Literal["mean", "leave_one_out"] = "mean"
     """What is taken off a reward: its group's mean, or the mean of the others of its group."""
-    mask_overlong: bool = False
+    mask_truncated_completions: bool = False
     """Whether completions that did not end within `generator.max_new_tokens` are left out of the loss; their rewards
     count in their group all the same."""
 
@@ -265,14 +279,14 @@ class GRPOConfig(Section):
 class RARConfig(Section):
     """Stage 2: GRPO of the generator, rewarded with the retrieval of the frozen encoder."""
 
-    operational = frozenset(
+    runtime_only = frozenset(
         {
-            "tokens_per_microbatch", "shared_prompt", "logprob_gap_limit", "num_learners", "cpus_per_learner",
+            "tokens_per_microbatch", "shared_prompt", "rollout_logprob_diff_limit", "num_learners", "cpus_per_learner",
             "gpus_per_learner", "max_learner_restarts", "checkpoint_every",
         }
     )  # fmt: skip
 
-    task: TaskConfig = TaskConfig()
+    task: RetrievalTask = RetrievalTask()
     """What is retrieved."""
     steps: int = Field(200, gt=0)
     """Optimizer steps of a round; one per batch of rollouts."""
@@ -285,19 +299,19 @@ class RARConfig(Section):
     shared_prompt: Literal["auto", "on", "off"] = "auto"
     """Whether learners compute a group's prompt once: `auto` = unless a check of the first batch finds a difference,
     `on` = such a difference is an error, `off` = a row for each completion."""
-    clip_low: float = Field(0.2, gt=0, lt=1)
-    """Lower clip of the ratio: 1 - clip_low."""
-    clip_high: float = Field(0.2, gt=0)
-    """Upper clip of the ratio: 1 + clip_high."""
+    epsilon: float = Field(0.2, gt=0, lt=1)
+    """Lower clip of the ratio: 1 - epsilon."""
+    epsilon_high: float = Field(0.2, gt=0)
+    """Upper clip of the ratio: 1 + epsilon_high."""
     kl_coef: float = Field(0.001, ge=0)
     """Weight of the KL to the policy at the round's start; 0 frees the reference model."""
-    advantage_scale: Literal["group", "batch", "none"] = "group"
+    scale_rewards: Literal["group", "batch", "none"] = "group"
     """What advantages are divided by: the group's deviation, the batch's, or nothing."""
     advantage_eps: float = Field(1e-4, gt=0)
     """Added to the deviation."""
     grpo: GRPOConfig = GRPOConfig()
     """Readings of the loss."""
-    logprob_gap_limit: float = Field(0.05, gt=0)
+    rollout_logprob_diff_limit: float = Field(0.05, gt=0)
     """Largest mean gap between the sampler's and the learner's log-probabilities of fresh rollouts."""
     adapter: AdapterConfig = AdapterConfig(kind="full")
     """What is trained; the paper fine-tunes the generator fully."""
@@ -319,10 +333,10 @@ class RARConfig(Section):
     """Reward service."""
     max_staleness: int = Field(0, ge=0, le=1)
     """Updates by which rollouts may lag behind the policy that learns from them: 0 = none, 1 = the next step is sampled
-    and scored while this one is learned, and its tokens are weighted for it (`importance_cap`)."""
-    importance_cap: float = Field(2.0, ge=1)
+    and scored while this one is learned, and its tokens are weighted for it (`tis_cap`)."""
+    tis_cap: float = Field(2.0, ge=1)
     """Largest weight of a token whose sampler lags behind: the ratio of policy and sampler is cut off there."""
-    resample_rounds: int = Field(0, ge=0)
+    dynamic_sampling_rounds: int = Field(0, ge=0)
     """Times per step that prompts whose completions all have the same reward make way for others; 0 = they stay."""
     checkpoint_every: int = Field(20, gt=0)
     """Steps between checkpoints."""
@@ -331,9 +345,9 @@ class RARConfig(Section):
 
     @model_validator(mode="after")
     def _a_bound_holds(self) -> RARConfig:
-        cap = self.grpo.ratio_cap
-        if cap is not None and cap <= 1 + self.clip_high:
-            raise ValueError(f"grpo.ratio_cap {cap:g} is below 1 + clip_high; use more than {1 + self.clip_high:g}")
+        cap = self.grpo.delta
+        if cap is not None and cap <= 1 + self.epsilon_high:
+            raise ValueError(f"grpo.delta {cap:g} is below 1 + epsilon_high; use more than {1 + self.epsilon_high:g}")
         return self
 
     @model_validator(mode="after")

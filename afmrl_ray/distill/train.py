@@ -15,10 +15,10 @@ from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue
 from afmrl_ray.config import Config, validate
 from afmrl_ray.errors import CatalogueError, ConfigError
 from afmrl_ray.models.adapters import load_start, save_trained
-from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.item_processor import ItemProcessor
 from afmrl_ray.models.logprobs import completion_batch
 from afmrl_ray.models.policy import Policy
-from afmrl_ray.models.prompts import generator_row, prompt_fits
+from afmrl_ray.models.prompts import generator_input, prompt_fits
 from afmrl_ray.training.engine import Engine
 from afmrl_ray.training.fit import fit, run_steps, worker_threads
 from afmrl_ray.training.metrics_log import results_of
@@ -64,7 +64,7 @@ def train_loop(payload: dict[str, Any]) -> None:
     distill = config.distill
     worker_threads(distill.workers)
     model = load_start(job.start, "generator", distill.adapter, seed=config.run.seed, dtype=config.generator.dtype)
-    processor = ListingProcessor.from_pretrained(job.start, config.generator.picture)
+    processor = ItemProcessor.from_pretrained(job.start, config.generator.image)
     engine = Engine(
         Policy(model).train(),
         distill.optimizer,
@@ -102,7 +102,7 @@ def train_loop(payload: dict[str, Any]) -> None:
 
 
 def labelled_rows(
-    config: Config, catalogue: StagedCatalogue, processor: ListingProcessor, labels: str
+    config: Config, catalogue: StagedCatalogue, processor: ItemProcessor, labels: str
 ) -> list[tuple[int, str]]:
     """Catalogue rows that the teacher labelled, with their attribute text, in row order; too long prompts are left out.
 
@@ -134,7 +134,7 @@ class DistillStep:
         config: Config,
         labels: list[tuple[int, str]],
         catalogue: StagedCatalogue,
-        processor: ListingProcessor,
+        processor: ItemProcessor,
         engine: Engine,
         *,
         rank: int = 0,
@@ -158,7 +158,7 @@ class DistillStep:
         share = len(batch) // self._world
         local = slice(self._rank * share, (self._rank + 1) * share)
         prompts = [
-            generator_row(self._processor, self._catalogue, row, config=self._config.generator)
+            generator_input(self._processor, self._catalogue, row, config=self._config.generator)
             for row, _ in batch[local]
         ]
         inputs, mask = completion_batch(prompts, completions[local], self._processor.pad_id, self._engine.device)

@@ -62,7 +62,7 @@ def make_trainable(model: Any, config: AdapterConfig) -> Any:
 
 
 def vision_tower(model: Any) -> Any:
-    """The part of a Qwen2-VL, Qwen2.5-VL or dual-tower model that sees pictures."""
+    """The part of a Qwen2-VL, Qwen2.5-VL or dual-tower model that sees images."""
     return model.vision_model if hasattr(model, "vision_model") else model.model.visual
 
 
@@ -72,12 +72,12 @@ def is_adapter(path: str) -> bool:
 
 
 def save_trained(model: Any, path: str, *, processor: str) -> None:
-    """Save an adapter (PEFT layout) or a whole model with tokenizer and picture processor, in safetensors.
+    """Save an adapter (PEFT layout) or a whole model with tokenizer and image processor, in safetensors.
 
     Args:
         model: the trained model, PEFT-wrapped or not.
         path: local folder.
-        processor: checkpoint whose tokenizer and picture processor belong to the model.
+        processor: checkpoint whose tokenizer and image processor belong to the model.
     """
     Path(path).mkdir(parents=True, exist_ok=True)
     model.save_pretrained(path, safe_serialization=True)
@@ -90,7 +90,7 @@ def save_trained(model: Any, path: str, *, processor: str) -> None:
 
 
 def copy_processor(source: str, target: str) -> None:
-    """Copy tokenizer and picture processor beside weights; a hub name is resolved by loading and saving them."""
+    """Copy tokenizer and image processor beside weights; a hub name is resolved by loading and saving them."""
     if os.path.isdir(source):
         for name in PROCESSOR_FILES:
             if os.path.isfile(os.path.join(source, name)):
@@ -114,7 +114,7 @@ def load_trained(
 
     Args:
         path: folder or URI of a model or of an adapter, or a hub name of a model.
-        role: `encoder`, `generator` or `dual_tower`.
+        role: `encoder`, `generator` or `dual_encoder`.
         trainable: keep the adapter apart and trainable; else it is merged into the weights for speed.
 
     Raises:

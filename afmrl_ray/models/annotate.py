@@ -1,4 +1,4 @@
-"""Attributes of many listings, written by the generator in a pool of Ray Data actors."""
+"""Attributes of many items, written by the generator in a pool of Ray Data actors."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from afmrl_ray.config.cluster import PoolConfig
 from afmrl_ray.config.models import GeneratorConfig
 from afmrl_ray.models.adapters import load_trained
 from afmrl_ray.models.generation import generate
-from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.item_processor import ItemProcessor
 from afmrl_ray.models.pool import map_rows
-from afmrl_ray.models.prompts import Listings, generator_row, prompt_fits
+from afmrl_ray.models.prompts import Items, generator_input, prompt_fits
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class GeneratorRef:
 
     Attributes:
         path: model or adapter folder, or hub name.
-        config: how listings are shown to it.
+        config: how items are shown to it.
     """
 
     path: str
@@ -39,7 +39,7 @@ class Annotator:
     def __init__(self, generator: GeneratorRef, catalogue: CatalogueRef) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = load_trained(generator.path, "generator", dtype=generator.config.dtype, device=device).eval()
-        self._processor = ListingProcessor.from_pretrained(generator.path, generator.config.picture)
+        self._processor = ItemProcessor.from_pretrained(generator.path, generator.config.image)
         self._config = generator.config
         self._catalogue = catalogue.open()
 
@@ -52,8 +52,8 @@ class Annotator:
 
 def write_attributes(
     model: Any,
-    processor: ListingProcessor,
-    listings: Listings,
+    processor: ItemProcessor,
+    items: Items,
     rows: Sequence[int],
     *,
     config: GeneratorConfig,
@@ -64,10 +64,10 @@ def write_attributes(
     Args:
         max_pairs: writing ends after this many pairs; none = where the model ends it.
     """
-    fitting = [row for row in rows if prompt_fits(processor, listings, row, config=config)]
+    fitting = [row for row in rows if prompt_fits(processor, items, row, config=config)]
     found: dict[int, tuple[str, str]] = dict.fromkeys(rows, ("", "prompt_too_long"))
     if fitting:
-        prompts = [generator_row(processor, listings, row, config=config) for row in fitting]
+        prompts = [generator_input(processor, items, row, config=config) for row in fitting]
         completions = generate(
             model, processor, prompts, max_new_tokens=config.max_new_tokens, max_separators=max_pairs
         )

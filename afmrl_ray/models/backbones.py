@@ -13,8 +13,8 @@ from afmrl_ray import storage
 from afmrl_ray.errors import CheckpointError
 from afmrl_ray.models.vision_attention import use_attention_by_length
 
-ARCHITECTURES = {"encoder": ("qwen2_vl",), "generator": ("qwen2_5_vl",), "dual_tower": ("clip", "siglip")}
-"""Model types that a role may have; the encoder is a dual tower where `encoder.kind` says so."""
+ARCHITECTURES = {"encoder": ("qwen2_vl",), "generator": ("qwen2_5_vl",), "dual_encoder": ("clip", "siglip")}
+"""Model types that a role may have; the encoder is a dual encoder where `encoder.kind` says so."""
 
 
 def fetch(path: str) -> str:
@@ -64,7 +64,9 @@ def _check_type(model_type: str | None, path: str, role: str, setting: str) -> N
     wanted = ARCHITECTURES[role]
     if model_type not in wanted:
         hint = (
-            "; set encoder.kind=clip for it" if role == "encoder" and model_type in ARCHITECTURES["dual_tower"] else ""
+            "; set encoder.kind=dual_encoder for it"
+            if role == "encoder" and model_type in ARCHITECTURES["dual_encoder"]
+            else ""
         )
         raise CheckpointError(f"{setting}: {path} is {model_type}, the {role} must be {' or '.join(wanted)}{hint}")
 
@@ -79,7 +81,7 @@ def load_backbone(path: str, role: str, *, dtype: str = "float32", device: torch
     local = fetch(path)
     check_checkpoint(local, role)
     model = _model_class(local, role).from_pretrained(local, dtype=getattr(torch, dtype), attn_implementation="sdpa")
-    if role != "dual_tower":
+    if role != "dual_encoder":
         use_attention_by_length(model)
     # What an adapter will name as its base: where the checkpoint lies for everybody, not this node's copy of it.
     model.name_or_path = path
@@ -95,6 +97,6 @@ def _model_class(local: str, role: str) -> Any:
         SiglipModel,
     )
 
-    if role == "dual_tower":
+    if role == "dual_encoder":
         return CLIPModel if AutoConfig.from_pretrained(local).model_type == "clip" else SiglipModel
     return Qwen2VLForConditionalGeneration if role == "encoder" else Qwen2_5_VLForConditionalGeneration

@@ -31,7 +31,7 @@ class EmbeddingModel(nn.Module):
         self.log_temperature = nn.Parameter(torch.tensor([temperature]).log()) if temperature is not None else None
 
     def forward(self, **batch: Tensor) -> Tensor:
-        """Embed a left-padded batch of `models.rows.collate`, with pictures before or after the vision tower.
+        """Embed a left-padded batch of `models.model_input.collate`, with images before or after the vision tower.
 
         Returns:
             [B, D] float32, of unit length; with a learned temperature [B, D + 1], its logarithm in the last column, so
@@ -39,7 +39,7 @@ class EmbeddingModel(nn.Module):
         """
         inner = inner_model(self.backbone).model
         with last_token_only(inner.language_model):
-            hidden = inner(**_with_pictures(batch), use_cache=False).last_hidden_state
+            hidden = inner(**_with_images(batch), use_cache=False).last_hidden_state
         embeddings = functional.normalize(hidden[:, -1].float(), dim=-1)
         if self.log_temperature is None:
             return embeddings
@@ -55,7 +55,7 @@ class EmbeddingModel(nn.Module):
             [K, D] float32, of unit length.
         """
         inner = inner_model(self.backbone).model
-        hidden = inner(**_with_pictures(packed.inputs), use_cache=False).last_hidden_state[0]
+        hidden = inner(**_with_images(packed.inputs), use_cache=False).last_hidden_state[0]
         last = packed.places.gather(1, packed.mask.sum(1, keepdim=True) - 1)[:, 0]
         return functional.normalize(hidden[last].float(), dim=-1)
 
@@ -64,8 +64,8 @@ class EmbeddingModel(nn.Module):
         return next(self.parameters()).device
 
 
-def _with_pictures(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What the inner model takes: pictures after the vision tower go in as its output."""
+def _with_images(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What the inner model takes: images after the vision tower go in as its output."""
     given = dict(batch)
     features = given.pop("image_features", None)
     if features is not None:

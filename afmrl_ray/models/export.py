@@ -13,7 +13,7 @@ from afmrl_ray.models.backbones import fetch
 
 
 def export_merged(path: str, role: str, out: str, *, dtype: str = "float32") -> None:
-    """Merge an adapter into its base, or copy a whole model, to `out` with tokenizer and picture processor.
+    """Merge an adapter into its base, or copy a whole model, to `out` with tokenizer and image processor.
 
     Args:
         path: folder or URI of a model or adapter, or a hub name of a model.

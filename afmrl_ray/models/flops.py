@@ -26,8 +26,8 @@ PEAK_TFLOPS_BF16 = {
 """Dense bfloat16 peak by a part of the device's name, the longer names of a family first (NVIDIA's data sheets)."""
 
 
-class Picture(Protocol):
-    """What decides the work on a picture; `models.rows.Visual` is one."""
+class Image(Protocol):
+    """What decides the work on an image; `models.model_input.Visual` is one."""
 
     @property
     def grid(self) -> tuple[int, int, int]: ...
@@ -37,12 +37,12 @@ class Picture(Protocol):
 
 
 class Tokens(Protocol):
-    """What decides the work on a sequence; `models.rows.Row` is one."""
+    """What decides the work on a sequence; `models.model_input.ModelInput` is one."""
 
     def __len__(self) -> int: ...
 
     @property
-    def visuals(self) -> Sequence[Picture]: ...
+    def visuals(self) -> Sequence[Image]: ...
 
 
 def peak_tflops(device_name: str) -> float | None:
@@ -82,9 +82,9 @@ class EncoderFlops:
         return 2 * weights * (1 + self._text_backward) + 2 * attention * (3 if self._text_backward else 1)
 
     def _tower(self, row: Tokens) -> float:
-        return sum(self._picture(visual) for visual in row.visuals if visual.features is None)
+        return sum(self._image(visual) for visual in row.visuals if visual.features is None)
 
-    def _picture(self, visual: Picture) -> float:
+    def _image(self, visual: Image) -> float:
         patches = visual.grid[1] * visual.grid[2]
         weights = patches * self._blocks * self._block + patches // self._merge * self._merger
         # Nothing asks for gradients of pixels.

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from afmrl_ray.models.inner import inner_model
-from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.item_processor import ItemProcessor
 from afmrl_ray.models.logprobs import token_logprobs
-from afmrl_ray.models.rows import Row, collate
+from afmrl_ray.models.model_input import ModelInput, collate
 from afmrl_ray.models.shared_prefix import Decoding, takes_shared_prefix
 
 
@@ -30,7 +30,7 @@ class Completions:
     mask: Tensor
     logp: Tensor
 
-    def texts(self, processor: ListingProcessor) -> list[tuple[str, bool]]:
+    def texts(self, processor: ItemProcessor) -> list[tuple[str, bool]]:
         """Text of every completion and whether it ended by itself."""
         return [processor.decode(row[keep].tolist()) for row, keep in zip(self.ids, self.mask, strict=True)]
 
@@ -38,8 +38,8 @@ class Completions:
 @torch.no_grad()
 def generate(
     model: Any,
-    processor: ListingProcessor,
-    prompts: Sequence[Row],
+    processor: ItemProcessor,
+    prompts: Sequence[ModelInput],
     *,
     max_new_tokens: int,
     group_size: int = 1,

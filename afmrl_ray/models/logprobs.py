@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from afmrl_ray.models.inner import inner_model
-from afmrl_ray.models.rows import Row, append_completion, collate
+from afmrl_ray.models.model_input import ModelInput, append_completion, collate
 from afmrl_ray.models.shared_prefix import Packed
 
 _CHUNK = 1024
@@ -32,7 +32,7 @@ def token_logprobs(logits: Tensor, *, temperature: float, forbidden_ids: Sequenc
 
 
 def completion_batch(
-    prompts: Sequence[Row], completions: Sequence[np.ndarray], pad_id: int, device: torch.device | str = "cpu"
+    prompts: Sequence[ModelInput], completions: Sequence[np.ndarray], pad_id: int, device: torch.device | str = "cpu"
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Collate prompts followed by their completions.
 

@@ -10,18 +10,18 @@ from torch import Tensor
 
 from afmrl_ray.models.encoder import EmbeddingModel
 from afmrl_ray.models.microbatches import cut_shared_prefix
-from afmrl_ray.models.rows import Row
+from afmrl_ray.models.model_input import ModelInput
 from afmrl_ray.models.shared_prefix import pack
 
 
-def split_at_common_prefix(rows: Sequence[Row]) -> tuple[Row, list[np.ndarray]]:
+def split_at_common_prefix(rows: Sequence[ModelInput]) -> tuple[ModelInput, list[np.ndarray]]:
     """Cut rows after the tokens that all of them begin with; each keeps at least its last token.
 
     Args:
-        rows: at least one, all of the same pictures, after which each has at least one token.
+        rows: at least one, all of the same images, after which each has at least one token.
 
     Returns:
-        The prefix with the pictures, and what follows it in each row, [n] token ids.
+        The prefix with the images, and what follows it in each row, [n] token ids.
     """
     shortest = min(len(row) for row in rows)
     ids = np.stack([row.input_ids[:shortest] for row in rows])
@@ -29,22 +29,24 @@ def split_at_common_prefix(rows: Sequence[Row]) -> tuple[Row, list[np.ndarray]]:
     length = int(differs[0]) if len(differs) else shortest
     length = min(length, shortest - 1)
     first = rows[0]
-    prefix = Row(first.input_ids[:length], first.token_types[:length], first.positions[:, :length], first.visuals)
+    prefix = ModelInput(
+        first.input_ids[:length], first.token_types[:length], first.positions[:, :length], first.visuals
+    )
     return prefix, [row.input_ids[length:] for row in rows]
 
 
-def group_tokens(rows: Sequence[Row]) -> int:
+def group_tokens(rows: Sequence[ModelInput]) -> int:
     """Tokens of a group's packed sequence, its prefix counted once."""
     prefix, continuations = split_at_common_prefix(rows)
     return len(prefix) + sum(map(len, continuations))
 
 
-def embed_groups(model: EmbeddingModel, groups: Sequence[Sequence[Row]], pad_id: int, *, tokens: int) -> Tensor:
+def embed_groups(model: EmbeddingModel, groups: Sequence[Sequence[ModelInput]], pad_id: int, *, tokens: int) -> Tensor:
     """Embed groups of rows, each group's common prefix computed once per forward pass.
 
     Args:
         model: whose backbone was given to `use_shared_prefix`.
-        groups: rows of the same pictures each, at least one.
+        groups: rows of the same images each, at least one.
         pad_id: of the tokenizer.
         tokens: most per forward pass, visual ones counted; a longer row stands alone.
 

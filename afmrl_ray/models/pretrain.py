@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.item_processor import ItemProcessor
 from afmrl_ray.models.logprobs import completion_batch, completion_logprobs
-from afmrl_ray.models.rows import Row
+from afmrl_ray.models.model_input import ModelInput
 
 
 def caption(category: str, attributes: Iterable[tuple[str, str]]) -> str:
@@ -21,8 +21,8 @@ def caption(category: str, attributes: Iterable[tuple[str, str]]) -> str:
 
 def pretrain(
     model: Any,
-    processor: ListingProcessor,
-    example: Callable[[int], tuple[Row, str]],
+    processor: ItemProcessor,
+    example: Callable[[int], tuple[ModelInput, str]],
     size: int,
     *,
     steps: int,
@@ -57,7 +57,7 @@ def pretrain(
     return losses
 
 
-def caption_loss(model: Any, processor: ListingProcessor, examples: Sequence[tuple[Row, str]]) -> torch.Tensor:
+def caption_loss(model: Any, processor: ItemProcessor, examples: Sequence[tuple[ModelInput, str]]) -> torch.Tensor:
     """Mean negative log-likelihood per completion token, nats."""
     completions = [processor.completion_ids(text) for _, text in examples]
     batch, mask = completion_batch(

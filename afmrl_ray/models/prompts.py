@@ -1,4 +1,4 @@
-"""What the two models are asked: the text that follows a listing's picture."""
+"""What the two models are asked: the text that follows an item's image."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from PIL import Image
 
 from afmrl_ray.config.catalogue import Inputs
 from afmrl_ray.config.models import EncoderConfig, GeneratorConfig
-from afmrl_ray.models.listing import ListingProcessor, Picture
-from afmrl_ray.models.rows import Row
+from afmrl_ray.models.item_processor import ImageLike, ItemProcessor
+from afmrl_ray.models.model_input import ModelInput
 from afmrl_ray.models.vision_cache import VisionCache
 
 
-class Listings(Protocol):
+class Items(Protocol):
     """Random access to a catalogue's rows, as `catalogue.staging.StagedCatalogue` gives it."""
 
-    def picture(self, row: int) -> Image.Image: ...
+    def image(self, row: int) -> Image.Image: ...
 
-    def picture_bytes(self, row: int) -> bytes: ...
+    def image_bytes(self, row: int) -> bytes: ...
 
     def title(self, row: int, columns: tuple[str, ...] = ...) -> str: ...
 
 
-def encoder_row(
-    processor: ListingProcessor,
-    listings: Listings,
+def encoder_input(
+    processor: ItemProcessor,
+    items: Items,
     row: int,
     *,
     config: EncoderConfig,
@@ -35,15 +35,15 @@ def encoder_row(
     title_columns: tuple[str, ...] = ("title",),
     attributes: str = "",
     cache: VisionCache | None = None,
-) -> Row:
-    """The encoder's input for one listing; attributes come last, so that listings with the same prefix can share it.
+) -> ModelInput:
+    """The encoder's input for one item; attributes come last, so that items with the same prefix can share it.
 
     Args:
-        cache: where the picture's visual tokens are looked up; none = the picture goes in by its pixels.
+        cache: where the image's visual tokens are looked up; none = the image goes in by its pixels.
     """
     (built,) = encoder_rows(
         processor,
-        listings,
+        items,
         row,
         config=config,
         inputs=inputs,
@@ -55,8 +55,8 @@ def encoder_row(
 
 
 def encoder_rows(
-    processor: ListingProcessor,
-    listings: Listings,
+    processor: ItemProcessor,
+    items: Items,
     row: int,
     *,
     config: EncoderConfig,
@@ -64,40 +64,40 @@ def encoder_rows(
     title_columns: tuple[str, ...],
     attributes: Sequence[str],
     cache: VisionCache | None,
-) -> list[Row]:
-    """The same for several attribute texts of one listing, whose picture is read once."""
-    picture: Picture | None = None
+) -> list[ModelInput]:
+    """The same for several attribute texts of one item, whose image is read once."""
+    image: ImageLike | None = None
     if inputs != "text" and cache is None:
-        picture = processor.visual(listings.picture(row))
+        image = processor.visual(items.image(row))
     elif inputs != "text" and cache is not None:
-        picture = cache.visual(listings.picture_bytes(row), lambda: listings.picture(row))
+        image = cache.visual(items.image_bytes(row), lambda: items.image(row))
     before = [config.instruction]
-    if inputs != "picture":
-        before.append(listings.title(row, title_columns))
+    if inputs != "image":
+        before.append(items.title(row, title_columns))
     return [
-        processor.row(picture, "\n".join(part for part in (*before, text) if part), max_tokens=config.max_tokens)
+        processor.row(image, "\n".join(part for part in (*before, text) if part), max_tokens=config.max_tokens)
         for text in attributes
     ]
 
 
-def generator_row(processor: ListingProcessor, listings: Listings, row: int, *, config: GeneratorConfig) -> Row:
-    """The generator's prompt for one listing; never truncated (see `prompt_fits`)."""
-    picture = listings.picture(row) if config.inputs != "text" else None
-    return processor.row(picture, _generator_text(listings, row, config))
+def generator_input(processor: ItemProcessor, items: Items, row: int, *, config: GeneratorConfig) -> ModelInput:
+    """The generator's prompt for one item; never truncated (see `prompt_fits`)."""
+    image = items.image(row) if config.inputs != "text" else None
+    return processor.row(image, _generator_text(items, row, config))
 
 
-def prompt_fits(processor: ListingProcessor, listings: Listings, row: int, *, config: GeneratorConfig) -> bool:
-    """Whether a prompt is short enough to be used, from the picture's header alone.
+def prompt_fits(processor: ItemProcessor, items: Items, row: int, *, config: GeneratorConfig) -> bool:
+    """Whether a prompt is short enough to be used, from the image's header alone.
 
-    Prompts with pictures are dropped when they are too long, never cut.
+    Prompts with images are dropped when they are too long, never cut.
     """
     size = None
     if config.inputs != "text":
-        with Image.open(io.BytesIO(listings.picture_bytes(row))) as picture:
-            size = picture.size
-    return processor.length(size, _generator_text(listings, row, config)) <= config.max_prompt_tokens
+        with Image.open(io.BytesIO(items.image_bytes(row))) as image:
+            size = image.size
+    return processor.length(size, _generator_text(items, row, config)) <= config.max_prompt_tokens
 
 
-def _generator_text(listings: Listings, row: int, config: GeneratorConfig) -> str:
-    title = listings.title(row, config.title_columns) if config.inputs != "picture" else ""
+def _generator_text(items: Items, row: int, config: GeneratorConfig) -> str:
+    title = items.title(row, config.title_columns) if config.inputs != "image" else ""
     return "\n".join(part for part in (title, config.instruction) if part)

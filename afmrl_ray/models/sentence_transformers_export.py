@@ -3,10 +3,10 @@
 Only files are written; sentence-transformers need not be installed. What this project's own code does around the model
 is spelled in them:
 
-- the chat template puts the picture first, then instruction, title and attributes, a line each, as
-  `models.prompts.encoder_row` does; the instruction is the prompt that sentence-transformers adds by itself;
+- the chat template puts the image first, then instruction, title and attributes, a line each, as
+  `models.prompts.encoder_input` does; the instruction is the prompt that sentence-transformers adds by itself;
 - the tokenizer's post-processor adds the end of the turn, whose last token is pooled, after a text has been cut;
-- the picture processor has the pixel budget of the run.
+- the image processor has the pixel budget of the run.
 
 With weights in bfloat16 the embeddings are equal within its precision, in which sentence-transformers normalises them.
 """
@@ -24,10 +24,10 @@ from afmrl_ray.models.adapters import load_trained
 from afmrl_ray.models.backbones import fetch
 from afmrl_ray.models.export import new_folder
 from afmrl_ray.models.inner import inner_model
-from afmrl_ray.models.listing import chat_frame, load_processors
+from afmrl_ray.models.item_processor import chat_frame, load_processors
 
 # The processor of Qwen2-VL itself cannot be loaded without torchvision, which its videos need, and with torchvision it
-# resizes pictures to other pixels. This one reads the same tokens, has no videos and asks for neither.
+# resizes images to other pixels. This one reads the same tokens, has no videos and asks for neither.
 PROCESSOR = "PaddleOCRVLProcessor"
 MODULES = (
     ("", "sentence_transformers.base.modules.transformer.Transformer"),
@@ -35,20 +35,20 @@ MODULES = (
     ("2_Normalize", "sentence_transformers.base.modules.normalize.Normalize"),
 )
 CHAT_TEMPLATE = (
-    "{%- set listing = namespace(pictures=0, lines=[]) -%}"
+    "{%- set item = namespace(images=0, lines=[]) -%}"
     "{%- for message in messages -%}"
     "{%- if message['content'] is string -%}"
-    "{%- set listing.lines = listing.lines + [message['content']] -%}"
+    "{%- set item.lines = item.lines + [message['content']] -%}"
     "{%- else -%}"
     "{%- for part in message['content'] -%}"
-    "{%- if part['type'] == 'image' -%}{%- set listing.pictures = listing.pictures + 1 -%}"
-    "{%- elif part['type'] == 'text' -%}{%- set listing.lines = listing.lines + [part['text']] -%}{%- endif -%}"
+    "{%- if part['type'] == 'image' -%}{%- set item.images = item.images + 1 -%}"
+    "{%- elif part['type'] == 'text' -%}{%- set item.lines = item.lines + [part['text']] -%}{%- endif -%}"
     "{%- endfor -%}"
     "{%- endif -%}"
     "{%- endfor -%}"
     "{{- PREFIX -}}"
-    "{{- '<|vision_start|><|image_pad|><|vision_end|>' * listing.pictures -}}"
-    "{{- listing.lines | select | join('\\n') -}}"
+    "{{- '<|vision_start|><|image_pad|><|vision_end|>' * item.images -}}"
+    "{{- item.lines | select | join('\\n') -}}"
     "{%- if add_generation_prompt -%}{{- SUFFIX -}}{%- endif -%}"
 )
 CARD = Path(__file__).with_name("sentence_transformers_card.md")
@@ -63,7 +63,7 @@ def export_sentence_transformers(path: str, out: str, config: EncoderConfig) -> 
         config: as in training; pixel budget, instruction, longest input and type of the weights go into the folder.
 
     Raises:
-        CheckpointError: see `models.adapters.load_trained`; no tokenizer or picture processor; `out` is not empty.
+        CheckpointError: see `models.adapters.load_trained`; no tokenizer or image processor; `out` is not empty.
         ConfigError: the instruction begins with a line break, which would melt into the chat template's own.
     """
     with new_folder(out) as local:
@@ -95,7 +95,7 @@ def _save_processors(path: str, folder: Path, config: EncoderConfig) -> None:
         special_tokens=[{"id": "turn_end", "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)}],
     )
     tokenizer.save_pretrained(folder)
-    image_processor.size = {"shortest_edge": config.picture.min_pixels, "longest_edge": config.picture.max_pixels}
+    image_processor.size = {"shortest_edge": config.image.min_pixels, "longest_edge": config.image.max_pixels}
     image_processor.save_pretrained(folder)
     _write(folder / "processor_config.json", {"processor_class": PROCESSOR})
 
@@ -130,8 +130,8 @@ def _save_modules(folder: Path, dimension: int, config: EncoderConfig) -> None:
 def _card(config: EncoderConfig) -> str:
     values = {
         "INSTRUCTION": f"The instruction {_literal(config.instruction)}" if config.instruction else "No instruction",
-        "MIN_PIXELS": str(config.picture.min_pixels),
-        "MAX_PIXELS": str(config.picture.max_pixels),
+        "MIN_PIXELS": str(config.image.min_pixels),
+        "MAX_PIXELS": str(config.image.max_pixels),
         "MAX_TOKENS": str(config.max_tokens),
         "TRANSFORMERS": metadata.version("transformers"),
     }

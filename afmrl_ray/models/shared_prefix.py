@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from afmrl_ray.models.inner import inner_model
-from afmrl_ray.models.rows import Row, collate, continuation
+from afmrl_ray.models.model_input import ModelInput, collate, continuation
 
 NAME = "afmrl_shared_prefix_sdpa"
 
@@ -115,12 +115,12 @@ class Packed:
 
 
 def pack(
-    prompts: Sequence[Row],
+    prompts: Sequence[ModelInput],
     continuations: Sequence[Sequence[np.ndarray]],
     pad_id: int,
     device: torch.device | str = "cpu",
 ) -> Packed:
-    """Put prompts and their continuations into one sequence; each prompt's pictures are in it once.
+    """Put prompts and their continuations into one sequence; each prompt's images are in it once.
 
     Args:
         prompts: B prompts.
@@ -133,7 +133,7 @@ def pack(
     longest_prompt, count, longest = max(map(len, prompts)), len(owner), max(max(own) for own in sizes)
     mask = np.zeros((count, longest), dtype=bool)
     tokens, places, before = (np.zeros((count, longest), dtype=np.int64) for _ in range(3))
-    pieces: list[Row] = []
+    pieces: list[ModelInput] = []
     slots: list[np.ndarray] = []
     start = k = 0
     for b, (prompt, own) in enumerate(zip(prompts, continuations, strict=True)):
@@ -170,7 +170,7 @@ def pack(
         owner=tensor(owner),
         keep=tensor(keep)[:, None],
     )
-    inputs: dict[str, Any] = collate([Row.joined(pieces)], pad_id, device)
+    inputs: dict[str, Any] = collate([ModelInput.joined(pieces)], pad_id, device)
     inputs["attention_mask"] = {"full_attention": segments}
     return Packed(inputs, tensor(mask), tensor(tokens), tensor(places), tensor(before))
 

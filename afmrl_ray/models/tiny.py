@@ -113,7 +113,7 @@ def build_generator(config: TinyConfig, tokenizer: Any, seed: int) -> Any:
 
 
 def save_checkpoint(model: Any, tokenizer: Any, config: TinyConfig, path: str) -> None:
-    """Save model, tokenizer and picture processor as an ordinary Hugging Face folder."""
+    """Save model, tokenizer and image processor as an ordinary Hugging Face folder."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     Path(path).mkdir(parents=True, exist_ok=True)

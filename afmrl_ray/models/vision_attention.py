@@ -1,8 +1,8 @@
-"""Attention of the vision tower over pictures of equal size at once.
+"""Attention of the vision tower over images of equal size at once.
 
-Each picture (or window of one) attends to itself alone. Without flash attention transformers loops over them in Python,
-one small kernel for each in every layer; pictures with as many patches are a batch instead. It is registered as an
-attention function of transformers, whose name must contain "flash" to be handed the boundaries of the pictures.
+Each image (or window of one) attends to itself alone. Without flash attention transformers loops over them in Python,
+one small kernel for each in every layer; images with as many patches are a batch instead. It is registered as an
+attention function of transformers, whose name must contain "flash" to be handed the boundaries of the images.
 """
 
 from __future__ import annotations

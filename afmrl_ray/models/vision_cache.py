@@ -1,7 +1,7 @@
-"""Outputs of a frozen vision tower, kept on the node's disk, so that each picture goes through the tower once.
+"""Outputs of a frozen vision tower, kept on the node's disk, so that each image goes through the tower once.
 
-One safetensors file per picture, named by the hash of the encoded picture below a folder named by the fingerprint of
-the tower and of what its pictures are made of: whatever changes either looks elsewhere. Each picture goes through the
+One safetensors file per image, named by the hash of the encoded image below a folder named by the fingerprint of
+the tower and of what its images are made of: whatever changes either looks elsewhere. Each image goes through the
 tower by itself, so its output has the same bits whoever computes it and with whichever others.
 """
 
@@ -26,29 +26,29 @@ from safetensors.torch import save
 from afmrl_ray.config.models import VisionCacheConfig
 from afmrl_ray.errors import ConfigError
 from afmrl_ray.models.inner import inner_model
-from afmrl_ray.models.listing import ListingProcessor
-from afmrl_ray.models.rows import Visual
+from afmrl_ray.models.item_processor import ItemProcessor
+from afmrl_ray.models.model_input import Visual
 
 log = logging.getLogger(__name__)
 
 _STORES_BETWEEN_LOOKS = 64
 _KEPT_SHARE = 0.9
-"""Of the limit, when the oldest are removed: so that not every picture asks for a removal."""
+"""Of the limit, when the oldest are removed: so that not every image asks for a removal."""
 
 
 class VisionCache:
-    """Visual tokens by picture.
+    """Visual tokens by image.
 
     Args:
         model: the encoder; its tower must be frozen.
-        processor: makes the patches of a picture that is not there yet.
+        processor: makes the patches of an image that is not there yet.
         config: where, and how much.
 
     Raises:
         ConfigError: the tower is trained.
     """
 
-    def __init__(self, model: Any, processor: ListingProcessor, config: VisionCacheConfig) -> None:
+    def __init__(self, model: Any, processor: ItemProcessor, config: VisionCacheConfig) -> None:
         self._tower = inner_model(model).model.visual
         if any(parameter.requires_grad for parameter in self._tower.parameters()):
             raise ConfigError(
@@ -63,12 +63,12 @@ class VisionCache:
         self._writable = True
         self.hits = self.misses = 0
 
-    def visual(self, data: bytes, picture: Callable[[], Image.Image]) -> Visual:
-        """Visual tokens of a picture.
+    def visual(self, data: bytes, image: Callable[[], Image.Image]) -> Visual:
+        """Visual tokens of an image.
 
         Args:
-            data: the encoded picture, by which it is known.
-            picture: decodes it; called where it is not there yet.
+            data: the encoded image, by which it is known.
+            image: decodes it; called where it is not there yet.
         """
         name = hashlib.sha256(data).hexdigest()
         path = self._folder / name[:2] / f"{name}.safetensors"
@@ -77,7 +77,7 @@ class VisionCache:
             self.hits += 1
             return found
         self.misses += 1
-        patches = self._processor.visual(picture())
+        patches = self._processor.visual(image())
         visual = Visual(patches.grid, features=self._through_tower(patches))
         if self._writable:
             self._store(path, visual)
@@ -128,8 +128,8 @@ class VisionCache:
                 return
 
 
-def fingerprint(tower: Any, processor: ListingProcessor) -> str:
-    """SHA-256 of what decides a picture's visual tokens: the tower's weights and config, and the pixels it is given."""
+def fingerprint(tower: Any, processor: ItemProcessor) -> str:
+    """SHA-256 of what decides an image's visual tokens: the tower's weights and config, and the pixels it is given."""
     total = hashlib.sha256(json.dumps([tower.config.to_dict(), processor.pixel_settings()], sort_keys=True).encode())
     for name, tensor in sorted(tower.state_dict().items()):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -12,9 +12,9 @@ import torch
 from afmrl_ray.config.train import RolloutConfig
 from afmrl_ray.errors import ConfigError, WeightSyncError
 from afmrl_ray.models.generation import generate
-from afmrl_ray.models.prompts import generator_row
+from afmrl_ray.models.prompts import generator_input
 from afmrl_ray.models.shared_prefix import use_shared_prefix
-from afmrl_ray.rar.messages import Group, Weights
+from afmrl_ray.rar.messages import PromptGroup, Weights
 from afmrl_ray.rar.module import PolicySpec
 from afmrl_ray.rar.weights import load_tensors, trained_tensors, weights_fingerprint
 
@@ -25,7 +25,7 @@ class RolloutEngine(Protocol):
     def set_weights(self, weights: Weights) -> tuple[int, str]:
         """Take pushed weights; returns the version and the fingerprint of what the engine now holds."""
 
-    def sample(self, rows: Sequence[int], seeds: Sequence[int], *, group_size: int, version: int) -> list[Group]:
+    def sample(self, rows: Sequence[int], seeds: Sequence[int], *, group_size: int, version: int) -> list[PromptGroup]:
         """Sample a group for each row; a group is a function of weights, row and seed.
 
         Raises:
@@ -79,10 +79,10 @@ class TransformersEngine:
         self._version = weights.version
         return self._version, weights_fingerprint(trained_tensors(self._policy))
 
-    def sample(self, rows: Sequence[int], seeds: Sequence[int], *, group_size: int, version: int) -> list[Group]:
+    def sample(self, rows: Sequence[int], seeds: Sequence[int], *, group_size: int, version: int) -> list[PromptGroup]:
         if version != self._version:
             raise WeightSyncError(f"asked for rollouts of version {version}, the worker holds {self._version}")
-        prompts = [generator_row(self._processor, self._catalogue, row, config=self._spec.generator) for row in rows]
+        prompts = [generator_input(self._processor, self._catalogue, row, config=self._spec.generator) for row in rows]
         out = generate(
             self._policy.backbone,
             self._processor,
@@ -97,5 +97,5 @@ class TransformersEngine:
         for index, row in enumerate(rows):
             own = slice(index * group_size, (index + 1) * group_size)
             ids, mask, logp = (tensor[own].cpu().numpy() for tensor in (out.ids, out.mask, out.logp))
-            groups.append(Group(row, version, ids, mask, logp, texts[own]))
+            groups.append(PromptGroup(row, version, ids, mask, logp, texts[own]))
         return groups

@@ -1,4 +1,4 @@
-"""The reward on listings that are never trained on, before and after."""
+"""The reward on items that are never trained on, before and after."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class HeldOut:
 
     Attributes:
         rewards: [P] mean reward of each prompt's completions, NaN where all failed.
-        invalid_share: share of completions that the parser refused.
+        invalid_fraction: share of completions that the parser refused.
         mean_pairs: attribute pairs of the valid ones.
     """
 
     rewards: list[float]
-    invalid_share: float
+    invalid_fraction: float
     mean_pairs: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def summarise(rewards: np.ndarray, parsed: list[Any], *, group_size: int) -> Hel
     valid = [attributes for attributes in parsed if not isinstance(attributes, InvalidAttributes)]
     return HeldOut(
         rewards=means.tolist(),
-        invalid_share=1 - len(valid) / len(parsed),
+        invalid_fraction=1 - len(valid) / len(parsed),
         mean_pairs=float(np.mean([len(attributes) for attributes in valid])) if valid else 0.0,
     )
 
@@ -67,8 +67,8 @@ def compare(before: HeldOut, after: HeldOut, *, seed: int) -> dict[str, Any]:
         "heldout_after": asdict(_interval(second, seed)),
         "heldout_gain": asdict(_interval(second - first, seed)),
         "heldout_prompts": len(first),
-        "heldout_invalid_before": before.invalid_share,
-        "heldout_invalid_after": after.invalid_share,
+        "heldout_invalid_before": before.invalid_fraction,
+        "heldout_invalid_after": after.invalid_fraction,
         "heldout_pairs_before": before.mean_pairs,
         "heldout_pairs_after": after.mean_pairs,
     }

@@ -163,7 +163,7 @@ class GRPOLearner(TorchLearner):
         dist.all_gather(everyone, own)
         advantages = group_advantages(
             torch.cat(everyone).reshape(-1, rar.group_size),
-            scale=rar.advantage_scale,
+            scale=rar.scale_rewards,
             eps=rar.advantage_eps,
             baseline=rar.grpo.baseline,
         )
@@ -188,20 +188,20 @@ class GRPOLearner(TorchLearner):
         denominator = batch[DENOMINATOR][0]
         logp, sampler_logp = fwd_out[LOGP], batch[OLD_LOGP]
         stale = rar.max_staleness > 0
-        importance = importance_weights(logp, sampler_logp, cap=rar.importance_cap) if stale else None
+        importance = importance_weights(logp, sampler_logp, cap=rar.tis_cap) if stale else None
         loss, stats = grpo_loss(
             logp,
             logp.detach() if stale else sampler_logp,
             fwd_out.get(REF_LOGP),
             batch[ADVANTAGE],
             counted,
-            clip_low=rar.clip_low,
-            clip_high=rar.clip_high,
+            epsilon=rar.epsilon,
+            epsilon_high=rar.epsilon_high,
             kl_coef=0.0 if self._kl_in_reward else rar.kl_coef,
             denominator=denominator,
             weights=batch[WEIGHT],
-            ratio_level=rar.grpo.ratio_level,
-            ratio_cap=rar.grpo.ratio_cap,
+            importance_sampling_level=rar.grpo.importance_sampling_level,
+            delta=rar.grpo.delta,
             dual_clip=rar.grpo.dual_clip,
             kl=rar.grpo.kl,
             kl_times_ratio=rar.grpo.kl_times_ratio,
@@ -211,10 +211,14 @@ class GRPOLearner(TorchLearner):
         def mean(values: Tensor) -> Tensor:
             return torch.where(counted, values, 0.0).sum() / batch[TOKENS][0]
 
-        self._part_stats = {**stats, "loss": loss.detach(), "logprob_gap": mean((logp.detach() - sampler_logp).abs())}
+        self._part_stats = {
+            **stats,
+            "loss": loss.detach(),
+            "rollout_logprob_diff": mean((logp.detach() - sampler_logp).abs()),
+        }
         if importance is not None:
             self._part_stats["importance"] = mean(importance)
-            self._part_stats["importance_capped"] = mean((importance >= rar.importance_cap).float())
+            self._part_stats["importance_capped"] = mean((importance >= rar.tis_cap).float())
         return loss
 
     def _microbatches(self, columns: dict[str, Tensor]) -> list[slice]:
@@ -251,7 +255,7 @@ class GRPOLearner(TorchLearner):
         gap = (found[0] - found[1]).abs().mean()
         dist.all_reduce(gap, op=dist.ReduceOp.MAX)
         # In bfloat16 two exact ways differ by rounding, as sampler and learner do.
-        limit = rar.logprob_gap_limit if self.config.policy.generator.dtype == "bfloat16" else _SAME_LOGPROB
+        limit = rar.rollout_logprob_diff_limit if self.config.policy.generator.dtype == "bfloat16" else _SAME_LOGPROB
         if gap <= limit:
             return True
         told = (

@@ -88,13 +88,13 @@ def grpo_loss(
     advantages: Tensor,
     mask: Tensor,
     *,
-    clip_low: float,
-    clip_high: float,
+    epsilon: float,
+    epsilon_high: float,
     kl_coef: float,
     denominator: float | Tensor,
     weights: Tensor | None = None,
-    ratio_level: RatioLevel = "token",
-    ratio_cap: float | None = None,
+    importance_sampling_level: RatioLevel = "token",
+    delta: float | None = None,
     dual_clip: float | None = None,
     kl: KLEstimator = "k3",
     kl_times_ratio: bool = False,
@@ -102,7 +102,7 @@ def grpo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped surrogate plus a KL term, summed over tokens and divided by the caller's denominator.
 
-    Per token `-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl_coef KL` with `r = e^{logp - old_logp}`, in
+    Per token `-min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) + kl_coef KL` with `r = e^{logp - old_logp}`, in
     float32. With the token count of the whole optimizer step as denominator, the sum over micro-batches is the token
     mean of the step, however it is cut; other means come from `weights`, see `token_weights`.
 
@@ -112,14 +112,14 @@ def grpo_loss(
         ref_logp: [B, C] under the reference; may be none if `kl_coef` is 0.
         advantages: [B] one for each completion.
         mask: [B, C] bool or 0/1, which tokens count; what the tensors hold elsewhere does not matter.
-        clip_low: lower clip of the ratio is `1 - clip_low`.
-        clip_high: upper clip of the ratio is `1 + clip_high`.
+        epsilon: lower clip of the ratio is `1 - epsilon`.
+        epsilon_high: upper clip of the ratio is `1 + epsilon_high`.
         kl_coef: weight of the KL term.
         denominator: of the whole optimizer step.
         weights: [B] of each completion's tokens, the KL's too; none = 1.
-        ratio_level: `token`, or `sequence` = one ratio for a completion, the geometric mean of its tokens' (GSPO,
-            arXiv 2507.18071, as TRL has it).
-        ratio_cap: largest ratio where the clip does not hold, of either sign of the advantage (INTELLECT-2's delta, as
+        importance_sampling_level: `token`, or `sequence` = one ratio per completion, the geometric mean of its
+            tokens' ratios (GSPO, arXiv 2507.18071, as in TRL).
+        delta: largest ratio where the clip does not hold, of either sign of the advantage (INTELLECT-2's delta, as
             TRL has it); none = no cap.
         dual_clip: for negative advantages the loss is at most this times `-A` (arXiv 1912.09729, as verl has it);
             none = no bound.
@@ -128,7 +128,7 @@ def grpo_loss(
         importance: [B, C] weights of the surrogate, not of the KL, see `importance_weights`; none = 1.
 
     Returns:
-        The scalar loss and detached scalars: `policy_loss`, `kl`, `clip_low`, `clip_high` (tokens at which the clip
+        The scalar loss and detached scalars: `policy_loss`, `kl`, `epsilon`, `epsilon_high` (tokens at which the clip
         takes the gradient away) and `ratio` are weighted masked sums over `denominator`, to be added up over
         micro-batches like the loss; `ratio_max` is a maximum.
 
@@ -141,12 +141,12 @@ def grpo_loss(
     share = counts.float() if weights is None else counts * weights.float()[:, None]
     logp = torch.where(counts, logp.float(), 0.0)
     log_ratio = logp - torch.where(counts, old_logp.float(), 0.0)
-    if ratio_level == "sequence":
+    if importance_sampling_level == "sequence":
         log_ratio = (log_ratio.sum(1) / counts.sum(1).clamp(min=1))[:, None].expand_as(logp)
     ratio = log_ratio.exp()
     gain = advantages.float()[:, None]
-    free = ratio if ratio_cap is None else ratio.clamp(max=ratio_cap)
-    policy = -torch.minimum(free * gain, ratio.clamp(1 - clip_low, 1 + clip_high) * gain)
+    free = ratio if delta is None else ratio.clamp(max=delta)
+    policy = -torch.minimum(free * gain, ratio.clamp(1 - epsilon, 1 + epsilon_high) * gain)
     if dual_clip is not None:
         policy = torch.where(gain < 0, torch.minimum(policy, -dual_clip * gain), policy)
     if importance is not None:
@@ -165,8 +165,8 @@ def grpo_loss(
         stats = {
             "policy_loss": policy.sum() / denominator,
             "kl": divergence.sum() / denominator,
-            "clip_low": (share * ((ratio < 1 - clip_low) & (gain < 0))).sum() / denominator,
-            "clip_high": (share * ((ratio > 1 + clip_high) & (gain > 0))).sum() / denominator,
+            "epsilon": (share * ((ratio < 1 - epsilon) & (gain < 0))).sum() / denominator,
+            "epsilon_high": (share * ((ratio > 1 + epsilon_high) & (gain > 0))).sum() / denominator,
             "ratio": (share * ratio).sum() / denominator,
             "ratio_max": torch.where(counts, ratio, 0.0).amax(),
         }
@@ -194,7 +194,7 @@ def importance_weights(logp: Tensor, sampler_logp: Tensor, *, cap: float) -> Ten
 
 
 def token_weights(
-    lengths: Tensor, counted: Tensor, *, aggregation: Aggregation, max_tokens: int
+    lengths: Tensor, counted: Tensor, *, loss_aggregation: Aggregation, max_tokens: int
 ) -> tuple[Tensor, float]:
     """Weights of completions and the denominator that make a plain sum over tokens the wanted mean of a whole step.
 
@@ -211,8 +211,8 @@ def token_weights(
         [B] weights, 0 where a completion does not count, and the denominator.
     """
     weights = counted.float()
-    if aggregation == "token":
+    if loss_aggregation == "token":
         return weights, max(1.0, float((lengths * weights).sum()))
-    if aggregation == "sequence":
+    if loss_aggregation == "sequence":
         return weights / lengths.clamp(min=1), max(1.0, float(weights.sum()))
     return weights, max(1.0, float(weights.sum())) * max_tokens

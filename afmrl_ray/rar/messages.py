@@ -18,7 +18,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Group:
+class PromptGroup:
     """The completions of one prompt.
 
     Attributes:

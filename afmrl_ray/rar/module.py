@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from afmrl_ray.catalogue import CatalogueRef
 from afmrl_ray.config.models import AdapterConfig, GeneratorConfig
 from afmrl_ray.models.adapters import load_start, load_trained
-from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.item_processor import ItemProcessor
 from afmrl_ray.models.logprobs import completion_batch
+from afmrl_ray.models.model_input import ModelInput
 from afmrl_ray.models.policy import Policy
-from afmrl_ray.models.prompts import generator_row
-from afmrl_ray.models.rows import Row
+from afmrl_ray.models.prompts import generator_input
 from afmrl_ray.models.shared_prefix import pack, use_shared_prefix
 
 ROW, COMPLETION, MASK, OLD_LOGP, ADVANTAGE, REWARD, WEIGHT, DENOMINATOR, TOKENS = (
     "row", "completion", "mask", "old_logp", "advantage", "reward", "weight", "denominator", "tokens"
 )  # fmt: skip
-"""Columns of a learner's batch, aligned by completion; pictures never travel, only catalogue rows do."""
+"""Columns of a learner's batch, aligned by completion; images never travel, only catalogue rows do."""
 LOGP, REF_LOGP = "logp", "ref_logp"
 """What the module gives."""
 ONLY_REFERENCE = "only_reference"
@@ -37,9 +37,9 @@ class PolicySpec:
 
     Attributes:
         start: generator at the round's start; also the reference of the KL.
-        generator: how listings are shown to it.
+        generator: how items are shown to it.
         adapter: what of it is trained.
-        catalogue: where the listings are.
+        catalogue: where the items are.
         temperature: at which log-probabilities are meant.
         with_reference: whether the learner holds the frozen reference.
         seed: of a new adapter's first weights.
@@ -62,8 +62,8 @@ class PolicySpec:
         reference = load_trained(self.start, "generator", dtype=self.generator.dtype)
         return Policy(reference.requires_grad_(False)).eval()
 
-    def load_processor(self) -> ListingProcessor:
-        return ListingProcessor.from_pretrained(self.start, self.generator.picture)
+    def load_processor(self) -> ItemProcessor:
+        return ItemProcessor.from_pretrained(self.start, self.generator.image)
 
 
 class AttributePolicy(TorchRLModule):
@@ -81,16 +81,16 @@ class AttributePolicy(TorchRLModule):
         for policy in filter(None, (self.policy, self.reference)):
             use_shared_prefix(policy.backbone)
         self.shared_prompt = False
-        self._prompts: dict[int, Row] = {}
+        self._prompts: dict[int, ModelInput] = {}
 
     def train(self, mode: bool = True) -> AttributePolicy:
         """Stay in evaluation mode: with dropout the learner's log-probabilities would not be the sampler's."""
         return super().train(False)
 
-    def prompts(self, rows: Sequence[int]) -> list[Row]:
+    def prompts(self, rows: Sequence[int]) -> list[ModelInput]:
         """The prompt of each row, prepared once until `forget_prompts`; completions of a group share one object."""
         for row in set(rows) - self._prompts.keys():
-            self._prompts[row] = generator_row(self.processor, self.catalogue, row, config=self.spec.generator)
+            self._prompts[row] = generator_input(self.processor, self.catalogue, row, config=self.spec.generator)
         return [self._prompts[row] for row in rows]
 
     def forget_prompts(self) -> None:

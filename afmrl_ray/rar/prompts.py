@@ -6,25 +6,25 @@ import numpy as np
 import torch
 
 from afmrl_ray.catalogue import StagedCatalogue
-from afmrl_ray.config.catalogue import SideConfig
+from afmrl_ray.config.catalogue import ItemSelector
 from afmrl_ray.errors import CatalogueError
 from afmrl_ray.models.annotate import GeneratorRef
-from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.item_processor import ItemProcessor
 from afmrl_ray.models.prompts import prompt_fits
 from afmrl_ray.rar.loss import Aggregation, token_weights
-from afmrl_ray.rar.messages import Group
+from afmrl_ray.rar.messages import PromptGroup
 from afmrl_ray.rar.module import ADVANTAGE, COMPLETION, DENOMINATOR, MASK, OLD_LOGP, REWARD, ROW, TOKENS, WEIGHT
 
 
 def usable_rows(
-    catalogue: StagedCatalogue, generator: GeneratorRef, side: SideConfig, gallery_rows: np.ndarray
+    catalogue: StagedCatalogue, generator: GeneratorRef, side: ItemSelector, gallery_rows: np.ndarray
 ) -> tuple[np.ndarray, int]:
     """Rows of a side that have a positive in the gallery and whose prompt fits, and how many were dropped.
 
     Raises:
         CatalogueError: none is left.
     """
-    processor = ListingProcessor.from_pretrained(generator.path, generator.config.picture)
+    processor = ItemProcessor.from_pretrained(generator.path, generator.config.image)
     products = catalogue.column("product_id")
     holders: dict[str, set[int]] = {}
     for row in gallery_rows.tolist():
@@ -74,13 +74,13 @@ def group_seeds(seed: int, step: int, count: int, *, draw: int = 0) -> list[int]
 
 
 def batch_columns(
-    groups: list[Group],
+    groups: list[PromptGroup],
     advantages: np.ndarray,
     rewards: np.ndarray,
     *,
-    aggregation: Aggregation = "token",
+    loss_aggregation: Aggregation = "token",
     max_tokens: int = 0,
-    mask_overlong: bool = False,
+    mask_truncated_completions: bool = False,
 ) -> dict[str, np.ndarray]:
     """Columns of the learners' batch, one row for each completion, groups contiguous.
 
@@ -92,7 +92,8 @@ def batch_columns(
         rewards: [groups, G], NaN where the reward failed: such a completion counts for nothing, the KL included.
         aggregation: see `rar.loss.token_weights`.
         max_tokens: the same.
-        mask_overlong: leave completions that did not end out of the sum, but not out of the number of completions.
+        mask_truncated_completions: exclude completions without an end-of-text token from the sum, but not from
+            the number of completions.
     """
     longest = max(group.ids.shape[1] for group in groups)
 
@@ -101,10 +102,13 @@ def batch_columns(
         return np.concatenate([np.pad(a, ((0, 0), (0, longest - a.shape[1]))) for a in arrays]).astype(kind)
 
     mask = padded("mask", np.bool_)
-    ended = np.array([complete or not mask_overlong for group in groups for _, complete in group.texts])
+    ended = np.array([complete or not mask_truncated_completions for group in groups for _, complete in group.texts])
     lengths = torch.from_numpy(mask.sum(1) * ended)
     weights, denominator = token_weights(
-        lengths, torch.from_numpy(~np.isnan(rewards).reshape(-1)), aggregation=aggregation, max_tokens=max_tokens
+        lengths,
+        torch.from_numpy(~np.isnan(rewards).reshape(-1)),
+        loss_aggregation=loss_aggregation,
+        max_tokens=max_tokens,
     )
     weight = weights.numpy() * ended
     return {

@@ -14,7 +14,7 @@ class Request:
 
     Attributes:
         actor: index of the actor that they are meant for.
-        queries: each once, a listing's side by side.
+        queries: each once, an item's side by side.
     """
 
     actor: int
@@ -22,18 +22,18 @@ class Request:
 
 
 def spread(queries: Sequence[Query], *, actors: int, size: int) -> list[Request]:
-    """Cut queries into requests of at most `size`, a listing's together where it fits.
+    """Cut queries into requests of at most `size`, an item's together where it fits.
 
-    A listing goes to the same actor every time, whoever asks, so that equal queries meet there; unless that actor would
+    An item goes to the same actor every time, whoever asks, so that equal queries meet there; unless that actor would
     get more than its share, then to the one that has least.
     """
-    listings: dict[int, dict[Query, None]] = {}
+    items: dict[int, dict[Query, None]] = {}
     for query in queries:
-        listings.setdefault(query[0], {})[query] = None
-    share = -(-sum(map(len, listings.values())) // actors)
+        items.setdefault(query[0], {})[query] = None
+    share = -(-sum(map(len, items.values())) // actors)
     loads = [0] * actors
     taken: list[list[list[Query]]] = [[] for _ in range(actors)]
-    for row, own in listings.items():
+    for row, own in items.items():
         home = row % actors
         if loads[home] + len(own) > share:
             home = loads.index(min(loads))
@@ -42,9 +42,9 @@ def spread(queries: Sequence[Query], *, actors: int, size: int) -> list[Request]
     return [Request(actor, part) for actor in range(actors) for part in _cut(taken[actor], size)]
 
 
-def _cut(listings: list[list[Query]], size: int) -> list[list[Query]]:
+def _cut(items: list[list[Query]], size: int) -> list[list[Query]]:
     parts: list[list[Query]] = []
-    for own in listings:
+    for own in items:
         if parts and len(parts[-1]) + len(own) <= size:
             parts[-1] += own
         else:

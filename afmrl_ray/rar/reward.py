@@ -30,7 +30,7 @@ from afmrl_ray.rar.reward_actor import RewardActor
 from afmrl_ray.rar.reward_meter import ServiceStats
 from afmrl_ray.rar.reward_spec import KINDS, Query, Reply, RewardSpec, Scores
 from afmrl_ray.training.cluster import torch_threads
-from afmrl_ray.training.placement import Room
+from afmrl_ray.training.placement import ActorPlacement
 
 log = logging.getLogger(__name__)
 
@@ -106,15 +106,15 @@ class RewardClient:
             rewards: all that count together, as those of a step, NaN where the service failed.
 
         Raises:
-            RewardServiceError: more than `rar.reward.max_failed_share` failed.
+            RewardServiceError: more than `rar.reward.max_failed_fraction` failed.
         """
         lost = int(np.isnan(rewards).sum())
-        if lost > self._config.max_failed_share * rewards.size:
+        if lost > self._config.max_failed_fraction * rewards.size:
             causes = ", ".join(f"{count} {cause}" for cause, count in self.failures.items())
             raise RewardServiceError(
-                f"{lost} of {rewards.size} rewards failed after {self._config.max_retries} retries (failed requests so "
-                f"far: {causes}), more than rar.reward.max_failed_share {self._config.max_failed_share:g} allows; look "
-                "at the reward actors' logs"
+                f"{lost} of {rewards.size} rewards failed after {self._config.max_retries} retries (failed requests so far: "
+                f"{causes}), more than rar.reward.max_failed_fraction {self._config.max_failed_fraction:g} allows; "
+                "look at the reward actors' logs"
             )
 
     def stats(self) -> dict[str, ServiceStats]:
@@ -227,7 +227,7 @@ class RewardPool(RewardClient):
 
     def __init__(self, spec: RewardSpec, config: RewardConfig, *, name: str) -> None:
         pool = config.pool
-        self._room = Room("rar.reward.pool", pool)
+        self._room = ActorPlacement("rar.reward.pool", pool)
         made = ray.remote(
             max_restarts=-1,
             max_task_retries=0,

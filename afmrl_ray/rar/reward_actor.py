@@ -21,17 +21,17 @@ from ray.exceptions import RayActorError
 
 from afmrl_ray.config.train import RewardConfig
 from afmrl_ray.errors import GalleryVersionError, RewardServiceError
-from afmrl_ray.rar.coalesce import Coalescer, Once
+from afmrl_ray.rar.batching import DynamicBatcher, SingleFlightCache
 from afmrl_ray.rar.liveness import wait_for_return
 from afmrl_ray.rar.reward_meter import Meter, ServiceStats
 from afmrl_ray.rar.reward_spec import Query, Reply, RewardSpec
-from afmrl_ray.rar.scorer import Encoded, Prepared, Scorer
+from afmrl_ray.rar.scorer import EncodedQueries, PreparedQueries, Scorer
 from afmrl_ray.retrieval.shards import Positives, merged
 
 
 @dataclass(frozen=True)
 class _Queued:
-    prepared: Prepared
+    prepared: PreparedQueries
     since: float
 
 
@@ -53,16 +53,16 @@ class RewardActor:
         self._others = [name for name in names if name != names[index]] if sharded else []
         self._scorer = Scorer(spec, config, part=self._part, threads=threads)
         self._meter = Meter(names[index])
-        # Pictures are read on one core, so that the batch that runs meanwhile keeps the others.
+        # Images are read on one core, so that the batch that runs meanwhile keeps the others.
         self._compute, self._prepare = (
             ThreadPoolExecutor(1, name, initializer=torch.set_num_threads, initargs=(own,))
             for name, own in (("compute", threads), ("prepare", 1))
         )
-        self._queue: Coalescer[_Queued, dict[Query, np.ndarray]] = Coalescer(
+        self._queue: DynamicBatcher[_Queued, dict[Query, np.ndarray]] = DynamicBatcher(
             self._run,
             cost=lambda queued: queued.prepared.tokens,
             budget=config.tokens_per_batch,
-            wait_s=config.coalesce_ms / 1000,
+            wait_s=config.batch_wait_ms / 1000,
         )
         self._once = {name: self._scored_once(name) for name in spec.galleries}
 
@@ -108,14 +108,14 @@ class RewardActor:
         """Process id, to see who answers."""
         return os.getpid()
 
-    def _scored_once(self, gallery: str) -> Once[Query, np.ndarray]:
+    def _scored_once(self, gallery: str) -> SingleFlightCache[Query, np.ndarray]:
         async def compute(queries: list[Query]) -> dict[Query, np.ndarray]:
             with self._meter.seconds("prepare", gallery):
                 prepared = await self._on(self._prepare, self._scorer.prepare, gallery, queries)
             self._meter.queued(self._queue.depth + 1)
             return await self._queue.submit(_Queued(prepared, perf_counter()))
 
-        return Once(compute, size=self._config.cached_scores)
+        return SingleFlightCache(compute, size=self._config.cached_scores)
 
     async def _run(self, batch: list[_Queued]) -> list[dict[Query, np.ndarray]]:
         """Score a batch of requests together."""
@@ -136,7 +136,7 @@ class RewardActor:
             found.update(zip(((each.gallery, query) for query in each.queries), measures, strict=True))
         return [{query: found[queued.prepared.gallery, query] for query in queued.prepared.rows} for queued in batch]
 
-    async def _rank(self, encoded: Encoded) -> np.ndarray:
+    async def _rank(self, encoded: EncodedQueries) -> np.ndarray:
         if not self._others:
             return await self._on(self._compute, self._scorer.rank, encoded)
         asked = encoded.rows, encoded.embeddings

@@ -9,7 +9,7 @@ import numpy as np
 import ray
 
 from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue
-from afmrl_ray.config.catalogue import SideConfig
+from afmrl_ray.config.catalogue import ItemSelector
 from afmrl_ray.config.train import RewardConfig
 from afmrl_ray.retrieval.embed import EncoderRef
 
@@ -67,7 +67,7 @@ class RewardSpec:
 
     encoder: EncoderRef
     catalogue: CatalogueRef
-    queries: dict[str, SideConfig]
+    queries: dict[str, ItemSelector]
     galleries: dict[str, Gallery]
     version: str
 

@@ -12,10 +12,10 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 from afmrl_ray.config.train import RolloutConfig
 from afmrl_ray.errors import WeightsLostError, WeightSyncError
 from afmrl_ray.rar.engine import MakeEngine, engine_class
-from afmrl_ray.rar.messages import Group, Weights
+from afmrl_ray.rar.messages import PromptGroup, Weights
 from afmrl_ray.rar.module import PolicySpec
 from afmrl_ray.training.cluster import torch_threads
-from afmrl_ray.training.placement import Room
+from afmrl_ray.training.placement import ActorPlacement
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class RolloutPool:
         self._weights: Weights | None = None
         self._restarts = 0
         self._made = 0
-        self._room = Room("rar.rollout.pool", config.pool)
+        self._room = ActorPlacement("rar.rollout.pool", config.pool)
         self.actors = [self._make(index) for index in range(config.pool.num_workers)]
 
     def _make(self, index: int) -> Any:
@@ -104,14 +104,14 @@ class RolloutPool:
             except RayActorError:
                 continue
 
-    def sample(self, rows: Sequence[int], seeds: Sequence[int], *, group_size: int) -> list[Group]:
+    def sample(self, rows: Sequence[int], seeds: Sequence[int], *, group_size: int) -> list[PromptGroup]:
         """A group for each row, in order; see `stream`."""
         chunks = dict(self.stream(rows, seeds, group_size=group_size))
         return [group for place in sorted(chunks) for group in chunks[place]]
 
     def stream(
         self, rows: Sequence[int], seeds: Sequence[int], *, group_size: int
-    ) -> Iterator[tuple[int, list[Group]]]:
+    ) -> Iterator[tuple[int, list[PromptGroup]]]:
         """Groups as they come: number of the first row of a chunk, and a group for each row of it.
 
         Chunks lost with an actor are sampled again, none twice.
@@ -131,7 +131,7 @@ class RolloutPool:
         waiting = list(range(len(chunks)))
         running: dict[Any, tuple[int, int]] = {}
         free = list(range(len(self.actors)))
-        ready: list[tuple[int, list[Group]]] = []
+        ready: list[tuple[int, list[PromptGroup]]] = []
         while waiting or running or ready:
             while waiting and free:
                 chunk, actor = waiting.pop(0), free.pop(0)

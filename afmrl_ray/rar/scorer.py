@@ -1,4 +1,4 @@
-"""Encoding enriched queries and measuring their retrieval: the plain code inside a reward actor."""
+"""Encoding queries with attributes and measuring their retrieval: the plain code inside a reward actor."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 
 from afmrl_ray.config.train import RewardConfig
 from afmrl_ray.errors import CatalogueError
+from afmrl_ray.models.model_input import ModelInput
 from afmrl_ray.models.prefix_groups import group_tokens
-from afmrl_ray.models.rows import Row
 from afmrl_ray.rar.reward_spec import KINDS, Query, RewardSpec
 from afmrl_ray.retrieval import metrics
 from afmrl_ray.retrieval.embed import Encoder
@@ -21,7 +21,7 @@ from afmrl_ray.retrieval.shards import GalleryShard, Positives, merged, ranking_
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedQueries:
     """Queries of one request, ready for the encoder.
 
     Attributes:
@@ -31,12 +31,12 @@ class Prepared:
     """
 
     gallery: str
-    rows: dict[Query, Row]
+    rows: dict[Query, ModelInput]
     tokens: int
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedQueries:
     """Queries that search the same gallery, after the encoder.
 
     Attributes:
@@ -94,23 +94,23 @@ class Scorer:
                 "leave them out, or widen rar.task.gallery"
             )
 
-    def prepare(self, gallery: str, queries: Sequence[Query]) -> Prepared:
-        """Read pictures and tokenise."""
+    def prepare(self, gallery: str, queries: Sequence[Query]) -> PreparedQueries:
+        """Read images and tokenise."""
         side = self._spec.queries[gallery]
-        rows: dict[Query, Row] = {}
+        rows: dict[Query, ModelInput] = {}
         tokens = 0
-        for row, texts in _by_listing(queries).items():
-            built = self._encoder.listing_rows(row, texts, inputs=side.inputs, title_columns=side.title_columns)
+        for row, texts in _by_item(queries).items():
+            built = self._encoder.item_rows(row, texts, inputs=side.inputs, title_columns=side.title_columns)
             rows.update(zip(((row, text) for text in texts), built, strict=True))
             tokens += group_tokens(built) if self._config.shared_prefix else sum(map(len, built))
-        return Prepared(gallery, rows, tokens)
+        return PreparedQueries(gallery, rows, tokens)
 
-    def encode(self, batch: Sequence[Prepared]) -> list[Encoded]:
-        """Embed the queries of a batch; those of one listing share what they begin with, whoever asked."""
+    def encode(self, batch: Sequence[PreparedQueries]) -> list[EncodedQueries]:
+        """Embed the queries of a batch; those of one item share what they begin with, whoever asked."""
         encoded = []
         for gallery in dict.fromkeys(each.gallery for each in batch):
             rows = {query: row for each in batch if each.gallery == gallery for query, row in each.rows.items()}
-            grouped = _by_listing(list(rows))
+            grouped = _by_item(list(rows))
             queries = [(row, text) for row, texts in grouped.items() for text in texts]
             if self._config.shared_prefix:
                 groups = [[rows[row, text] for text in texts] for row, texts in grouped.items()]
@@ -118,7 +118,7 @@ class Scorer:
             else:
                 each_row = [rows[query] for query in queries]
                 embeddings = self._encoder.embed_each(each_row, tokens=self._config.tokens_per_batch)
-            encoded.append(Encoded(gallery, queries, embeddings))
+            encoded.append(EncodedQueries(gallery, queries, embeddings))
         return encoded
 
     def positives(self, gallery: str, rows: np.ndarray, embeddings: np.ndarray) -> Positives:
@@ -140,7 +140,7 @@ class Scorer:
         }
         return np.stack([measured[kind] for kind in KINDS], axis=1)
 
-    def rank(self, encoded: Encoded) -> np.ndarray:
+    def rank(self, encoded: EncodedQueries) -> np.ndarray:
         """[Q, len(KINDS)] where this part is the whole gallery."""
         asked = encoded.gallery, encoded.rows, encoded.embeddings
         positives = merged([self.positives(*asked)])
@@ -154,7 +154,7 @@ class Scorer:
         return np.stack([found[query] for query in queries])
 
 
-def _by_listing(queries: Sequence[Query]) -> dict[int, list[str]]:
+def _by_item(queries: Sequence[Query]) -> dict[int, list[str]]:
     """Attribute texts, each once, by catalogue row."""
     grouped: dict[int, dict[str, None]] = {}
     for row, text in queries:

@@ -26,19 +26,19 @@ from afmrl_ray.catalogue import CatalogueRef
 from afmrl_ray.config import Config
 from afmrl_ray.errors import WeightsLostError
 from afmrl_ray.models.annotate import GeneratorRef
-from afmrl_ray.rar.ahead import StepAhead
 from afmrl_ray.rar.checkpoint import Checkpoints
 from afmrl_ray.rar.engine import engine_class
-from afmrl_ray.rar.experience import Ask, Collector, Experience
 from afmrl_ray.rar.heldout import HeldOut, compare, summarise
-from afmrl_ray.rar.learners import Learners
+from afmrl_ray.rar.learner_group import FaultTolerantLearnerGroup
 from afmrl_ray.rar.loss import group_advantages
 from afmrl_ray.rar.module import PolicySpec
+from afmrl_ray.rar.prefetch import RolloutPrefetcher
 from afmrl_ray.rar.prompts import batch_columns, group_seeds, usable_rows
 from afmrl_ray.rar.reward import RewardPool
 from afmrl_ray.rar.reward_log import ServiceLog
 from afmrl_ray.rar.reward_spec import Gallery, RewardSpec, parts_of
 from afmrl_ray.rar.rollout import RolloutPool
+from afmrl_ray.rar.rollout_batch import Collector, RolloutBatch, RolloutRequest
 from afmrl_ray.retrieval.embed import EncoderRef, load_embeddings
 from afmrl_ray.training.metrics_log import MetricsLog
 
@@ -94,7 +94,7 @@ def train_rar(config: Config, job: RARJob, on_step: OnStep | None = None) -> dic
         ConfigError: `rar.rollout.engine` is not installed.
         RewardServiceError, WeightSyncError: see `rar.reward` and `rar.rollout`.
         LearnerLostError: learners died more often than they are replaced.
-        RuntimeError: the sampler's and the learner's log-probabilities differ by more than `rar.logprob_gap_limit`.
+        RuntimeError: log-probabilities of sampler and learner differ by more than `rar.rollout_logprob_diff_limit`.
     """
     trainer = RARTrainer(config, job)
     try:
@@ -144,11 +144,11 @@ class RARTrainer:
             version=job.gallery_version,
         )
         self._checkpoints = Checkpoints(storage.join(job.directory, "checkpoints"))
-        self._learners: Learners | None = None
+        self._learners: FaultTolerantLearnerGroup | None = None
         self._rollouts: RolloutPool | None = None
         self._rewards: RewardPool | None = None
         self._service_log = ServiceLog()
-        self._ahead = StepAhead(self._collect, lag=self._rar.max_staleness, steps=self._rar.steps)
+        self._ahead = RolloutPrefetcher(self._collect, lag=self._rar.max_staleness, steps=self._rar.steps)
         self._tail: list[dict[str, float]] = []
         self.step = 0
         """Steps done."""
@@ -167,7 +167,7 @@ class RARTrainer:
         """Start actors and learners, and go to where the last checkpoint was taken."""
         # Unique, since another run, or the actors of a killed one, may still hold the plain name.
         name = f"{self._config.run.name}-{self._job.name}-{uuid.uuid4().hex[:8]}"
-        self._learners = Learners(self._rar, self._policy, self._checkpoints)
+        self._learners = FaultTolerantLearnerGroup(self._rar, self._policy, self._checkpoints)
         self._rewards = RewardPool(self._rewards_spec, self._rar.reward, name=name)
         self._rollouts = RolloutPool(self._policy, self._rar.rollout, self._engine)
         self._collector = Collector(self._rollouts, self._rewards)
@@ -178,7 +178,7 @@ class RARTrainer:
         self._rewards.wait_until_ready()
         self._before = self._heldout_before()
         if manifest["next"] is not None:
-            found = Experience.from_dict(manifest["next"], max_attributes=self._policy.generator.max_attributes)
+            found = RolloutBatch.from_dict(manifest["next"], max_attributes=self._policy.generator.max_attributes)
             self._ahead.put(found)
         folder = storage.join(self._job.directory, "log")
         self._metrics = MetricsLog(folder, resume_step=self.step, training=self._job.name)
@@ -194,7 +194,7 @@ class RARTrainer:
             found = self._ahead.take(step)
         advantages = group_advantages(
             torch.from_numpy(found.rewards),
-            scale=rar.advantage_scale,
+            scale=rar.scale_rewards,
             eps=rar.advantage_eps,
             baseline=rar.grpo.baseline,
         ).numpy()
@@ -202,13 +202,13 @@ class RARTrainer:
             found.groups,
             advantages,
             found.rewards,
-            aggregation=rar.grpo.aggregation,
+            loss_aggregation=rar.grpo.loss_aggregation,
             max_tokens=self._policy.generator.max_new_tokens,
-            mask_overlong=rar.grpo.mask_overlong,
+            mask_truncated_completions=rar.grpo.mask_truncated_completions,
         )
         with timed(seconds, "learn"):
             stats = self._learners.update(columns)
-        self._check_gap(step, found, stats["logprob_gap"])
+        self._check_gap(step, found, stats["rollout_logprob_diff"])
         # Rollout actors must not change weights amid their rollouts.
         with timed(seconds, "wait_ahead"):
             self._ahead.wait()
@@ -242,7 +242,7 @@ class RARTrainer:
         assert self._rollouts is not None
         self._metrics.close()
         self._learners.save_model(storage.join(self._job.directory, "model"))
-        names = ("reward_mean", "invalid_share")
+        names = ("reward_mean", "invalid_fraction")
         return {
             **compare(self._before, self._heldout(), seed=self._config.run.seed),
             **{name: float(np.mean([values[name] for values in self._tail])) for name in names},
@@ -270,26 +270,27 @@ class RARTrainer:
             except WeightsLostError as error:
                 log.warning("%s; exporting them again", error)
 
-    def _collect(self, step: int) -> Experience:
+    def _collect(self, step: int) -> RolloutBatch:
         return self._collector.collect_step(
             self.prompts["train"][0],
             step,
             count=self._rar.prompts_per_step,
             seed=self._config.run.seed,
             ask=self._ask("train", self._rar.group_size),
-            resample_rounds=self._rar.resample_rounds,
+            dynamic_sampling_rounds=self._rar.dynamic_sampling_rounds,
         )
 
-    def _ask(self, gallery: str, group_size: int) -> Ask:
-        return Ask(gallery, group_size, self._policy.generator.max_attributes, self._rar.reward.invalid)
+    def _ask(self, gallery: str, group_size: int) -> RolloutRequest:
+        return RolloutRequest(gallery, group_size, self._policy.generator.max_attributes, self._rar.reward.invalid)
 
-    def _check_gap(self, step: int, found: Experience, gap: float) -> None:
+    def _check_gap(self, step: int, found: RolloutBatch, gap: float) -> None:
         """Raises RuntimeError where rollouts are fresh and yet the learner's log-probabilities are others."""
         fresh = all(group.version == step for group in found.groups)
-        if fresh and gap > self._rar.logprob_gap_limit:
+        if fresh and gap > self._rar.rollout_logprob_diff_limit:
             raise RuntimeError(
-                f"step {step}: sampler and learner differ by {gap:.4f} nats per token on fresh rollouts, more than "
-                f"rar.logprob_gap_limit {self._rar.logprob_gap_limit:g}; the policies are not the same"
+                f"step {step}: sampler and learner differ by {gap:.4f} nats per token on fresh rollouts, more "
+                f"than rar.rollout_logprob_diff_limit {self._rar.rollout_logprob_diff_limit:g}; "
+                "the policies are not the same"
             )
 
     def _heldout_before(self) -> HeldOut:
@@ -307,15 +308,15 @@ class RARTrainer:
         return summarise(found.rewards.reshape(-1), found.parsed, group_size=samples)
 
 
-def numbers_of(found: Experience, names: Sequence[str] = ()) -> dict[str, float]:
+def numbers_of(found: RolloutBatch, names: Sequence[str] = ()) -> dict[str, float]:
     """Of the rollouts and rewards of a step; `names` = attribute names whose shares are wanted."""
     valid = [attributes for attributes in found.parsed if not isinstance(attributes, InvalidAttributes)]
     complete = ~np.isnan(found.rewards).any(1)
     return {
         "reward_mean": float(np.nanmean(found.rewards)),
-        "reward_failed_share": float(np.isnan(found.rewards).mean()),
-        "invalid_share": 1 - len(valid) / len(found.parsed),
-        "zero_variance_share": float(found.without_spread()[complete].mean()) if complete.any() else 1.0,
+        "reward_failed_fraction": float(np.isnan(found.rewards).mean()),
+        "invalid_fraction": 1 - len(valid) / len(found.parsed),
+        "zero_variance_fraction": float(found.zero_variance()[complete].mean()) if complete.any() else 1.0,
         "attribute_pairs": float(np.mean([len(attributes) for attributes in valid])) if valid else 0.0,
         "attribute_words": mean_words(valid),
         "completion_tokens": float(np.mean([group.mask.sum(1).mean() for group in found.groups])),

@@ -17,8 +17,8 @@ from vllm.lora.request import LoRARequest
 from afmrl_ray.config.train import RolloutConfig
 from afmrl_ray.errors import WeightSyncError
 from afmrl_ray.models.backbones import fetch
-from afmrl_ray.models.prompts import generator_row
-from afmrl_ray.rar.messages import Group, Weights
+from afmrl_ray.models.prompts import generator_input
+from afmrl_ray.rar.messages import PromptGroup, Weights
 from afmrl_ray.rar.module import PolicySpec
 from afmrl_ray.rar.vllm_requests import completion_seeds, groups_of, prompt_of, sampling_options
 from afmrl_ray.rar.vllm_weights import Trained, write_adapter
@@ -26,12 +26,12 @@ from afmrl_ray.rar.weights import check_fit, weights_fingerprint
 
 
 def engine_options(spec: PolicySpec, config: RolloutConfig, trained: Trained) -> dict[str, Any]:
-    """Arguments of vLLM's `LLM`: sequences as long as the generator's longest, pictures of the generator's budget."""
+    """Arguments of vLLM's `LLM`: sequences as long as the generator's longest, images of the generator's budget."""
     options: dict[str, Any] = {
         "model": fetch(trained.base),
         "dtype": spec.generator.dtype,
         "max_model_len": spec.generator.max_prompt_tokens + spec.generator.max_new_tokens,
-        "mm_processor_kwargs": spec.generator.picture.model_dump(),
+        "mm_processor_kwargs": spec.generator.image.model_dump(),
         "limit_mm_per_prompt": {"image": 1, "video": 0},
         # Log-probabilities of the distribution that is drawn from: at the temperature, without the forbidden tokens.
         "logprobs_mode": "processed_logprobs",
@@ -106,10 +106,10 @@ class VLLMEngine:
         self._adapter = adapter
         return weights_fingerprint(tensors)
 
-    def sample(self, rows: Sequence[int], seeds: Sequence[int], *, group_size: int, version: int) -> list[Group]:
+    def sample(self, rows: Sequence[int], seeds: Sequence[int], *, group_size: int, version: int) -> list[PromptGroup]:
         if version != self._version:
             raise WeightSyncError(f"asked for rollouts of version {version}, the worker holds {self._version}")
-        prompts = [generator_row(self._processor, self._catalogue, row, config=self._spec.generator) for row in rows]
+        prompts = [generator_input(self._processor, self._catalogue, row, config=self._spec.generator) for row in rows]
         asked = [prompt_of(prompt, self._processor.merge_size) for prompt in prompts]
         outputs = self._llm.generate(
             [prompt for prompt in asked for _ in range(group_size)],

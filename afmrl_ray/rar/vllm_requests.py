@@ -9,20 +9,20 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from afmrl_ray.models.listing import ListingProcessor
-from afmrl_ray.models.rows import Row, Visual
-from afmrl_ray.rar.messages import Group
+from afmrl_ray.models.item_processor import ItemProcessor
+from afmrl_ray.models.model_input import ModelInput, Visual
+from afmrl_ray.rar.messages import PromptGroup
 
 
-def shown_picture(visual: Visual, merge_size: int) -> Image.Image:
-    """The picture as the tower is shown it, at the size of its grid.
+def shown_image(visual: Visual, merge_size: int) -> Image.Image:
+    """The image as the tower is shown it, at the size of its grid.
 
-    vLLM resizes with another library, whose pixels differ from ours; a picture that has its size already is left alone.
+    vLLM resizes with another library, whose pixels differ from ours; an image that has its size already is left alone.
 
     Args:
         merge_size: patches per visual token along each axis.
     """
-    assert visual.patches is not None, "the picture went through the tower already"
+    assert visual.patches is not None, "the image went through the tower already"
     _, height, width = visual.grid
     _, channels, area = visual.patches.shape
     side = math.isqrt(area)
@@ -33,13 +33,13 @@ def shown_picture(visual: Visual, merge_size: int) -> Image.Image:
     return Image.fromarray(tiles.transpose(0, 2, 5, 1, 3, 6, 4).reshape(height * side, width * side, channels))
 
 
-def prompt_of(row: Row, merge_size: int) -> dict[str, Any]:
-    """vLLM's tokens prompt: one placeholder for each picture, which vLLM repeats as often as it has visual tokens."""
+def prompt_of(row: ModelInput, merge_size: int) -> dict[str, Any]:
+    """vLLM's tokens prompt: one placeholder for each image, which vLLM repeats as often as it has visual tokens."""
     visual = row.token_types == 1
     first = visual & ~np.append(False, visual[:-1])
     prompt: dict[str, Any] = {"prompt_token_ids": row.input_ids[~visual | first].tolist()}
     if row.visuals:
-        prompt["multi_modal_data"] = {"image": [shown_picture(one, merge_size) for one in row.visuals]}
+        prompt["multi_modal_data"] = {"image": [shown_image(one, merge_size) for one in row.visuals]}
     return prompt
 
 
@@ -51,9 +51,7 @@ def completion_seeds(seed: int, group_size: int) -> list[int]:
     return (np.random.SeedSequence(seed).generate_state(group_size, np.uint64) >> np.uint64(1)).tolist()
 
 
-def sampling_options(
-    processor: ListingProcessor, *, seed: int, max_new_tokens: int, temperature: float
-) -> dict[str, Any]:
+def sampling_options(processor: ItemProcessor, *, seed: int, max_new_tokens: int, temperature: float) -> dict[str, Any]:
     """Arguments of vLLM's `SamplingParams` for one completion, drawn as `models.generation` draws.
 
     The end of turn is a stop token and no other end is heeded. Forbidden tokens are biased, since vLLM does not take a
@@ -73,13 +71,13 @@ def sampling_options(
 
 def groups_of(
     rows: Sequence[int],
-    prompts: Sequence[Row],
+    prompts: Sequence[ModelInput],
     outputs: Sequence[Any],
-    processor: ListingProcessor,
+    processor: ItemProcessor,
     *,
     group_size: int,
     version: int,
-) -> list[Group]:
+) -> list[PromptGroup]:
     """Groups from vLLM's `RequestOutput`s, padded to the longest completion of all.
 
     Args:
@@ -106,16 +104,16 @@ def groups_of(
             steps = zip(tokens, completion.logprobs, strict=True)
             logp[place, : len(tokens)] = [step[token].logprob for token, step in steps]
             texts.append(processor.decode(tokens))
-        groups.append(Group(row, version, ids, mask, logp, texts))
+        groups.append(PromptGroup(row, version, ids, mask, logp, texts))
     return groups
 
 
-def _check(output: Any, prompt: Row, row: int) -> None:
+def _check(output: Any, prompt: ModelInput, row: int) -> None:
     read = np.asarray(output.prompt_token_ids)
     if not np.array_equal(read, prompt.input_ids):
         raise RuntimeError(
             f"catalogue row {row}: vLLM read {len(read)} tokens that are not the {len(prompt)} of the prompt; its "
-            "processor makes other visual tokens of the picture"
+            "processor makes other visual tokens of the image"
         )
     reason = output.outputs[0].finish_reason
     if reason not in ("stop", "length"):

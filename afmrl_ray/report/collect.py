@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from afmrl_ray import storage
-from afmrl_ray.cit.outdated import outdated_stages
 from afmrl_ray.cit.stages import RunDirectory, Stage
+from afmrl_ray.cit.stale import stale_stages
 from afmrl_ray.errors import StorageError
 from afmrl_ray.redact import without_credentials
 from afmrl_ray.report.estimate import Estimate, finite
-from afmrl_ray.report.examples import Example, Written, read_examples, written_by_round
+from afmrl_ray.report.examples import AttributeResult, Example, read_examples, written_by_round
 from afmrl_ray.report.ladder import LADDER, LadderSummary, read_ladder
 from afmrl_ray.training.metrics_log import read_metrics
 
@@ -34,21 +34,21 @@ class ProtocolResult:
 
 @dataclass(frozen=True)
 class AttributeSizes:
-    """Attributes of a table of listings.
+    """Attributes of a table of items.
 
     Attributes:
         mean_pairs: of the valid ones.
         mean_words: of the valid ones.
-        invalid_share: share of invalid ones.
-        precision: share of pairs that the catalogue has too, over listings that are never trained on.
+        invalid_fraction: share of invalid ones.
+        precision: share of pairs that the catalogue has too, over items that are never trained on.
         recall: share of the catalogue's pairs that are among them.
         f1: of both.
-        names: share of those listings that have an attribute name, by name.
+        names: share of those items that have an attribute name, by name.
     """
 
     mean_pairs: float | None
     mean_words: float | None
-    invalid_share: float | None
+    invalid_fraction: float | None
     precision: float | None = None
     recall: float | None = None
     f1: float | None = None
@@ -76,7 +76,7 @@ class Rung:
 
 @dataclass(frozen=True)
 class Promotion:
-    """Whether a round was promoted, why not, and what it gained on the round before in hit@1 of `cit.decided_by`."""
+    """Whether a round was promoted, why not, and its gain in hit@1 of `cit.selection_protocol` on the last one."""
 
     promoted: bool
     why: list[str]
@@ -112,13 +112,13 @@ class StageCost:
 
     Attributes:
         peak_memory_mb: MiB; none where it was not measured.
-        outdated: whether the next run of the command runs it again.
+        stale: whether the next run of the command runs it again.
     """
 
     name: str
     seconds: float
     peak_memory_mb: float | None
-    outdated: bool
+    stale: bool
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class RunSummary:
     config: dict[str, Any]
     versions: dict[str, str]
     catalogue: dict[str, Any]
-    headline: str
+    primary_protocol: str
     rungs: list[Rung]
     rounds: list[Round]
     refused: set[int]
@@ -147,24 +147,24 @@ class RunSummary:
     distill_log: Log
     examples: dict[int, list[Example]]
     failures: list[Example]
-    written: Written
+    written: AttributeResult
     ladder: LadderSummary | None
     stages: list[StageCost]
 
     @property
     def protocols(self) -> list[str]:
-        """Names of the protocols measured, the headline first."""
+        """Names of the protocols measured, the primary protocol first."""
         names = list(dict.fromkeys(name for rung in self.rungs for name in rung.protocols))
-        return sorted(names, key=lambda name: name != self.headline)
+        return sorted(names, key=lambda name: name != self.primary_protocol)
 
     @property
-    def decided_by(self) -> str:
+    def selection_protocol(self) -> str:
         """The protocol whose hit@1 promotions compare."""
-        return self.config.get("cit", {}).get("decided_by") or self.headline
+        return self.config.get("cit", {}).get("selection_protocol") or self.primary_protocol
 
     @property
-    def outdated(self) -> set[str]:
-        return {stage.name for stage in self.stages if stage.outdated}
+    def stale(self) -> set[str]:
+        return {stage.name for stage in self.stages if stage.stale}
 
     @property
     def seconds(self) -> float:
@@ -187,7 +187,7 @@ def collect(run: RunDirectory) -> RunSummary:
     written = run.read_run()
     found = {stage.name: stage for stage in run.stages()}
     # Stages were made with the addresses as they are.
-    outdated = outdated_stages(list(found.values()), written.get("config", {}))
+    stale = stale_stages(list(found.values()), written.get("config", {}))
     record = without_credentials(written)
     config = record.get("config", {})
     numbers = sorted({int(match[1]) for name in found if (match := _ROUND.search(name))})
@@ -206,7 +206,7 @@ def collect(run: RunDirectory) -> RunSummary:
         config=config,
         versions=record.get("versions", {}),
         catalogue=record.get("catalogue", {}),
-        headline=config.get("evaluation", {}).get("headline", ""),
+        primary_protocol=config.get("evaluation", {}).get("primary_protocol", ""),
         rungs=_rungs(found, [each.number for each in rounds]),
         rounds=rounds,
         refused=refused,
@@ -217,9 +217,7 @@ def collect(run: RunDirectory) -> RunSummary:
         failures=failures,
         written=written_by_round(found, shown, refused),
         ladder=_ladder(run),
-        stages=[
-            StageCost(name, stage.seconds, stage.peak_memory_mb, name in outdated) for name, stage in found.items()
-        ],
+        stages=[StageCost(name, stage.seconds, stage.peak_memory_mb, name in stale) for name, stage in found.items()],
     )
 
 
@@ -282,7 +280,7 @@ def _sizes(metrics: dict[str, Any] | None) -> AttributeSizes | None:
     return AttributeSizes(
         mean_pairs=finite(metrics.get("mean_pairs")),
         mean_words=finite(metrics.get("mean_words")),
-        invalid_share=finite(metrics.get("invalid_share")),
+        invalid_fraction=finite(metrics.get("invalid_fraction")),
         precision=finite(found.get("precision")),
         recall=finite(found.get("recall")),
         f1=finite(found.get("f1")),

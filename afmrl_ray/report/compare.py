@@ -23,7 +23,7 @@ SAMPLES, SEED = 2000, 0
 _SIZES = (
     ("mean_pairs", "pairs", 1.0),
     ("mean_words", "words", 1.0),
-    ("invalid_share", "invalid %", 100.0),
+    ("invalid_fraction", "invalid %", 100.0),
     ("f1", "F1 %", 100.0),
 )
 
@@ -229,7 +229,7 @@ def _attribute_table(comparison: Comparison) -> TextTable:
             values = [value for value in sides if value is not None]
             if len(values) == 2:
                 rows.append([f"{rung.name}: {label}", *(f"{scale * value:.1f}" for value in values)])
-    return TextTable("Attributes of a listing", ["", *comparison.names], rows)
+    return TextTable("Attributes of an item", ["", *comparison.names], rows)
 
 
 def _reward_table(comparison: Comparison) -> TextTable:

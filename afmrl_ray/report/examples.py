@@ -59,20 +59,20 @@ def _example(record: Mapping[str, Any]) -> Example:
     return Example(**{**record, "hits": hits, "missed": Missed(**missed) if missed is not None else None})
 
 
-Written = dict[str, list[tuple[str, str]]]
+AttributeResult = dict[str, list[tuple[str, str]]]
 """By item, attribute texts with the generator that wrote them, in the order of the generators."""
 
 
-def written_by_round(found: Mapping[str, Stage], items: Iterable[str], refused: Collection[int]) -> Written:
-    """What the generators of all rounds wrote about some listings: distilled first, then after each round's RAR.
+def written_by_round(found: Mapping[str, Stage], items: Iterable[str], refused: Collection[int]) -> AttributeResult:
+    """What the generators of all rounds wrote about some items: distilled first, then after each round's RAR.
 
     Args:
         found: committed stages by name.
-        items: of the listings.
+        items: of the items.
         refused: rounds that were not promoted, which labels tell.
     """
     items = list(items)
-    texts: Written = {item: [] for item in items}
+    texts: AttributeResult = {item: [] for item in items}
     number = 0
     while (stage := found.get(f"attributes-r{number}")) is not None:
         if "attributes" in stage.outputs and storage.exists(stage.output("attributes")):

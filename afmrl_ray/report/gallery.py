@@ -1,4 +1,4 @@
-"""The queries that the page shows: pictures as data URLs, attributes with what changed from generator to generator."""
+"""The queries that the page shows: images as data URLs, attributes with what changed from generator to generator."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Protocol
 from PIL import Image
 
 from afmrl_ray.report.collect import RunSummary
-from afmrl_ray.report.examples import Example, PairChange, Written, pair_changes
+from afmrl_ray.report.examples import AttributeResult, Example, PairChange, pair_changes
 
 _THUMBNAIL_PX = 192
 
 
-class Listings(Protocol):
-    """Whatever has the pictures of the catalogue's rows."""
+class Items(Protocol):
+    """Whatever has the images of the catalogue's rows."""
 
-    def picture(self, row: int) -> Image.Image: ...
+    def image(self, row: int) -> Image.Image: ...
 
 
 @dataclass(frozen=True)
@@ -27,23 +27,23 @@ class ShownHit:
     item_id: str
     score: float
     right: bool
-    picture: str | None
+    image: str | None
 
 
 @dataclass(frozen=True)
 class ShownMissed:
     item_id: str
-    picture: str | None
+    image: str | None
     attributes: str
 
 
 @dataclass(frozen=True)
 class ShownExample:
-    """An example with its pictures as data URLs and its attributes by generator."""
+    """An example with its images as data URLs and its attributes by generator."""
 
     item_id: str
     title: str
-    picture: str | None
+    image: str | None
     attributes: list[tuple[str, list[PairChange]]]
     hits: list[ShownHit]
     rank: int | None
@@ -59,16 +59,16 @@ class Gallery:
     failures: list[ShownExample]
 
 
-def make_gallery(summary: RunSummary, listings: Listings | None) -> Gallery | None:
+def make_gallery(summary: RunSummary, items: Items | None) -> Gallery | None:
     """The gallery of a run; none where no round is evaluated and kept.
 
     Args:
-        listings: pictures; without, the queries are text only.
+        items: images; without, the queries are text only.
     """
     last = summary.result
     if last is None:
         return None
-    thumbnails = _Thumbnails(listings)
+    thumbnails = _Thumbnails(items)
 
     def shown(examples: Sequence[Example]) -> list[ShownExample]:
         return [_shown(example, summary.written, thumbnails, last) for example in examples]
@@ -77,28 +77,28 @@ def make_gallery(summary: RunSummary, listings: Listings | None) -> Gallery | No
 
 
 class _Thumbnails:
-    """Data URLs of pictures, each made once."""
+    """Data URLs of images, each made once."""
 
-    def __init__(self, listings: Listings | None) -> None:
-        self._listings = listings
+    def __init__(self, items: Items | None) -> None:
+        self._items = items
         self._made: dict[int, str] = {}
 
     def __call__(self, row: int) -> str | None:
-        if self._listings is None:
+        if self._items is None:
             return None
         if row not in self._made:
-            self._made[row] = thumbnail(self._listings.picture(row))
+            self._made[row] = thumbnail(self._items.image(row))
         return self._made[row]
 
 
-def _shown(example: Example, written: Written, thumbnails: _Thumbnails, last: int) -> ShownExample:
+def _shown(example: Example, written: AttributeResult, thumbnails: _Thumbnails, last: int) -> ShownExample:
     texts = written.get(example.item_id) or [(f"round {last}", example.attributes)]
     before: list[str | None] = [None, *[text for _, text in texts[:-1]]]
     missed = example.missed
     return ShownExample(
         item_id=example.item_id,
         title=example.title,
-        picture=thumbnails(example.query_row),
+        image=thumbnails(example.query_row),
         attributes=[(label, pair_changes(old, text)) for old, (label, text) in zip(before, texts, strict=True)],
         hits=[ShownHit(hit.item_id, hit.score, hit.right, thumbnails(hit.row)) for hit in example.hits],
         rank=example.rank,
@@ -106,9 +106,9 @@ def _shown(example: Example, written: Written, thumbnails: _Thumbnails, last: in
     )
 
 
-def thumbnail(picture: Image.Image) -> str:
+def thumbnail(image: Image.Image) -> str:
     """A small JPEG as a data URL."""
-    small = picture.convert("RGB")
+    small = image.convert("RGB")
     small.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
     target = io.BytesIO()
     small.save(target, "JPEG", quality=82)
@@ -116,5 +116,5 @@ def thumbnail(picture: Image.Image) -> str:
 
 
 def data_url(data: bytes, kind: str) -> str:
-    """Bytes of a picture as a data URL."""
+    """Bytes of an image as a data URL."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

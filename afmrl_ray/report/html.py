@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing from elsewhere: pictures and plots are data URLs."""
+"""The report as one HTML page that needs nothing from elsewhere: images and plots are data URLs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from afmrl_ray.report.collect import RunSummary
 from afmrl_ray.report.compare import Comparison, comparison_notes, comparison_tables
 from afmrl_ray.report.compare_plots import comparison_panels
 from afmrl_ray.report.estimate import Estimate
-from afmrl_ray.report.gallery import Listings, data_url, make_gallery
+from afmrl_ray.report.gallery import Items, data_url, make_gallery
 from afmrl_ray.report.ladder import ladder_heading, ladder_tables
 from afmrl_ray.report.ladder_plots import ladder_panels
 from afmrl_ray.report.plots import DARK, LIGHT, Panel, draw_png, plot_panels
@@ -37,7 +37,7 @@ class KeyFigure:
 
 
 @dataclass(frozen=True)
-class Picture:
+class Image:
     """A panel as data URLs for light and for dark pages."""
 
     title: str
@@ -49,15 +49,15 @@ class Picture:
 class Plot:
     title: str
     note: str
-    panels: list[Picture]
+    panels: list[Image]
 
 
-def render(summary: RunSummary, *, listings: Listings | None) -> str:
+def render(summary: RunSummary, *, items: Items | None) -> str:
     """The page.
 
     Args:
         summary: the run.
-        listings: pictures of the examples; without, they are text only.
+        items: images of the examples; without, they are text only.
     """
     return _fill(
         "template.html",
@@ -66,7 +66,7 @@ def render(summary: RunSummary, *, listings: Listings | None) -> str:
         sections=sections(summary),
         figures=key_figures(summary),
         plots=_plots(summary),
-        gallery=make_gallery(summary, listings),
+        gallery=make_gallery(summary, items),
         ladder=ladder_tables(summary.ladder) if summary.ladder is not None else [],
         ladder_heading=ladder_heading(summary.ladder, summary.name) if summary.ladder is not None else "",
         duration=duration,
@@ -85,7 +85,7 @@ def render_comparison(comparison: Comparison) -> str:
         names=comparison.names,
         notes=comparison_notes(comparison),
         tables=comparison_tables(comparison),
-        panels=_pictures(comparison_panels(comparison)),
+        panels=_images(comparison_panels(comparison)),
         commands=commands,
     )
 
@@ -118,7 +118,7 @@ def _hit_figure(summary: RunSummary) -> KeyFigure | None:
     hits = [
         (rung, result.metrics["hit@1"])
         for rung in summary.rungs
-        if (result := rung.protocols.get(summary.headline)) is not None and "hit@1" in result.metrics
+        if (result := rung.protocols.get(summary.primary_protocol)) is not None and "hit@1" in result.metrics
     ]
     trained = [(rung, hit) for rung, hit in hits if rung.trained and rung.number not in summary.refused]
     if not trained:
@@ -129,7 +129,7 @@ def _hit_figure(summary: RunSummary) -> KeyFigure | None:
         for rung, hit in hits
         if rung is not last
     ]
-    return KeyFigure(f"hit@1, {summary.headline}, {last.name}", _percent(value), ", ".join(others))
+    return KeyFigure(f"hit@1, {summary.primary_protocol}, {last.name}", _percent(value), ", ".join(others))
 
 
 def _reward_figure(summary: RunSummary) -> KeyFigure | None:
@@ -150,7 +150,7 @@ def _words_figure(summary: RunSummary) -> KeyFigure | None:
         return None
     name, last = sizes[-1]
     value = f"{last.mean_words:.1f}" if last.mean_words is not None else "-"
-    return KeyFigure(f"words of attributes, {name}", value, f"invalid {_percent(Estimate(last.invalid_share))}")
+    return KeyFigure(f"words of attributes, {name}", value, f"invalid {_percent(Estimate(last.invalid_fraction))}")
 
 
 def _cost_figure(summary: RunSummary) -> KeyFigure | None:
@@ -170,12 +170,11 @@ def _plots(summary: RunSummary) -> dict[str, Plot]:
     ladder = ladder_panels(summary.ladder) if summary.ladder is not None else []
     for name, panels in {"ladder": ladder, **plot_panels(summary)}.items():
         if panels:
-            shown[name] = Plot(*_PLOT_TITLES[name], _pictures(panels))
+            shown[name] = Plot(*_PLOT_TITLES[name], _images(panels))
     return shown
 
 
-def _pictures(panels: list[Panel]) -> list[Picture]:
+def _images(panels: list[Panel]) -> list[Image]:
     return [
-        Picture(panel.title, *(data_url(draw_png([panel], theme), "png") for theme in (LIGHT, DARK)))
-        for panel in panels
+        Image(panel.title, *(data_url(draw_png([panel], theme), "png") for theme in (LIGHT, DARK))) for panel in panels
     ]

@@ -54,7 +54,7 @@ class LadderSummary:
     """
 
     title: str
-    headline: str
+    primary_protocol: str
     seeds: int
     protocols: list[str]
     rungs: list[LadderRung]
@@ -66,9 +66,9 @@ def read_ladder(record: Mapping[str, Any]) -> LadderSummary:
     titles = {rung["key"]: rung["name"] for rung in record["rungs"]}
     return LadderSummary(
         title=record["title"],
-        headline=record["headline"],
+        primary_protocol=record["primary_protocol"],
         seeds=record["seeds"],
-        protocols=sorted(record["protocols"], key=lambda name: name != record["headline"]),
+        protocols=sorted(record["protocols"], key=lambda name: name != record["primary_protocol"]),
         rungs=[
             LadderRung(
                 name=rung["name"],
@@ -96,7 +96,7 @@ def _metrics(record: Mapping[str, Mapping[str, Any]]) -> Metrics:
 
 
 def ladder_tables(ladder: LadderSummary) -> list[TextTable]:
-    """The headline with gains and costs first, then every protocol in full, then the attributes."""
+    """The primary protocol with gains and costs first, then every protocol in full, then the attributes."""
     found = [_headline_table(ladder)]
     found += [_protocol_table(ladder, protocol) for protocol in ladder.protocols]
     found += [_attribute_table(ladder), _name_table(ladder)]
@@ -130,16 +130,16 @@ def _words(ladder: LadderSummary) -> str:
 def _headline_table(ladder: LadderSummary) -> TextTable:
     rows = []
     for name, protocols in ladder.floors.items():
-        if "hit@1" in protocols.get(ladder.headline, {}):
+        if "hit@1" in protocols.get(ladder.primary_protocol, {}):
             # Intervals of floors are over queries, those of this column over seeds.
-            mean = Estimate(protocols[ladder.headline]["hit@1"].mean)
+            mean = Estimate(protocols[ladder.primary_protocol]["hit@1"].mean)
             rows.append([name, share(mean), "", "", "", "", ""])
     for rung in ladder.rungs:
-        gain = rung.gain.get(ladder.headline, {}).get("hit@1")
+        gain = rung.gain.get(ladder.primary_protocol, {}).get("hit@1")
         rows.append(
             [
                 rung.name if rung.proper else f"({rung.name})",
-                share(rung.metrics[ladder.headline]["hit@1"]),
+                share(rung.metrics[ladder.primary_protocol]["hit@1"]),
                 points(gain) if gain is not None else "",
                 rung.below or "",
                 f"{rung.encoder_steps}",
@@ -147,7 +147,7 @@ def _headline_table(ladder: LadderSummary) -> TextTable:
                 f"{rung.seeds}",
             ]
         )
-    columns = [ladder.headline, "hit@1 %", "gain", "over", "steps", "seconds", "seeds"]
+    columns = [ladder.primary_protocol, "hit@1 %", "gain", "over", "steps", "seconds", "seeds"]
     return TextTable("The ladder", columns, rows)
 
 
@@ -172,7 +172,7 @@ def _attribute_table(ladder: LadderSummary) -> TextTable:
     shown = (
         ("mean_pairs", "pairs", 1.0),
         ("mean_words", "words", 1.0),
-        ("invalid_share", "invalid %", 100.0),
+        ("invalid_fraction", "invalid %", 100.0),
         ("precision", "precision %", 100.0),
         ("recall", "recall %", 100.0),
         ("f1", "F1 %", 100.0),
@@ -182,11 +182,11 @@ def _attribute_table(ladder: LadderSummary) -> TextTable:
         for rung in ladder.rungs
         if rung.attributes
     ]
-    return TextTable("Attributes that the listings are searched with", ["", *[label for _, label, _ in shown]], rows)
+    return TextTable("Attributes that the items are searched with", ["", *[label for _, label, _ in shown]], rows)
 
 
 def _name_table(ladder: LadderSummary) -> TextTable:
     rungs = [rung for rung in ladder.rungs if rung.names]
     names = list(dict.fromkeys(name for rung in rungs for name in rung.names))
     rows = [[rung.name, *[spread(rung.names.get(name), 100.0, 0) for name in names]] for rung in rungs]
-    return TextTable("Listings that have the attribute, %", ["", *names], rows)
+    return TextTable("Items that have the attribute, %", ["", *names], rows)

@@ -13,10 +13,10 @@ def ladder_panels(ladder: LadderSummary) -> list[Panel]:
     """hit@1 by rung with intervals, paired gains over the rung below, and every protocol's first metric by rung."""
     height = 0.9 + 0.34 * len(ladder.rungs)
     panels = [
-        Panel(f"{ladder.headline}: hit@1, %, 95 % over {ladder.seeds} seeds", _bars(ladder), height),
+        Panel(f"{ladder.primary_protocol}: hit@1, %, 95 % over {ladder.seeds} seeds", _bars(ladder), height),
         Panel("gain over the rung below, points", _gains(ladder), height),
     ]
-    others = [name for name in ladder.protocols if name != ladder.headline]
+    others = [name for name in ladder.protocols if name != ladder.primary_protocol]
     for protocol in others:
         metric = next(iter(sorted(_metrics_of(ladder, protocol), key=metric_order)), None)
         if metric is not None:
@@ -31,7 +31,7 @@ def _metrics_of(ladder: LadderSummary, protocol: str) -> set[str]:
 
 
 def _bars(ladder: LadderSummary, *, protocol: str | None = None, metric: str = "hit@1") -> Draw:
-    name = protocol or ladder.headline
+    name = protocol or ladder.primary_protocol
     rungs = [rung for rung in ladder.rungs if metric in rung.metrics.get(name, {})]
 
     def draw(axes: Axes, theme: Theme) -> None:
@@ -59,11 +59,11 @@ def _bars(ladder: LadderSummary, *, protocol: str | None = None, metric: str = "
 
 def _gains(ladder: LadderSummary) -> Draw:
     """Of rungs proper: what a ceiling gains would press all others against zero, and stands in the table."""
-    rungs = [rung for rung in ladder.rungs if rung.proper and "hit@1" in rung.gain.get(ladder.headline, {})]
+    rungs = [rung for rung in ladder.rungs if rung.proper and "hit@1" in rung.gain.get(ladder.primary_protocol, {})]
 
     def draw(axes: Axes, theme: Theme) -> None:
         for place, rung in enumerate(rungs):
-            gain = rung.gain[ladder.headline]["hit@1"]
+            gain = rung.gain[ladder.primary_protocol]["hit@1"]
             if gain.mean is None or gain.low is None or gain.high is None:
                 continue
             sure = gain.low > 0 or gain.high < 0

@@ -76,7 +76,7 @@ def metric_panels(summary: RunSummary) -> list[Panel]:
                 panels.append(Panel(f"{name}: {title}, %", _by_rung(summary, name, shown)))
     sizes = [each for rung in summary.rungs if (each := rung.attributes) is not None]
     if sizes:
-        panels.append(Panel("words and pairs of a listing's attributes", _attribute_sizes(summary)))
+        panels.append(Panel("words and pairs of an item's attributes", _attribute_sizes(summary)))
     if any(each.reward("heldout_after") for each in summary.rounds):
         panels.append(Panel("held-out reward before and after RAR", _heldout(summary)))
     return panels
@@ -97,13 +97,13 @@ def rar_panels(summary: RunSummary) -> list[Panel]:
     logs = [(f"round {each.number}", each.rar_log) for each in summary.rounds]
     keys = (
         ("reward_mean", "reward"),
-        ("invalid_share", "invalid share"),
-        ("zero_variance_share", "groups without variance, share"),
+        ("invalid_fraction", "invalid share"),
+        ("zero_variance_fraction", "groups without variance, share"),
         ("kl", "KL to the round's start, nats a token"),
         ("attribute_words", "words of valid attributes"),
         ("attribute_pairs", "pairs of valid attributes"),
         ("completion_tokens", "tokens of a completion"),
-        ("logprob_gap", "sampler against learner, nats a token"),
+        ("rollout_logprob_diff", "sampler against learner, nats a token"),
     )
     named = [
         Panel(f"share of completions that name it, {label}", _over_steps_by_key(log, _name_keys(log)))
@@ -126,7 +126,7 @@ def agcl_panels(summary: RunSummary) -> list[Panel]:
     keys = (
         ("loss", "AGCL loss"),
         ("accuracy", "in-batch accuracy"),
-        ("masked_share", "masked negatives, share"),
+        ("masked_fraction", "masked negatives, share"),
         ("positive_similarity", "similarity of positives"),
         ("weight_p50", "weight of a negative, median"),
     )

@@ -20,7 +20,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class ModelInput:
     """A labelled line; `intervals` says whether the narrow terminal table shows them too."""
 
     label: str
@@ -32,7 +32,7 @@ class Row:
 class Section:
     title: str
     note: str
-    rows: list[Row]
+    rows: list[ModelInput]
 
 
 def run_table(run: RunDirectory) -> str:
@@ -61,7 +61,7 @@ def format_rungs(summary: RunSummary) -> str:
             lines.append([f"  {row.label}", *[cell.text or "-" for cell in row.cells]])
             if row.intervals and any(cell.interval for cell in row.cells):
                 lines.append(["    95 % interval", *[cell.interval for cell in row.cells]])
-    notes = ["* made with other settings than the run's; the same command runs it again"] if summary.outdated else []
+    notes = ["* made with other settings than the run's; the same command runs it again"] if summary.stale else []
     return "\n".join([*_aligned(lines), *notes])
 
 
@@ -69,7 +69,7 @@ def format_stages(summary: RunSummary) -> str:
     """Seconds and peak memory by stage, and in all."""
     lines = [["stage", "seconds", "peak MiB"]]
     for stage in summary.stages:
-        star = "*" if stage.outdated else ""
+        star = "*" if stage.stale else ""
         lines.append([stage.name + star, f"{stage.seconds:.1f}", _memory(stage.peak_memory_mb)])
     lines.append(["all", f"{summary.seconds:.1f}", _memory(summary.peak_memory_mb)])
     return "\n".join(_aligned(lines))
@@ -91,11 +91,11 @@ def _aligned(lines: list[list[str]]) -> Iterator[str]:
 
 def column_names(summary: RunSummary) -> list[str]:
     """Names of the rungs; those to be measured again carry an asterisk."""
-    return [rung.name + ("*" if rung.stage in summary.outdated else "") for rung in summary.rungs]
+    return [rung.name + ("*" if rung.stage in summary.stale else "") for rung in summary.rungs]
 
 
 def sections(summary: RunSummary) -> list[Section]:
-    """Protocols (headline first), attributes and rewards: a row for each metric measured, a cell for each rung."""
+    """Protocols (primary one first), attributes and rewards: a row for each metric measured, a cell for each rung."""
     found = [_protocol_section(summary, name) for name in summary.protocols]
     found += [_attribute_section(summary), _names_section(summary), _reward_section(summary)]
     found.append(_promotion_section(summary))
@@ -111,13 +111,13 @@ def _protocol_section(summary: RunSummary, name: str) -> Section:
     counts = [result for result in results if result is not None and result.queries is not None]
     note = f"{counts[-1].kind}, {counts[-1].queries} queries, {counts[-1].gallery} in the gallery" if counts else ""
     if counts and counts[-1].kind == "labels":
-        note = f"{counts[-1].queries} listings, probe fitted on {counts[-1].gallery}"
+        note = f"{counts[-1].queries} items, probe fitted on {counts[-1].gallery}"
     metrics = {metric for result in results if result is not None for metric in result.metrics}
     rows = [
-        Row(
+        ModelInput(
             f"{metric_label(metric)} %",
             [_share(result.metrics.get(metric)) if result is not None else Cell() for result in results],
-            intervals=name == summary.headline and metric == "hit@1",
+            intervals=name == summary.primary_protocol and metric == "hit@1",
         )
         for metric in sorted(metrics, key=metric_order)
     ]
@@ -131,12 +131,15 @@ def _attribute_section(summary: RunSummary) -> Section:
         before = rounds[rung.number].attributes if rung.number in rounds else None
         return Cell(_change(_size(before, name, scale), _size(rung.attributes, name, scale)))
 
-    rows = [("words", "mean_words", 1.0), ("pairs", "mean_pairs", 1.0), ("invalid %", "invalid_share", 100.0)]
+    rows = [("words", "mean_words", 1.0), ("pairs", "mean_pairs", 1.0), ("invalid %", "invalid_fraction", 100.0)]
     rows += [(f"{name} %", name, 100.0) for name in ("precision", "recall", "f1")]
     return Section(
         "attributes",
-        "of a listing, before -> after the round's RAR; precision, recall and F1 of pairs against the catalogue's",
-        [Row(label.replace("f1", "F1"), [cell(rung, n, scale) for rung in summary.rungs]) for label, n, scale in rows],
+        "of an item, before -> after the round's RAR; precision, recall and F1 of pairs against the catalogue's",
+        [
+            ModelInput(label.replace("f1", "F1"), [cell(rung, n, scale) for rung in summary.rungs])
+            for label, n, scale in rows
+        ],
     )
 
 
@@ -153,8 +156,11 @@ def _names_section(summary: RunSummary) -> Section:
 
     return Section(
         "attribute names",
-        "% of listings that have it, before -> after the round's RAR",
-        [Row(name, [cell(rung, name) for rung in summary.rungs]) for name in sorted(first, key=lambda n: -first[n])],
+        "% of items that have it, before -> after the round's RAR",
+        [
+            ModelInput(name, [cell(rung, name) for rung in summary.rungs])
+            for name in sorted(first, key=lambda n: -first[n])
+        ],
     )
 
 
@@ -167,9 +173,13 @@ def _promotion_section(summary: RunSummary) -> Section:
         "promotion",
         "; ".join(why),
         [
-            Row("promoted", [Cell(("yes" if each.promoted else "no") if each is not None else "") for each in found]),
-            Row(
-                f"gain in hit@1 of {summary.decided_by}, points", [_share(gain, "+") for gain in gains], intervals=True
+            ModelInput(
+                "promoted", [Cell(("yes" if each.promoted else "no") if each is not None else "") for each in found]
+            ),
+            ModelInput(
+                f"gain in hit@1 of {summary.selection_protocol}, points",
+                [_share(gain, "+") for gain in gains],
+                intervals=True,
             ),
         ],
     )
@@ -184,11 +194,11 @@ def _reward_section(summary: RunSummary) -> Section:
     rounds = {each.number: each for each in summary.rounds}
     of_rungs = [rounds.get(rung.number) if rung.number is not None else None for rung in summary.rungs]
 
-    def row(label: str, name: str, *, sign: str = "", intervals: bool = False) -> Row:
-        return Row(label, [_reward(each, name, sign) for each in of_rungs], intervals)
+    def row(label: str, name: str, *, sign: str = "", intervals: bool = False) -> ModelInput:
+        return ModelInput(label, [_reward(each, name, sign) for each in of_rungs], intervals)
 
     heldout = [
-        Row(f"held-out, {when} RAR", [_reward(each, f"heldout_{when}", "") for each in of_rungs], True)
+        ModelInput(f"held-out, {when} RAR", [_reward(each, f"heldout_{when}", "") for each in of_rungs], True)
         for when in ("before", "after")
     ]
     gain = row("held-out gain", "heldout_gain", sign="+", intervals=True)

@@ -10,18 +10,18 @@ from afmrl_ray.cit.stages import RunDirectory
 from afmrl_ray.report.collect import Round, Rung, RunSummary, collect
 from afmrl_ray.report.compare import Comparison
 from afmrl_ray.report.estimate import Estimate
-from afmrl_ray.report.gallery import Listings
+from afmrl_ray.report.gallery import Items
 from afmrl_ray.report.html import render, render_comparison
 from afmrl_ray.report.ladder_plots import ladder_panels
 from afmrl_ray.report.plots import draw_png, plot_panels
 
 
-def write_report(run: RunDirectory, *, listings: Listings | None = None) -> str:
+def write_report(run: RunDirectory, *, items: Items | None = None) -> str:
     """Write `report/` below the run's directory and return the path of its index.html.
 
     Args:
         run: the run, finished or not.
-        listings: where the pictures of the examples come from; without, the examples are text only.
+        items: where the images of the examples come from; without, the examples are text only.
 
     Raises:
         StorageError: there is no run at that path, or it cannot be written.
@@ -37,7 +37,7 @@ def write_report(run: RunDirectory, *, listings: Listings | None = None) -> str:
             storage.remove(path)
     storage.write_json(storage.join(directory, "report.json"), report_record(summary))
     index = storage.join(directory, "index.html")
-    storage.write_bytes(index, render(summary, listings=listings).encode())
+    storage.write_bytes(index, render(summary, items=items).encode())
     return index
 
 
@@ -57,7 +57,7 @@ def report_record(summary: RunSummary) -> dict[str, Any]:
         "command": summary.command,
         "versions": summary.versions,
         "catalogue": summary.catalogue,
-        "headline": summary.headline,
+        "primary_protocol": summary.primary_protocol,
         "rungs": [_rung(rung, summary) for rung in summary.rungs],
         "rounds": [_round(each) for each in summary.rounds],
         "ladder": asdict(summary.ladder) if summary.ladder is not None else None,
@@ -72,7 +72,7 @@ def _rung(rung: Rung, summary: RunSummary) -> dict[str, Any]:
         "name": rung.name,
         "round": rung.number,
         "stage": rung.stage,
-        "outdated": rung.stage in summary.outdated,
+        "stale": rung.stage in summary.stale,
         "protocols": {name: asdict(result) for name, result in rung.protocols.items()},
         "attributes": asdict(rung.attributes) if rung.attributes is not None else None,
     }

@@ -1,4 +1,4 @@
-"""Embeddings of many listings by a pool of Ray Data actors."""
+"""Embeddings of many items by a pool of Ray Data actors."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from afmrl_ray.config.models import EncoderConfig
 from afmrl_ray.errors import ConfigError
 from afmrl_ray.models.adapters import load_trained
 from afmrl_ray.models.backbones import fetch
-from afmrl_ray.models.dual_tower import DualProcessor, DualTower, dual_text, embed_dual_rows
+from afmrl_ray.models.dual_encoder import DualEncoder, DualProcessor, dual_text, embed_dual_rows
 from afmrl_ray.models.encoder import EmbeddingModel
-from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.item_processor import ItemProcessor
 from afmrl_ray.models.microbatches import cut_by_tokens
+from afmrl_ray.models.model_input import ModelInput, collate
 from afmrl_ray.models.pool import map_rows
 from afmrl_ray.models.prefix_groups import embed_groups
 from afmrl_ray.models.prompts import encoder_rows
-from afmrl_ray.models.rows import Row, collate
 from afmrl_ray.models.shared_prefix import use_shared_prefix
 from afmrl_ray.models.vision_cache import VisionCache
 
@@ -36,7 +36,7 @@ class EncoderRef:
 
     Attributes:
         path: model or adapter folder, or hub name.
-        config: how listings are shown to it.
+        config: how items are shown to it.
     """
 
     path: str
@@ -54,7 +54,7 @@ class Encoder:
             )
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = load_trained(encoder.path, "encoder", dtype=encoder.config.dtype, device=device)
-        self._processor = ListingProcessor.from_pretrained(encoder.path, encoder.config.picture)
+        self._processor = ItemProcessor.from_pretrained(encoder.path, encoder.config.image)
         self._model = EmbeddingModel(model).eval()
         self._config = encoder.config
         cached = encoder.config.vision_cache
@@ -75,9 +75,9 @@ class Encoder:
         """
         use_shared_prefix(self._model.backbone)
 
-    def listing_rows(
+    def item_rows(
         self, row: int, texts: Sequence[str], *, inputs: Inputs, title_columns: tuple[str, ...] = ("title",)
-    ) -> list[Row]:
+    ) -> list[ModelInput]:
         """Sequences of one catalogue row shown with each of the attribute texts."""
         return encoder_rows(
             self._processor,
@@ -91,11 +91,11 @@ class Encoder:
         )
 
     @torch.no_grad()
-    def embed_groups(self, groups: Sequence[Sequence[Row]], *, tokens: int) -> np.ndarray:
-        """Embed groups of `listing_rows`, what the rows of a group begin with computed once.
+    def embed_groups(self, groups: Sequence[Sequence[ModelInput]], *, tokens: int) -> np.ndarray:
+        """Embed groups of `item_rows`, what the rows of a group begin with computed once.
 
         Args:
-            groups: rows of one listing each.
+            groups: rows of one item each.
             tokens: most per forward pass, visual ones counted.
 
         Returns:
@@ -104,8 +104,8 @@ class Encoder:
         return embed_groups(self._model, groups, self._processor.pad_id, tokens=tokens).cpu().numpy()
 
     @torch.no_grad()
-    def embed_each(self, rows: Sequence[Row], *, tokens: int) -> np.ndarray:
-        """Embed `listing_rows` one by one, nothing shared; arguments and result as in `embed_groups`."""
+    def embed_each(self, rows: Sequence[ModelInput], *, tokens: int) -> np.ndarray:
+        """Embed `item_rows` one by one, nothing shared; arguments and result as in `embed_groups`."""
         found: dict[int, np.ndarray] = {}
         for part in cut_by_tokens([len(row) for row in rows], tokens):
             batch = collate([rows[place] for place in part], self._processor.pad_id, self._model.device)
@@ -122,19 +122,19 @@ class Encoder:
             [B, D] float32, of unit length.
         """
         built = [
-            self.listing_rows(row, [text], inputs=inputs, title_columns=title_columns)[0]
+            self.item_rows(row, [text], inputs=inputs, title_columns=title_columns)[0]
             for row, text in zip(rows, texts, strict=True)
         ]
         return self._model(**collate(built, self._processor.pad_id, self._model.device)).cpu().numpy()
 
 
-class DualEncoder:
-    """A frozen dual tower over a catalogue, for the same calls as far as it has them."""
+class DualEncoderEmbedder:
+    """A frozen dual encoder over a catalogue, for the same calls as far as it has them."""
 
     def __init__(self, encoder: EncoderRef, catalogue: CatalogueRef) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = load_trained(encoder.path, "dual_tower", dtype=encoder.config.dtype, device=device)
-        self._model = DualTower(model).eval()
+        model = load_trained(encoder.path, "dual_encoder", dtype=encoder.config.dtype, device=device)
+        self._model = DualEncoder(model).eval()
         self._processor = DualProcessor.from_pretrained(fetch(encoder.path), model)
         self._catalogue = catalogue.open()
         self._items = self._catalogue.column("item_id")
@@ -151,30 +151,34 @@ class DualEncoder:
         """See `Encoder.embed`."""
         built = []
         for row, text in zip(rows, texts, strict=True):
-            title = self._catalogue.title(row, title_columns) if inputs != "picture" else ""
-            picture = self._catalogue.picture(row) if inputs != "text" else None
-            built.append(self._processor.row(picture, dual_text(title, text)))
+            title = self._catalogue.title(row, title_columns) if inputs != "image" else ""
+            image = self._catalogue.image(row) if inputs != "text" else None
+            built.append(self._processor.row(image, dual_text(title, text)))
         return embed_dual_rows(self._model, self._processor, built).cpu().numpy()
 
 
-def open_encoder(encoder: EncoderRef, catalogue: CatalogueRef) -> Encoder | DualEncoder:
-    """The encoder of `encoder.kind`, to embed listings with."""
-    return DualEncoder(encoder, catalogue) if encoder.config.kind == "clip" else Encoder(encoder, catalogue)
+def open_encoder(encoder: EncoderRef, catalogue: CatalogueRef) -> Encoder | DualEncoderEmbedder:
+    """The encoder of `encoder.kind`, to embed items with."""
+    return (
+        DualEncoderEmbedder(encoder, catalogue)
+        if encoder.config.kind == "dual_encoder"
+        else Encoder(encoder, catalogue)
+    )
 
 
 @dataclass(frozen=True)
 class View:
-    """How listings are shown to the encoder.
+    """How items are shown to the encoder.
 
     Attributes:
-        inputs: picture, text or both.
+        inputs: image, text or both.
         title_columns: columns that make up the title.
-        enriched: whether the stored attributes are shown too.
+        with attributes: whether the stored attributes are shown too.
     """
 
     inputs: Inputs
     title_columns: tuple[str, ...]
-    enriched: bool
+    with_attributes: bool
 
 
 class EmbedActor:
@@ -203,7 +207,7 @@ class EmbedActor:
         return {"place": batch["place"], "embedding": np.stack([embedded[place] for place in range(len(embedded))])}
 
     def _embed(self, rows: list[int], view: View) -> np.ndarray:
-        store = self._store if view.enriched else None
+        store = self._store if view.with_attributes else None
         texts = [store.text(self._encoder.items[row]) if store is not None else "" for row in rows]
         return self._encoder.embed(rows, texts, inputs=view.inputs, title_columns=view.title_columns)
 
@@ -220,16 +224,16 @@ def embed_rows(
 
     Args:
         wanted: catalogue rows [N] of each view.
-        attributes: path of an attribute table, or none if no view is enriched.
+        attributes: path of an attribute table, or none if no view is with attributes.
 
     Returns:
         [N, D] float32 of each view, in the order of its rows.
 
     Raises:
-        ValueError: a view is enriched and there are no attributes.
+        ValueError: a view is with attributes and there are no attributes.
     """
-    if attributes is None and any(view.enriched for view in wanted):
-        raise ValueError("embed_rows: an enriched view needs attributes")
+    if attributes is None and any(view.with_attributes for view in wanted):
+        raise ValueError("embed_rows: a view with attributes needs attributes")
     views = tuple(wanted)
     table = map_rows(
         EmbedActor,

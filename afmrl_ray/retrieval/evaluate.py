@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from afmrl_ray.catalogue import StagedCatalogue
-from afmrl_ray.config.catalogue import SideConfig
+from afmrl_ray.config.catalogue import ItemSelector
 from afmrl_ray.config.evaluation import EvaluationConfig, LabelProtocol, RetrievalProtocol
 from afmrl_ray.errors import CatalogueError
 from afmrl_ray.retrieval import metrics
 from afmrl_ray.retrieval.ranking import Ranking, rank_gallery
 
-Embed = Callable[[SideConfig, bool], tuple[np.ndarray, np.ndarray]]
+Embed = Callable[[ItemSelector, bool], tuple[np.ndarray, np.ndarray]]
 """(side, with attributes) to catalogue rows [N] and embeddings [N, D]."""
 
 
@@ -34,7 +34,7 @@ class Measured:
 
     Attributes:
         record: JSON values: kind, counts, metrics.
-        rows: [Q] catalogue rows of the queries, or of the listings that were classified.
+        rows: [Q] catalogue rows of the queries, or of the items that were classified.
         per_query: [Q] numbers by metric, where the metric is a mean over queries.
         ranking: of a retrieval protocol.
     """
@@ -45,14 +45,17 @@ class Measured:
     ranking: Ranking | None = None
 
 
-def sides(config: EvaluationConfig) -> list[tuple[SideConfig, bool]]:
+def sides(config: EvaluationConfig) -> list[tuple[ItemSelector, bool]]:
     """Every (side, with attributes) that the protocols will ask `Embed` for."""
-    found: list[tuple[SideConfig, bool]] = []
+    found: list[tuple[ItemSelector, bool]] = []
     for protocol in config.protocols:
         if isinstance(protocol, RetrievalProtocol):
-            found += [(protocol.query, protocol.enriched != "none"), (protocol.gallery, protocol.enriched == "both")]
+            found += [
+                (protocol.query, protocol.with_attributes != "none"),
+                (protocol.gallery, protocol.with_attributes == "both"),
+            ]
         else:
-            found += [(protocol.fit, protocol.enriched), (protocol.test, protocol.enriched)]
+            found += [(protocol.fit, protocol.with_attributes), (protocol.test, protocol.with_attributes)]
     return found
 
 
@@ -71,8 +74,8 @@ def retrieval_protocol(
     protocol: RetrievalProtocol, catalogue: StagedCatalogue, embed: Embed, *, samples: int, seed: int
 ) -> Measured:
     """hit@k, recall@k, both readings of mean average precision, and reciprocal rank, with bootstrap intervals."""
-    query_rows, queries = embed(protocol.query, protocol.enriched != "none")
-    gallery_rows, gallery = embed(protocol.gallery, protocol.enriched == "both")
+    query_rows, queries = embed(protocol.query, protocol.with_attributes != "none")
+    gallery_rows, gallery = embed(protocol.gallery, protocol.with_attributes == "both")
     ranking = rank(catalogue, protocol.label, query_rows, queries, gallery_rows, gallery, depth=_depth(protocol))
     per_query: dict[str, np.ndarray] = {}
     for k in protocol.ks:
@@ -133,8 +136,8 @@ def label_protocol(
 ) -> Measured:
     """Accuracy of a linear probe and of nearest neighbours, with intervals, and k-means clustering of the test side."""
     codes = np.array(label_codes(catalogue.column(protocol.label)))
-    fit_rows, fit = embed(protocol.fit, protocol.enriched)
-    test_rows, test = embed(protocol.test, protocol.enriched)
+    fit_rows, fit = embed(protocol.fit, protocol.with_attributes)
+    test_rows, test = embed(protocol.test, protocol.with_attributes)
     fit, fit_rows = fit[codes[fit_rows] >= 0], fit_rows[codes[fit_rows] >= 0]
     test, test_rows = test[codes[test_rows] >= 0], test_rows[codes[test_rows] >= 0]
     fit_codes, test_codes = codes[fit_rows], codes[test_rows]

@@ -21,11 +21,11 @@ from afmrl_ray.attributes.text import stored_attributes
 from afmrl_ray.config.serving import ServingConfig
 from afmrl_ray.errors import UserError
 from afmrl_ray.serving.bundle import Bundle
+from afmrl_ray.serving.errors import Overloaded, Problem, problem_response
 from afmrl_ray.serving.limits import BodyLimit, Limits
 from afmrl_ray.serving.metrics import Observed, ServingMetrics
 from afmrl_ray.serving.models import Embedding, EncoderInput
 from afmrl_ray.serving.openapi import openapi, search_bodies
-from afmrl_ray.serving.problems import Busy, Problem, problem_response
 from afmrl_ray.serving.schemas import (
     AttributesAnswer,
     AttributesUsed,
@@ -35,8 +35,8 @@ from afmrl_ray.serving.schemas import (
     HitBody,
     ItemAnswer,
     ItemBody,
-    Listing,
-    ListingInput,
+    ItemContent,
+    ItemInput,
     ModelAnswer,
     RolloverAnswer,
     RolloverBody,
@@ -45,7 +45,7 @@ from afmrl_ray.serving.schemas import (
     Usage,
 )
 from afmrl_ray.serving.security import Caller, Keys
-from afmrl_ray.serving.service import SearchService, Written
+from afmrl_ray.serving.service import AttributeResult, SearchService
 from afmrl_ray.serving.store import StoredItem
 from afmrl_ray.serving.uploads import Upload
 
@@ -59,7 +59,7 @@ _PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-_FORM_FIELDS = ("title", "k", "enrich", "attributes", "filters")
+_FORM_FIELDS = ("title", "k", "attributes_source", "attributes", "filters")
 ItemId = Annotated[str, Path(max_length=200)]
 
 
@@ -79,10 +79,10 @@ def make_api(
         keys: who may ask.
         metrics: of this replica.
         open_round: the bundle of a round, see `bundle.open_bundle`.
-        thumbnail: small JPEG of an encoded picture.
+        thumbnail: small JPEG of an encoded image.
     """
     limits = Limits(config.limits)
-    api = FastAPI(title="afmrl_ray", version="1", description="Attributes, embeddings and search of product listings.")
+    api = FastAPI(title="afmrl_ray", version="1", description="Attributes, embeddings and search of product items.")
 
     async def caller(request: Request) -> Caller:
         host = request.client.host if request.client is not None else None
@@ -99,28 +99,32 @@ def make_api(
             async with asyncio.timeout(config.limits.request_s):
                 return await work
         except TimeoutError as error:
-            raise Busy(f"no answer within {config.limits.request_s:g} s (limits.request_s)", 5) from error
+            raise Overloaded(f"no answer within {config.limits.request_s:g} s (limits.request_s)", 5) from error
 
-    def enrich_of(body: SearchBody | ListingInput) -> tuple[Any, str]:
+    def attributes_of(body: SearchBody | ItemInput) -> tuple[Any, str]:
         given = limits.attribute_text(body.attributes, "attributes")
-        enrich = body.enrich or ("given" if body.attributes is not None else config.enrich)
-        if enrich == "given" and body.attributes is None:
-            raise Problem(422, "attributes: missing, though enrich is given")
-        return enrich, given
+        attributes_source = body.attributes_source or (
+            "given" if body.attributes is not None else config.attributes_source
+        )
+        if attributes_source == "given" and body.attributes is None:
+            raise Problem(422, "attributes: missing, though show with attributes is given")
+        return attributes_source, given
 
     user, admin = [Depends(caller)], [Depends(administrator)]
 
     @api.post("/v1/search", dependencies=user, openapi_extra=search_bodies())
     async def search(request: Request) -> SearchAnswer:
-        """Enrich, embed and search: JSON, or a form with the picture as a file."""
-        body, picture = await _search_body(request, limits)
+        """Choose attributes, embed and search: JSON, or a form with the image as a file."""
+        body, image = await _search_body(request, limits)
         upload = (
             await asyncio.to_thread(limits.upload, body)
-            if picture is None
-            else (await asyncio.to_thread(_uploaded, limits, body, picture))
+            if image is None
+            else (await asyncio.to_thread(_uploaded, limits, body, image))
         )
-        (enrich, given), filters, k = enrich_of(body), limits.filters(body.filters), limits.k(body.k)
-        found = await bounded(service.search(upload, k=k, filters=filters, enrich=enrich, given=given))
+        (attributes_source, given), filters, k = attributes_of(body), limits.filters(body.filters), limits.k(body.k)
+        found = await bounded(
+            service.search(upload, k=k, filters=filters, attributes_source=attributes_source, given=given)
+        )
         metrics.round(found.bundle.round)
         hits = [
             HitBody(
@@ -143,8 +147,8 @@ def make_api(
         )
 
     @api.post("/v1/attributes", dependencies=user)
-    async def attributes(body: Listing) -> AttributesAnswer:
-        """What the generator writes of a listing."""
+    async def attributes(body: ItemContent) -> AttributesAnswer:
+        """What the generator writes of an item."""
         upload = await asyncio.to_thread(limits.upload, body)
         bundle = await bounded(service.current())
         written = await bounded(service.attributes(bundle, upload))
@@ -152,7 +156,7 @@ def make_api(
 
     @api.post("/v1/embeddings", dependencies=user)
     async def embeddings(body: EmbeddingsBody) -> EmbeddingsAnswer:
-        """Embeddings in the shape of OpenAI's API; inputs may be listings with pictures."""
+        """Embeddings in the shape of OpenAI's API; inputs may be items with images."""
         inputs = body.input if isinstance(body.input, list) else [body.input]
         limits.batch(len(inputs))
         bundle = await bounded(service.current())
@@ -161,11 +165,11 @@ def make_api(
         if body.dimensions is not None and body.dimensions != bundle.dimensions:
             raise Problem(422, f"dimensions: the model gives {bundle.dimensions}")
 
-        async def one(place: int, given: str | ListingInput) -> EncoderInput:
-            listing = ListingInput(title=given) if isinstance(given, str) else given
-            upload = await asyncio.to_thread(limits.upload, listing, f"input[{place}].")
-            enrich, text = enrich_of(listing)
-            return EncoderInput(upload, (await service.enriched(bundle, upload, enrich, text)).text)
+        async def one(place: int, given: str | ItemInput) -> EncoderInput:
+            item = ItemInput(title=given) if isinstance(given, str) else given
+            upload = await asyncio.to_thread(limits.upload, item, f"input[{place}].")
+            attributes_source, text = attributes_of(item)
+            return EncoderInput(upload, (await service.attributes_for(bundle, upload, attributes_source, text)).text)
 
         async def all_of_them() -> list[Embedding]:
             return await service.embed(bundle, await asyncio.gather(*map(one, range(len(inputs)), inputs)))
@@ -185,9 +189,9 @@ def make_api(
         for name in ("category", "product_id"):
             limits.text(getattr(body, name) or "", name)
         given = limits.attribute_text(body.attributes, "attributes") if body.attributes is not None else None
-        small = await asyncio.to_thread(thumbnail, upload.picture) if upload.picture is not None else None
-        item = StoredItem(body.item_id, upload.title, body.category, body.product_id, given, upload.picture, small)
-        _, written = await bounded(service.put(item))
+        small = await asyncio.to_thread(thumbnail, upload.image) if upload.image is not None else None
+        item = StoredItem(body.item_id, upload.title, body.category, body.product_id, given, upload.image, small)
+        _, written = await bounded(service.upsert(item))
         return ItemAnswer(
             **_used(written),
             item_id=item.item_id,
@@ -209,13 +213,13 @@ def make_api(
             category=record.category,
             product_id=record.product_id,
             attributes=_pairs(record.attributes),
-            enrich="generated" if record.attributes else "none",
+            attributes_source="generated" if record.attributes else "none",
             thumbnail=_thumbnail_address(item_id),
         )
 
     @api.get("/v1/items/{item_id}/thumbnail", dependencies=user, response_class=Response)
     async def get_thumbnail(item_id: ItemId) -> Response:
-        """An item's picture, small."""
+        """An item's image, small."""
         record = await bounded(service.get(item_id))
         if record is None or record.thumbnail is None:
             raise _no_item(item_id)
@@ -224,7 +228,7 @@ def make_api(
     @api.delete("/v1/items/{item_id}", dependencies=admin, status_code=204)
     async def delete_item(item_id: ItemId) -> None:
         """Take an item out, whether it was put in or came with the index."""
-        if not await bounded(service.take_out(item_id)):
+        if not await bounded(service.delete(item_id)):
             raise _no_item(item_id)
 
     @api.get("/v1/model", dependencies=user)
@@ -242,17 +246,17 @@ def make_api(
             dimensions=state.current.dimensions,
             items=items,
             limits=config.limits.model_dump(),
-            enrich=config.enrich,
+            attributes_source=config.attributes_source,
         )
 
-    @api.post("/admin/rollover", dependencies=admin)
-    async def rollover(body: RolloverBody) -> RolloverAnswer:
+    @api.post("/admin/switch", dependencies=admin)
+    async def switch(body: RolloverBody) -> RolloverAnswer:
         """Go over to another round, or back, without a failed request; returns when it is served."""
         try:
             bundle = await asyncio.to_thread(open_round, body.round)
         except UserError as error:
             raise Problem(409, str(error)) from error
-        found = await service.rollover(bundle)
+        found = await service.switch(bundle)
         metrics.round(bundle.round)
         return RolloverAnswer(**found)
 
@@ -263,7 +267,7 @@ def make_api(
             async with asyncio.timeout(_HEALTH_S):
                 await service.state()
         except TimeoutError as error:
-            raise Busy("the index does not answer") from error
+            raise Overloaded("the index does not answer") from error
         return Response("ok", media_type="text/plain")
 
     @api.get("/metrics", dependencies=user, response_class=Response)
@@ -314,18 +318,18 @@ def _invalid(errors: Any) -> Response:
 
 
 async def _search_body(request: Request, limits: Limits) -> tuple[SearchBody, bytes | None]:
-    """The body of a search, and the picture where it came as a file."""
+    """The body of a search, and the image where it came as a file."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    picture: bytes | None = None
+    image: bytes | None = None
     values: Any
     if kind == "multipart/form-data":
         async with request.form(max_files=1, max_fields=len(_FORM_FIELDS) + 1) as form:
-            sent = form.get("picture")
+            sent = form.get("image")
             if isinstance(sent, UploadFile):
-                picture = await sent.read()
+                image = await sent.read()
             elif sent:
-                raise Problem(422, "picture: send it as a file")
-            unknown = sorted(set(form) - {"picture", *_FORM_FIELDS})
+                raise Problem(422, "image: send it as a file")
+            unknown = sorted(set(form) - {"image", *_FORM_FIELDS})
             if unknown:
                 raise Problem(422, f"unknown field {unknown[0][:100]!r}")
             values = {name: form[name] for name in _FORM_FIELDS if isinstance(form.get(name), str)}
@@ -335,9 +339,9 @@ async def _search_body(request: Request, limits: Limits) -> tuple[SearchBody, by
     elif kind in ("application/json", ""):
         values = _json(await request.body(), "body")
     else:
-        raise Problem(415, "send application/json, or multipart/form-data with the picture as a file")
+        raise Problem(415, "send application/json, or multipart/form-data with the image as a file")
     try:
-        return SearchBody.model_validate(values), picture
+        return SearchBody.model_validate(values), image
     except ValidationError as error:
         raise RequestValidationError(error.errors(include_input=False, include_context=False)) from error
 
@@ -349,14 +353,17 @@ def _json(data: bytes, where: str) -> Any:
         raise Problem(422, f"{where}: no valid JSON") from error
 
 
-def _uploaded(limits: Limits, body: SearchBody, picture: bytes) -> Upload:
+def _uploaded(limits: Limits, body: SearchBody, image: bytes) -> Upload:
     title = " ".join(limits.text(body.title, "title").split())
-    return limits.listing(title, limits.picture_bytes(picture, "picture"))
+    return limits.item(title, limits.image_bytes(image, "image"))
 
 
-def _used(written: Written) -> dict[str, Any]:
+def _used(written: AttributeResult) -> dict[str, Any]:
     return AttributesUsed(
-        attributes=_pairs(written.text), enrich=written.source, reason=written.reason or None, cached=written.cached
+        attributes=_pairs(written.text),
+        attributes_source=written.source,
+        reason=written.reason or None,
+        cached=written.cached,
     ).model_dump()
 
 
@@ -377,7 +384,7 @@ def _thumbnail_address(item_id: str) -> str:
 
 
 def _no_item(item_id: str) -> Problem:
-    return Problem(404, f"there is no item {item_id[:200]!r}, or no picture of it")
+    return Problem(404, f"there is no item {item_id[:200]!r}, or no image of it")
 
 
 def _page(name: str) -> Response:

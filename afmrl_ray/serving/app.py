@@ -22,9 +22,9 @@ from afmrl_ray.errors import ConfigError
 from afmrl_ray.serving.api import make_api
 from afmrl_ray.serving.bundle import Bundle, open_bundle, split_run
 from afmrl_ray.serving.deployments import EncoderDeployment, GeneratorDeployment, IndexDeployment
+from afmrl_ray.serving.errors import Problem
 from afmrl_ray.serving.metrics import CACHE, REQUEST_SECONDS, REQUESTS, ROUND, SECONDS, STAGE_SECONDS, ServingMetrics
 from afmrl_ray.serving.ports import HandleEncoder, HandleGenerator, HandleIndex
-from afmrl_ray.serving.problems import Problem
 from afmrl_ray.serving.security import Keys
 from afmrl_ray.serving.service import SearchService
 from afmrl_ray.serving.store import ItemStore
@@ -95,7 +95,7 @@ class Ingress:
 
     async def _roll(self, bundle: Bundle) -> None:
         try:
-            await self._service.rollover(bundle)
+            await self._service.switch(bundle)
         except Problem as problem:
             # Another replica of the ingress may be at it, with the same user_config.
             log.warning("user_config.round %d: %s", bundle.round, problem.detail)
@@ -146,7 +146,7 @@ def _served(config: ServingConfig, state_dir: str) -> Bundle:
         if config.round is not None and state.current.round != config.round:
             raise ConfigError(
                 f"round: {state_dir} serves round {state.current.round}; leave round out, and go over to round "
-                f"{config.round} with POST /admin/rollover"
+                f"{config.round} with POST /admin/switch"
             )
         return state.current
     return open_bundle(run, config.round)
@@ -177,8 +177,8 @@ def _options(replicas: ReplicasConfig) -> dict[str, Any]:
 
 
 def _thumbnail(data: bytes, longest_px: int) -> bytes:
-    with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-        return thumbnail(picture, longest_px)
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        return thumbnail(image, longest_px)
 
 
 def _ray_metrics() -> Any:

@@ -114,7 +114,9 @@ def open_bundle(run: RunDirectory, number: int | None = None) -> Bundle:
         "index": index.fingerprint,
     }
     evaluated = run.committed(f"evaluate-r{number}")
-    headline = evaluated.metrics["protocols"][config.evaluation.headline]["metrics"] if evaluated is not None else {}
+    primary_protocol = (
+        evaluated.metrics["protocols"][config.evaluation.primary_protocol]["metrics"] if evaluated is not None else {}
+    )
     return Bundle(
         run=run.path,
         round=number,
@@ -129,7 +131,10 @@ def open_bundle(run: RunDirectory, number: int | None = None) -> Bundle:
         gallery_inputs=index.metrics["inputs"],
         dimensions=index.metrics["dimensions"],
         metrics={
-            "headline": {"protocol": config.evaluation.headline, **{k: v["mean"] for k, v in headline.items()}},
+            "primary_protocol": {
+                "protocol": config.evaluation.primary_protocol,
+                **{k: v["mean"] for k, v in primary_protocol.items()},
+            },
             "index": index.metrics,
         },
     )

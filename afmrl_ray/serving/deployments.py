@@ -16,7 +16,7 @@ from ray import serve
 
 from afmrl_ray.cit.index_stage import ItemRecord
 from afmrl_ray.config.serving import ServingConfig
-from afmrl_ray.models.rows import Row
+from afmrl_ray.models.model_input import ModelInput
 from afmrl_ray.serving.bundle import Bundle
 from afmrl_ray.serving.models import Embedding, EncoderInput, ServedEncoder, ServedGenerator
 from afmrl_ray.serving.round_index import Filters, Hit, LiveIndex, localised, merge
@@ -91,9 +91,9 @@ class EncoderDeployment:
         self._batched = _batched(self._run, config)
 
     async def embed(self, bundle: Bundle, given: Sequence[EncoderInput]) -> list[Embedding]:
-        """Vectors of a request's listings."""
+        """Vectors of a request's items."""
 
-        def prepare() -> list[Row]:
+        def prepare() -> list[ModelInput]:
             return [self._encoder.prepare(bundle, one) for one in given]
 
         rows = await asyncio.get_running_loop().run_in_executor(self._prepare, prepare)
@@ -176,7 +176,9 @@ class IndexDeployment:
     def __init__(self, config: ServingConfig, state_dir: str, bundle: Bundle) -> None:
         self._thread = ThreadPoolExecutor(1)
         self._state_dir = state_dir
-        self._live = LiveIndex(state_dir, bundle, rounds_kept=config.rounds_kept, merge_above=config.merge_above)
+        self._live = LiveIndex(
+            state_dir, bundle, rounds_kept=config.rounds_kept, max_delta_items=config.max_delta_items
+        )
         self._merging: asyncio.Task[str | None] | None = None
 
     async def _on(self, work: Callable[..., Any], *arguments: Any) -> Any:
@@ -189,19 +191,19 @@ class IndexDeployment:
         """See `LiveIndex.search`."""
         return await self._on(self._live.search, key, vector, k, filters)
 
-    async def put(self, item: StoredItem, embedded: dict[str, Embedded]) -> dict[str, Bundle] | None:
-        """See `ItemStore.put`."""
-        missing = await self._on(self._live.write, lambda store: store.put(item, embedded))
+    async def upsert(self, item: StoredItem, embedded: dict[str, Embedded]) -> dict[str, Bundle] | None:
+        """See `ItemStore.upsert`."""
+        missing = await self._on(self._live.write, lambda store: store.upsert(item, embedded))
         await self._merge_if_due()
         return missing
 
-    async def take_out(self, item_id: str) -> bool:
+    async def delete(self, item_id: str) -> bool:
         """Take an item out; whether it was there."""
 
         def work() -> bool:
             there = self._live.current().get(item_id) is not None
             if there:
-                self._live.write(lambda store: store.take_out(item_id))
+                self._live.write(lambda store: store.delete(item_id))
             return there
 
         return await self._on(work)
@@ -216,8 +218,8 @@ class IndexDeployment:
         await asyncio.to_thread(localised, bundle.index_path)
         await self._on(self._live.prepare, bundle)
 
-    async def begin_rollover(self, bundle: Bundle) -> None:
-        await self._on(self._live.write, lambda store: store.begin_rollover(bundle))
+    async def begin_switch(self, bundle: Bundle) -> None:
+        await self._on(self._live.write, lambda store: store.begin_switch(bundle))
 
     async def lacking(self, key: str, limit: int) -> list[StoredItem]:
         return await self._on(lambda: self._live.store.lacking(key, limit))
@@ -225,9 +227,9 @@ class IndexDeployment:
     async def add_vector(self, item: StoredItem, key: str, embedded: Embedded) -> None:
         await self._on(self._live.write, lambda store: store.add_vector(item, key, embedded))
 
-    async def finish_rollover(self, key: str) -> bool:
+    async def finish_switch(self, key: str) -> bool:
         def work(store: ItemStore) -> bool:
-            return store.finish_rollover(key)
+            return store.finish_switch(key)
 
         return await self._on(self._live.write, work)
 

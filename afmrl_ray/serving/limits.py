@@ -11,9 +11,9 @@ from typing import Any
 
 from afmrl_ray.attributes.text import Attributes, format_attributes, normalise_attributes
 from afmrl_ray.config.serving import LimitsConfig
-from afmrl_ray.serving.problems import MEDIA_TYPE, Problem
+from afmrl_ray.serving.errors import MEDIA_TYPE, Problem
 from afmrl_ray.serving.round_index import Filters
-from afmrl_ray.serving.schemas import FiltersBody, Listing
+from afmrl_ray.serving.schemas import FiltersBody, ItemContent
 from afmrl_ray.serving.uploads import Upload, upload_fault
 
 Scope = MutableMapping[str, Any]
@@ -85,17 +85,17 @@ class Limits:
 
     config: LimitsConfig
 
-    def upload(self, body: Listing, where: str = "") -> Upload:
-        """The listing of a body; slow, since the picture is decoded."""
+    def upload(self, body: ItemContent, where: str = "") -> Upload:
+        """The item of a body; slow, since the image is decoded."""
         title = " ".join(self.text(body.title, f"{where}title").split())
-        picture = self.picture(body.picture, f"{where}picture") if body.picture is not None else None
-        return self.listing(title, picture, where)
+        image = self.image(body.image, f"{where}image") if body.image is not None else None
+        return self.item(title, image, where)
 
-    def listing(self, title: str, picture: bytes | None, where: str = "") -> Upload:
-        """A listing, which must have something."""
-        if not title and picture is None:
-            raise Problem(422, f"{where}picture and title are both missing; send one of them")
-        return Upload(title, picture)
+    def item(self, title: str, image: bytes | None, where: str = "") -> Upload:
+        """An item, which must have something."""
+        if not title and image is None:
+            raise Problem(422, f"{where}image and title are both missing; send one of them")
+        return Upload(title, image)
 
     def text(self, text: str, field: str) -> str:
         """A title."""
@@ -105,19 +105,19 @@ class Limits:
             raise Problem(422, f"{field}: holds half of a character (a lone surrogate)")
         return text
 
-    def picture(self, encoded: str, field: str) -> bytes:
-        """The picture of base64 text or a data URL."""
+    def image(self, encoded: str, field: str) -> bytes:
+        """The image of base64 text or a data URL."""
         if encoded.startswith("data:"):
             encoded = encoded.partition(",")[2]
         try:
             data = base64.b64decode(encoded, validate=True)
         except (binascii.Error, ValueError) as error:
             raise Problem(422, f"{field}: is no base64") from error
-        return self.picture_bytes(data, field)
+        return self.image_bytes(data, field)
 
-    def picture_bytes(self, data: bytes, field: str) -> bytes:
-        """An encoded picture."""
-        fault = upload_fault(data, self.config.picture_pixels)
+    def image_bytes(self, data: bytes, field: str) -> bytes:
+        """An encoded image."""
+        fault = upload_fault(data, self.config.image_pixels)
         if fault is not None:
             raise Problem(422, f"{field}: {fault}")
         return data
@@ -149,4 +149,4 @@ class Limits:
     def batch(self, count: int) -> None:
         """Inputs of a request."""
         if not 1 <= count <= self.config.batch:
-            raise Problem(422, f"input: 1 to {self.config.batch} texts or listings")
+            raise Problem(422, f"input: 1 to {self.config.batch} texts or items")

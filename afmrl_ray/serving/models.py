@@ -18,10 +18,10 @@ from afmrl_ray.errors import ConfigError
 from afmrl_ray.models.adapters import load_trained
 from afmrl_ray.models.annotate import write_attributes
 from afmrl_ray.models.encoder import EmbeddingModel
-from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.item_processor import ItemProcessor
 from afmrl_ray.models.microbatches import cut_by_tokens
-from afmrl_ray.models.prompts import encoder_row
-from afmrl_ray.models.rows import Row, collate
+from afmrl_ray.models.model_input import ModelInput, collate
+from afmrl_ray.models.prompts import encoder_input
 from afmrl_ray.serving.bundle import Bundle
 from afmrl_ray.serving.uploads import FORMATS, Upload, Uploads
 
@@ -30,7 +30,7 @@ Loaded = TypeVar("Loaded")
 
 @dataclass(frozen=True)
 class EncoderInput:
-    """A listing for the encoder, with the attribute text that it is shown with."""
+    """An item for the encoder, with the attribute text that it is shown with."""
 
     upload: Upload
     attributes: str = ""
@@ -44,7 +44,7 @@ class Embedding:
     tokens: int
 
 
-class Rounds(Generic[Loaded]):
+class RoundModels(Generic[Loaded]):
     """Models by bundle, the least recently asked for dropped.
 
     Args:
@@ -84,16 +84,16 @@ def _device() -> str:
 
 
 def inputs_of(upload: Upload) -> Inputs:
-    """What there is of a listing."""
-    if upload.picture is None:
+    """What there is of an item."""
+    if upload.image is None:
         return "text"
-    return "both" if upload.title else "picture"
+    return "both" if upload.title else "image"
 
 
 @dataclass(frozen=True)
 class _Encoder:
     model: EmbeddingModel
-    processor: ListingProcessor
+    processor: ItemProcessor
 
 
 class ServedEncoder:
@@ -105,7 +105,7 @@ class ServedEncoder:
     """
 
     def __init__(self, *, rounds_kept: int, tokens: int) -> None:
-        self._rounds = Rounds(self._load, rounds_kept)
+        self._rounds = RoundModels(self._load, rounds_kept)
         self._tokens = tokens
 
     @staticmethod
@@ -113,16 +113,16 @@ class ServedEncoder:
         if bundle.encoder.kind != "qwen2_vl":
             raise ConfigError(f"encoder.kind {bundle.encoder.kind} is for comparison only and is not served")
         model = load_trained(bundle.encoder_path, "encoder", dtype=bundle.encoder.dtype, device=_device())
-        processor = ListingProcessor.from_pretrained(bundle.encoder_path, bundle.encoder.picture)
+        processor = ItemProcessor.from_pretrained(bundle.encoder_path, bundle.encoder.image)
         return _Encoder(EmbeddingModel(model).eval(), processor)
 
     def load(self, bundle: Bundle) -> None:
         """Have a bundle's model at hand."""
         self._rounds.get(bundle)
 
-    def prepare(self, bundle: Bundle, given: EncoderInput) -> Row:
-        """Decode the picture and tokenise."""
-        return encoder_row(
+    def prepare(self, bundle: Bundle, given: EncoderInput) -> ModelInput:
+        """Decode the image and tokenise."""
+        return encoder_input(
             self._rounds.get(bundle).processor,
             Uploads([given.upload]),
             0,
@@ -132,7 +132,7 @@ class ServedEncoder:
         )
 
     @torch.no_grad()
-    def embed(self, bundle: Bundle, rows: Sequence[Row]) -> np.ndarray:
+    def embed(self, bundle: Bundle, rows: Sequence[ModelInput]) -> np.ndarray:
         """[B, D] float32, of unit length."""
         encoder = self._rounds.get(bundle)
         found: dict[int, np.ndarray] = {}
@@ -145,7 +145,7 @@ class ServedEncoder:
 @dataclass(frozen=True)
 class _Generator:
     model: Any
-    processor: ListingProcessor
+    processor: ItemProcessor
 
 
 class ServedGenerator:
@@ -157,46 +157,44 @@ class ServedGenerator:
     """
 
     def __init__(self, *, rounds_kept: int, max_pairs: int | None) -> None:
-        self._rounds = Rounds(self._load, rounds_kept)
+        self._rounds = RoundModels(self._load, rounds_kept)
         self._max_pairs = max_pairs
 
     @staticmethod
     def _load(bundle: Bundle) -> _Generator:
         model = load_trained(bundle.generator_path, "generator", dtype=bundle.generator.dtype, device=_device())
-        return _Generator(
-            model.eval(), ListingProcessor.from_pretrained(bundle.generator_path, bundle.generator.picture)
-        )
+        return _Generator(model.eval(), ItemProcessor.from_pretrained(bundle.generator_path, bundle.generator.image))
 
     def load(self, bundle: Bundle) -> None:
         """Have a bundle's model at hand."""
         self._rounds.get(bundle)
 
     def tokens(self, bundle: Bundle, upload: Upload) -> int:
-        """What a listing costs at most: its prompt and the longest answer."""
+        """What an item costs at most: its prompt and the longest answer."""
         size = None
-        if upload.picture is not None and bundle.generator.inputs != "text":
-            with Image.open(io.BytesIO(upload.picture), formats=FORMATS) as picture:
-                size = picture.size
+        if upload.image is not None and bundle.generator.inputs != "text":
+            with Image.open(io.BytesIO(upload.image), formats=FORMATS) as image:
+                size = image.size
         prompt = self._rounds.get(bundle).processor.length(size, f"{upload.title}\n{bundle.generator.instruction}")
         return prompt + bundle.generator.max_new_tokens
 
     def write(self, bundle: Bundle, uploads: Sequence[Upload]) -> list[tuple[str, str]]:
-        """Attribute text and reason of invalidity of each listing; one of the two is empty.
+        """Attribute text and reason of invalidity of each item; one of the two is empty.
 
-        A generator that was trained on pictures cannot say anything without one: reason `no_picture`.
+        A generator that was trained on images cannot say anything without one: reason `no_image`.
         """
         generator = self._rounds.get(bundle)
-        found: list[tuple[str, str]] = [("", "no_picture")] * len(uploads)
+        found: list[tuple[str, str]] = [("", "no_image")] * len(uploads)
         wanted = bundle.generator.inputs
-        for inputs in ("picture", "text", "both"):
+        for inputs in ("image", "text", "both"):
             places = [place for place, upload in enumerate(uploads) if _shown(upload, wanted) == inputs]
             if places:
-                listings = Uploads([uploads[place] for place in places])
+                items = Uploads([uploads[place] for place in places])
                 config = bundle.generator.model_copy(update={"inputs": inputs})
                 written = write_attributes(
                     generator.model,
                     generator.processor,
-                    listings,
+                    items,
                     range(len(places)),
                     config=config,
                     max_pairs=self._max_pairs,
@@ -207,8 +205,8 @@ class ServedGenerator:
 
 
 def _shown(upload: Upload, wanted: Inputs) -> Inputs | None:
-    """What the generator is shown of a listing, given what it was trained on; none = nothing that it knows."""
+    """What the generator is shown of an item, given what it was trained on; none = nothing that it knows."""
     if wanted != "both":
-        there = upload.picture is not None if wanted == "picture" else bool(upload.title)
+        there = upload.image is not None if wanted == "image" else bool(upload.title)
         return wanted if there else None
-    return inputs_of(upload) if upload.picture is not None or upload.title else None
+    return inputs_of(upload) if upload.image is not None or upload.title else None

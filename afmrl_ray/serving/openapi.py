@@ -15,10 +15,10 @@ def search_bodies() -> dict[str, Any]:
     form = {
         "type": "object",
         "properties": {
-            "picture": {"type": "string", "format": "binary", "description": "JPEG, PNG or WebP."},
+            "image": {"type": "string", "format": "binary", "description": "JPEG, PNG or WebP."},
             "title": {"type": "string"},
             "k": {"type": "integer", "minimum": 1},
-            "enrich": {"type": "string", "enum": ["generated", "given", "none"]},
+            "attributes_source": {"type": "string", "enum": ["generated", "given", "none"]},
             "attributes": {"type": "string", "description": "A JSON object."},
             "filters": {"type": "string", "description": "A JSON object, as in the JSON body."},
         },

@@ -13,8 +13,8 @@ from ray.serve.handle import DeploymentHandle
 
 from afmrl_ray.cit.index_stage import ItemRecord
 from afmrl_ray.serving.bundle import Bundle
+from afmrl_ray.serving.errors import Overloaded
 from afmrl_ray.serving.models import Embedding, EncoderInput
-from afmrl_ray.serving.problems import Busy
 from afmrl_ray.serving.round_index import Filters, Hit
 from afmrl_ray.serving.store import Embedded, State, StoredItem
 from afmrl_ray.serving.uploads import Upload
@@ -44,10 +44,10 @@ class _Port:
             try:
                 return await getattr(self._handle, method).remote(*arguments)
             except BackPressureError as error:
-                raise Busy(f"the {self._name}'s queues are full") from error
+                raise Overloaded(f"the {self._name}'s queues are full") from error
             except (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError):
                 await asyncio.sleep(_PAUSE_S * 2**attempt)
-        raise Busy(f"the {self._name}'s replicas are being started again", retry_after_s=5)
+        raise Overloaded(f"the {self._name}'s replicas are being started again", retry_after_s=5)
 
     async def prepare(self, bundle: Bundle) -> None:
         """Have a bundle at hand in every replica; a replica that is started meanwhile loads it when it is asked."""
@@ -77,11 +77,11 @@ class HandleIndex(_Port):
     async def search(self, key: str, vector: np.ndarray, k: int, filters: Filters) -> list[Hit] | None:
         return await self._ask("search", key, vector, k, filters)
 
-    async def put(self, item: StoredItem, embedded: dict[str, Embedded]) -> dict[str, Bundle] | None:
-        return await self._ask("put", item, embedded)
+    async def upsert(self, item: StoredItem, embedded: dict[str, Embedded]) -> dict[str, Bundle] | None:
+        return await self._ask("upsert", item, embedded)
 
-    async def take_out(self, item_id: str) -> bool:
-        return await self._ask("take_out", item_id)
+    async def delete(self, item_id: str) -> bool:
+        return await self._ask("delete", item_id)
 
     async def get(self, item_id: str) -> ItemRecord | None:
         return await self._ask("get", item_id)
@@ -89,8 +89,8 @@ class HandleIndex(_Port):
     async def size(self) -> int:
         return await self._ask("size")
 
-    async def begin_rollover(self, bundle: Bundle) -> None:
-        await self._ask("begin_rollover", bundle)
+    async def begin_switch(self, bundle: Bundle) -> None:
+        await self._ask("begin_switch", bundle)
 
     async def lacking(self, key: str, limit: int) -> list[StoredItem]:
         return await self._ask("lacking", key, limit)
@@ -98,5 +98,5 @@ class HandleIndex(_Port):
     async def add_vector(self, item: StoredItem, key: str, embedded: Embedded) -> None:
         await self._ask("add_vector", item, key, embedded)
 
-    async def finish_rollover(self, key: str) -> bool:
-        return await self._ask("finish_rollover", key)
+    async def finish_switch(self, key: str) -> bool:
+        return await self._ask("finish_switch", key)

@@ -18,7 +18,7 @@ from afmrl_ray.attributes.text import stored_attributes
 from afmrl_ray.cit.index_stage import ITEMS, VECTORS, ItemRecord, write_items
 from afmrl_ray.retrieval.ann import build_index, open_index, save_index, search_index, stored_vectors
 from afmrl_ray.serving.bundle import Bundle
-from afmrl_ray.serving.store import ItemStore, Put, State
+from afmrl_ray.serving.store import ItemStore, State, UpsertedItem
 
 _MERGE_LEASE_S = 3600
 _COLUMNS = "item_id, title, category, product_id, attributes, thumbnail"
@@ -56,7 +56,7 @@ class Hit:
 class _Fresh:
     """Items put in since the index was built, as columns that grow."""
 
-    items: dict[str, Put] = field(default_factory=dict)
+    items: dict[str, UpsertedItem] = field(default_factory=dict)
     vectors: np.ndarray | None = None
 
     def matrix(self) -> np.ndarray:
@@ -101,8 +101,8 @@ class RoundIndex:
             if row is not None:
                 self._hidden[row] = True
             self._fresh.items.pop(one.item_id, None)
-            if one.put is not None:
-                self._fresh.items[one.item_id] = one.put
+            if one.upsert is not None:
+                self._fresh.items[one.item_id] = one.upsert
             self._fresh.vectors = None
 
     def _row(self, item_id: str) -> int | None:
@@ -214,11 +214,11 @@ class LiveIndex:
         state_dir: of the store.
         bundle: served where nothing was served before.
         rounds_kept: indexes that stay open.
-        merge_above: items put in, above which they are merged.
+        max_delta_items: items put in, above which they are merged.
     """
 
-    def __init__(self, state_dir: str, bundle: Bundle, *, rounds_kept: int, merge_above: int) -> None:
-        self._rounds_kept, self._merge_above = rounds_kept, merge_above
+    def __init__(self, state_dir: str, bundle: Bundle, *, rounds_kept: int, max_delta_items: int) -> None:
+        self._rounds_kept, self._merge_above = rounds_kept, max_delta_items
         self.store = ItemStore(state_dir)
         self._state = self.store.start(bundle)
         self._version = self.store.version()
@@ -289,7 +289,7 @@ def merge(state_dir: str, bundle: Bundle) -> str | None:
     """
     store = ItemStore(state_dir)
     try:
-        if not store.lease("merge", _MERGE_LEASE_S):
+        if not store.acquire_lock("merge", _MERGE_LEASE_S):
             return None
         source, since = store.merged(bundle.key) or (bundle.index_path, 0)
         index = RoundIndex(bundle, store, localised(source), since)
@@ -317,7 +317,7 @@ def _ties(scores: np.ndarray, k: int) -> int:
     return int((-scores <= edge).sum()) - k
 
 
-def _matches(item: Put, filters: Filters) -> bool:
+def _matches(item: UpsertedItem, filters: Filters) -> bool:
     if filters.category is not None and item.category != filters.category:
         return False
     return set(filters.attributes) <= set(stored_attributes(item.attributes))

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Enrich = Literal["generated", "given", "none"]
+AttributesSource = Literal["generated", "given", "none"]
 
 _PICTURE = "JPEG, PNG or WebP in base64; a data URL is taken too."
 
@@ -24,26 +24,26 @@ class FiltersBody(Body):
     attributes: dict[str, str] = Field(default_factory=dict, description="Pairs that each of them has.")
 
 
-class Listing(Body):
-    """A listing: a picture, a title or both."""
+class ItemContent(Body):
+    """An item: an image, a title or both."""
 
-    picture: str | None = Field(None, description=_PICTURE)
+    image: str | None = Field(None, description=_PICTURE)
     title: str = Field("", description="The seller's text.")
 
 
-class SearchBody(Listing):
+class SearchBody(ItemContent):
     """A search."""
 
     k: int = Field(10, ge=1, description="Hits wanted.")
-    enrich: Enrich | None = Field(
+    attributes_source: AttributesSource | None = Field(
         None, description="Where the attributes come from; by default what the deployment is set to, or given ones."
     )
-    attributes: dict[str, str] | None = Field(None, description="For `enrich: given`.")
+    attributes: dict[str, str] | None = Field(None, description="For `attributes_source: given`.")
     filters: FiltersBody = Field(default_factory=FiltersBody)
 
 
 class HitBody(BaseModel):
-    """A hit; `thumbnail` is its picture's address."""
+    """A hit; `thumbnail` is its image's address."""
 
     item_id: str
     score: float
@@ -58,7 +58,7 @@ class AttributesUsed(BaseModel):
     """Attributes as they went into the encoder; `reason` says why there are none."""
 
     attributes: dict[str, str]
-    enrich: Enrich
+    attributes_source: AttributesSource
     reason: str | None = None
     cached: bool = False
 
@@ -79,17 +79,17 @@ class AttributesAnswer(AttributesUsed):
     bundle: str
 
 
-class ListingInput(Listing):
+class ItemInput(ItemContent):
     """An input for an embedding beyond plain text."""
 
-    attributes: dict[str, str] | None = Field(None, description="For `enrich: given`.")
-    enrich: Enrich = Field("none", description="Where the attributes come from.")
+    attributes: dict[str, str] | None = Field(None, description="For `attributes_source: given`.")
+    attributes_source: AttributesSource = Field("none", description="Where the attributes come from.")
 
 
 class EmbeddingsBody(Body):
-    """OpenAI's request for embeddings, extended by listings."""
+    """OpenAI's request for embeddings, extended by items."""
 
-    input: str | list[str] | ListingInput | list[ListingInput] = Field(description="Texts, or listings.")
+    input: str | list[str] | ItemInput | list[ItemInput] = Field(description="Texts, or items.")
     model: str = Field("afmrl", description="`afmrl`, or the key of the served bundle, to be sure of it.")
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, ge=1, description="Only the model's own number.")
@@ -120,7 +120,7 @@ class EmbeddingsAnswer(BaseModel):
     usage: Usage
 
 
-class ItemBody(Listing):
+class ItemBody(ItemContent):
     """An item to be put in; one of the same id is replaced."""
 
     item_id: str = Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9._:~-]+$")
@@ -165,4 +165,4 @@ class ModelAnswer(BaseModel):
     dimensions: int
     items: int
     limits: dict[str, float]
-    enrich: Enrich
+    attributes_source: AttributesSource

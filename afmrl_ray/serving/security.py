@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from afmrl_ray.config.serving import AuthConfig
 from afmrl_ray.errors import ConfigError
-from afmrl_ray.serving.problems import Problem
+from afmrl_ray.serving.errors import Problem
 
 KEYS_VARIABLE = "AFMRL_API_KEYS_FILE"
 ROLES = ("user", "admin")

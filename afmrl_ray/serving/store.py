@@ -20,7 +20,7 @@ from afmrl_ray.serving.bundle import Bundle
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS items (
     item_id TEXT PRIMARY KEY, seq INTEGER NOT NULL, deleted INTEGER NOT NULL, title TEXT NOT NULL, category TEXT,
-    product_id TEXT, given TEXT, picture BLOB, thumbnail BLOB
+    product_id TEXT, given TEXT, image BLOB, thumbnail BLOB
 );
 CREATE INDEX IF NOT EXISTS items_seq ON items (seq);
 CREATE TABLE IF NOT EXISTS vectors (
@@ -43,7 +43,7 @@ class StoredItem:
         category: coarse label.
         product_id: identity.
         given: attribute text that came with the item; none = the generator writes it, for every round anew.
-        picture: encoded.
+        image: encoded.
         thumbnail: small JPEG.
     """
 
@@ -52,7 +52,7 @@ class StoredItem:
     category: str | None
     product_id: str | None
     given: str | None
-    picture: bytes | None
+    image: bytes | None
     thumbnail: bytes | None
 
 
@@ -65,7 +65,7 @@ class Embedded:
 
 
 @dataclass(frozen=True)
-class Put:
+class UpsertedItem:
     """An item as searches see it; `vector` is [D] float32."""
 
     item_id: str
@@ -88,7 +88,7 @@ class News:
 
     seq: int
     item_id: str
-    put: Put | None
+    upsert: UpsertedItem | None
 
 
 @dataclass(frozen=True)
@@ -173,12 +173,12 @@ class ItemStore:
         assert found is not None
         return found
 
-    def begin_rollover(self, bundle: Bundle) -> None:
-        """From now on every item that is put in is embedded under `bundle` too; replaces a rollover under way."""
+    def begin_switch(self, bundle: Bundle) -> None:
+        """From now on every item that is put in is embedded under `bundle` too; replaces a switch under way."""
         with self._writing():
             self._set("rolling", bundle.model_dump_json())
 
-    def finish_rollover(self, key: str) -> bool:
+    def finish_switch(self, key: str) -> bool:
         """Serve the bundle that is rolling, unless it is another one by now or an item lacks a vector under it."""
         with self._writing():
             state = self.state()
@@ -202,7 +202,7 @@ class ItemStore:
         """Items that have no vector under a bundle."""
         return [item for item_id in self._lacking(key, limit) if (item := self.item(item_id)) is not None]
 
-    def put(self, item: StoredItem, embedded: Mapping[str, Embedded]) -> dict[str, Bundle] | None:
+    def upsert(self, item: StoredItem, embedded: Mapping[str, Embedded]) -> dict[str, Bundle] | None:
         """Put an item in, over one of the same id.
 
         Args:
@@ -222,7 +222,7 @@ class ItemStore:
                     (
                         item.item_id,
                         seq,
-                        *(item.title, item.category, item.product_id, item.given, item.picture, item.thumbnail),
+                        *(item.title, item.category, item.product_id, item.given, item.image, item.thumbnail),
                     ),
                 )
                 # Vectors under other bundles are of the item as it was.
@@ -243,7 +243,7 @@ class ItemStore:
             "INSERT OR REPLACE INTO vectors VALUES (?, ?, ?, ?, ?)", (item_id, key, seq, embedded.attributes, vector)
         )
 
-    def take_out(self, item_id: str) -> None:
+    def delete(self, item_id: str) -> None:
         """Take an item out for good, from every round's index too."""
         with self._writing():
             self._db.execute("DELETE FROM vectors WHERE item_id = ?", (item_id,))
@@ -255,7 +255,7 @@ class ItemStore:
     def item(self, item_id: str) -> StoredItem | None:
         """An item that was put in and not taken out."""
         row = self._db.execute(
-            "SELECT item_id, title, category, product_id, given, picture, thumbnail FROM items "
+            "SELECT item_id, title, category, product_id, given, image, thumbnail FROM items "
             "WHERE item_id = ? AND NOT deleted",
             (item_id,),
         ).fetchone()
@@ -268,14 +268,18 @@ class ItemStore:
 
     def news(self, key: str, since: int) -> list[News]:
         """What changed after a sequence number, in order."""
-        put = self._db.execute(
+        upsert = self._db.execute(
             "SELECT v.seq, i.item_id, i.title, i.category, i.product_id, v.attributes, v.vector "
             "FROM vectors v JOIN items i USING (item_id) WHERE v.bundle = ? AND v.seq > ?",
             (key, since),
         )
         found = [
-            News(seq, item_id, Put(item_id, title, category, product_id, text, np.frombuffer(vector, np.float32)))
-            for seq, item_id, title, category, product_id, text, vector in put
+            News(
+                seq,
+                item_id,
+                UpsertedItem(item_id, title, category, product_id, text, np.frombuffer(vector, np.float32)),
+            )
+            for seq, item_id, title, category, product_id, text, vector in upsert
         ]
         gone = self._db.execute("SELECT seq, item_id FROM items WHERE deleted AND seq > ?", (since,))
         found += [News(seq, item_id, None) for seq, item_id in gone]
@@ -294,19 +298,19 @@ class ItemStore:
         with self._writing():
             self._set(f"merged:{key}", json.dumps([folder, seq]))
 
-    def lease(self, name: str, seconds: float) -> bool:
-        """Take a task that one replica does at a time; a lease that was not released ends by itself."""
+    def acquire_lock(self, name: str, seconds: float) -> bool:
+        """Take a task that one replica does at a time; a lock that was not released ends by itself."""
         with self._writing():
-            until = self._get(f"lease:{name}")
+            until = self._get(f"lock:{name}")
             if until is not None and float(until) > time.time():
                 return False
-            self._set(f"lease:{name}", str(time.time() + seconds))
+            self._set(f"lock:{name}", str(time.time() + seconds))
         return True
 
     def release(self, name: str) -> None:
-        """Give a lease back."""
+        """Release a lock."""
         with self._writing():
-            self._set(f"lease:{name}", None)
+            self._set(f"lock:{name}", None)
 
     def close(self) -> None:
         self._db.close()

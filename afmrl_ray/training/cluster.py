@@ -119,21 +119,21 @@ def _missing(demands: Sequence[Demand], nodes: Sequence[Mapping[str, float]]) ->
     asked = total(demands)
     there = {name: sum(node.get(name, 0) for node in nodes) for name in asked}
     if any(asked[name] > there[name] + _ROUNDING for name in asked):
-        return f"asks for {words(asked)}; the cluster has {words(there, zeros=True)}"
+        return f"asks for {format_resources(asked)}; the cluster has {format_resources(there, zeros=True)}"
     for demand in demands:
         if not any(
             all(amount <= node.get(name, 0) + _ROUNDING for name, amount in demand.each.items()) for node in nodes
         ):
-            return f"asks for a node with {words(demand.each)}; none of {len(nodes)} has that"
+            return f"asks for a node with {format_resources(demand.each)}; none of {len(nodes)} has that"
     return None
 
 
-def words(amounts: Mapping[str, float], *, zeros: bool = False) -> str:
+def format_resources(amounts: Mapping[str, float], *, zeros: bool = False) -> str:
     """`2 CPU, 1 GPU`; amounts of nothing only where `zeros`."""
     return ", ".join(f"{amount:g} {name}" for name, amount in amounts.items() if amount or zeros)
 
 
-def resources_there(config: RayConfig) -> dict[str, float]:
+def resources_available(config: RayConfig) -> dict[str, float]:
     """CPUs and GPUs of the cluster that a job would join, or of the local Ray that it would start.
 
     Raises:

@@ -15,8 +15,8 @@ from torch import distributed as dist
 from afmrl_ray import storage
 from afmrl_ray.config.models import OptimizerConfig
 from afmrl_ray.errors import CheckpointError
+from afmrl_ray.training.checksums import verify_checksums, write_checksums
 from afmrl_ray.training.reshard import universal_checkpoint
-from afmrl_ray.training.seal import check_seals, seal
 
 _TAG = "engine"
 _LAYOUT = "layout.json"
@@ -24,7 +24,7 @@ _LAYOUT = "layout.json"
 
 def schedule_factor(config: OptimizerConfig, steps: int) -> Callable[[int], float]:
     """The learning rate of a step as a share of the peak: linear warm-up, then constant, linear or cosine decay."""
-    warmup = round(config.warmup_share * steps)
+    warmup = round(config.warmup_ratio * steps)
 
     def factor(step: int) -> float:
         if step < warmup:
@@ -105,7 +105,7 @@ class Engine:
         self._engine.save_checkpoint(directory, tag=_TAG, exclude_frozen_parameters=True)
         if dist.get_rank() == 0:
             storage.write_json(os.path.join(directory, _LAYOUT), self.layout)
-        seal(directory, dist.get_rank())
+        write_checksums(directory, dist.get_rank())
 
     def load(self, directory: str, *, location: str, remedy: str) -> None:
         """Read what `save` wrote, with any number of ranks; call it on every rank.
@@ -128,7 +128,7 @@ class Engine:
                 f"{self._zero_stage}; set zero_stage={wrote['zero_stage']}, or start afresh under another run.name"
             )
         rank, world = dist.get_rank(), dist.get_world_size()
-        check_seals(directory, location=location, wrote=wrote["world_size"], rank=rank, world=world, remedy=remedy)
+        verify_checksums(directory, location=location, wrote=wrote["world_size"], rank=rank, world=world, remedy=remedy)
         if self._zero_stage == 0 or wrote["world_size"] == world:
             self._read(directory)
             return
@@ -158,7 +158,7 @@ def _deepspeed_config(optimizer: OptimizerConfig, zero_stage: int, bf16: bool) -
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": optimizer.gradient_clip,
+        "gradient_clipping": optimizer.max_grad_norm,
         "steps_per_print": 10**9,
         "optimizer": {
             "type": "AdamW",

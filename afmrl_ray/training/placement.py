@@ -7,10 +7,10 @@ from typing import Any
 
 from afmrl_ray.config.cluster import PoolConfig
 from afmrl_ray.errors import ResourceError
-from afmrl_ray.training.cluster import pool_demand, words
+from afmrl_ray.training.cluster import format_resources, pool_demand
 
 
-class Room:
+class ActorPlacement:
     """Room for a pool's actors, held until `close`; with `placement.strategy: default`, Ray's own scheduling.
 
     Args:
@@ -65,9 +65,9 @@ def _take(name: str, pool: PoolConfig) -> Any:
     if not group.wait(placement.timeout_s):
         remove_placement_group(group)
         raise ResourceError(
-            f"{name}: no room for {pool.num_workers} actors with {words(bundle)} each"
+            f"{name}: no room for {pool.num_workers} actors with {format_resources(bundle)} each"
             f"{_labelled(placement.labels)}, placement {placement.strategy}, within placement.timeout_s "
-            f"{placement.timeout_s:g} s. {_there()}"
+            f"{placement.timeout_s:g} s. {_available()}"
         )
     return group
 
@@ -76,7 +76,7 @@ def _labelled(labels: Mapping[str, str]) -> str:
     return f" on nodes labelled {_pairs(labels)}" if labels else ""
 
 
-def _there() -> str:
+def _available() -> str:
     """The nodes, in words."""
     import ray
 
@@ -90,9 +90,9 @@ def _there() -> str:
             if not name.startswith("node:") and name not in ("memory", "object_store_memory")
         }
         labels = {name: value for name, value in node["Labels"].items() if name != "ray.io/node-id"}
-        shown.append(f"{words(resources)}{f' ({_pairs(labels)})' if labels else ''}")
+        shown.append(f"{format_resources(resources)}{f' ({_pairs(labels)})' if labels else ''}")
     unused = {name: free.get(name, 0.0) for name in ("CPU", "GPU")}
-    return f"The cluster has {len(nodes)} nodes: {'; '.join(shown)}. Unused: {words(unused, zeros=True)}"
+    return f"The cluster has {len(nodes)} nodes: {'; '.join(shown)}. Unused: {format_resources(unused, zeros=True)}"
 
 
 def _pairs(labels: Mapping[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""Table, JSON and picture of the ablation: each reading against plain InfoNCE with the same seed and batches."""
+"""Table, JSON and image of the ablation: each reading against plain InfoNCE with the same seed and batches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def summary(cells: Cells, protocols: Sequence[str]) -> list[dict[str, Any]]:
     rows = []
     for (batches, reading), by_seed in cells.items():
         row: dict[str, Any] = {"batches": batches, "reading": reading, "seeds": len(by_seed)}
-        for name in ("masked_share", "weight_p10", "weight_p50", "weight_p90"):
+        for name in ("masked_fraction", "weight_p10", "weight_p50", "weight_p90"):
             row[name] = statistics.fmean(found["stats"][name] for found in by_seed.values())
         for protocol in protocols:
             for metric in METRICS:
@@ -57,7 +57,7 @@ def table(world: str, rows: Sequence[Mapping[str, Any]], protocols: Sequence[str
         shown = [_plus_minus(row[f"{p} hit@1"]) for p in protocols]
         gains = [_plus_minus(row[f"{p} hit@1 gain"], signed=True) for p in protocols]
         weights = " / ".join(f"{row[name]:.2f}" for name in ("weight_p10", "weight_p50", "weight_p90"))
-        cells = [row["batches"], row["reading"], *shown, *gains, f"{100 * row['masked_share']:.1f}", weights]
+        cells = [row["batches"], row["reading"], *shown, *gains, f"{100 * row['masked_fraction']:.1f}", weights]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -69,7 +69,7 @@ def _plus_minus(pair: tuple[float, float], *, signed: bool = False) -> str:
     return f"{mean:{'+' if signed else ''}.1f} ± {error:.1f}"
 
 
-def picture(worlds: Mapping[str, Sequence[Mapping[str, Any]]], headlines: Mapping[str, str], path: Path) -> None:
+def image(worlds: Mapping[str, Sequence[Mapping[str, Any]]], primary_protocols: Mapping[str, str], path: Path) -> None:
     """Gain in hit@1 over plain InfoNCE with its standard error, a panel for each world and kind of batches."""
     import matplotlib
 
@@ -87,7 +87,9 @@ def picture(worlds: Mapping[str, Sequence[Mapping[str, Any]]], headlines: Mappin
     )
     for axis, (world, batches) in zip(axes[0], panels, strict=True):
         found = {
-            row["reading"]: row[f"{headlines[world]} hit@1 gain"] for row in worlds[world] if row["batches"] == batches
+            row["reading"]: row[f"{primary_protocols[world]} hit@1 gain"]
+            for row in worlds[world]
+            if row["batches"] == batches
         }
         places = [place for place, reading in enumerate(readings) if reading in found]
         means, errors = zip(*(found[readings[place]] for place in places), strict=True)
@@ -105,9 +107,9 @@ def picture(worlds: Mapping[str, Sequence[Mapping[str, Any]]], headlines: Mappin
 
 
 def write(worlds: Mapping[str, Sequence[Mapping[str, Any]]], protocols: Mapping[str, Sequence[str]], out: Path) -> None:
-    """Print the tables; write `<out>.json` and `<out>.png`. The first protocol of a world is its headline."""
+    """Print the tables; write `<out>.json` and `<out>.png`. The first protocol of a world is its primary protocol."""
     for world, rows in worlds.items():
         print(f"\n{table(world, rows, protocols[world])}")
     out.with_suffix(".json").write_text(json.dumps(worlds, indent=2) + "\n")
-    picture(worlds, {world: names[0] for world, names in protocols.items()}, out.with_suffix(".png"))
+    image(worlds, {world: names[0] for world, names in protocols.items()}, out.with_suffix(".png"))
     print(f"\n-> {out.with_suffix('.json')}, {out.with_suffix('.png')}")

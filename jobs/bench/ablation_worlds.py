@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from afmrl_ray.attributes.store import write_attributes
-from afmrl_ray.attributes.teachers import ColumnTeacher, Listing
+from afmrl_ray.attributes.teachers import ColumnTeacher, TeacherItem
 from afmrl_ray.attributes.text import InvalidAttributes, format_attributes
 from afmrl_ray.catalogue import CatalogueRef, make_catalogue, open_catalogue, write_catalogue
 from afmrl_ray.catalogue.staging import stage
-from afmrl_ray.cit.bodies import attribute_rows
+from afmrl_ray.cit.stage_functions import attribute_rows
 from afmrl_ray.config import Config, validate
 
 PICTURE = {"min_pixels": 3136, "max_pixels": 3136}
@@ -47,10 +47,10 @@ HARDEST = ("plain InfoNCE", "weights one, raw", "mask by candidate", "mask by at
 """Readings that are tried with batches of sibling families too, where a quarter of the products is there twice."""
 
 BATCHES: dict[str, dict[str, Any]] = {
-    "uniform": {"hard_share": 0.0},
-    "half of one category": {"hard_share": 0.5, "hard_column": "category"},
+    "uniform": {"batch_grouping": {"fraction": 0.0}},
+    "half of one category": {"batch_grouping": {"fraction": 0.5, "column": "category"}},
 }
-FAMILIES = {"hard_share": 0.5, "hard_column": "family_id"}
+FAMILIES = {"batch_grouping": {"fraction": 0.5, "column": "family_id"}}
 
 
 @dataclass(frozen=True)
@@ -111,15 +111,15 @@ class World:
 def synthetic(folder: Path) -> World:
     """The `bench` catalogue; a quarter of the train products is listed twice under different product ids."""
     values = {
-        "synthetic": {"preset": "bench", "duplicate_share": 0.25},
+        "synthetic": {"preset": "bench", "duplicate_fraction": 0.25},
         "tiny": TINY,
-        "encoder": {"picture": PICTURE},
+        "encoder": {"image": PICTURE},
         "agcl": {"batch_size": 96, "temperature": 0.05},
         "evaluation": {
-            "headline": "enriched",
+            "primary_protocol": "with_attributes",
             "protocols": [
-                {"kind": "retrieval", "name": "enriched"},
-                {"kind": "retrieval", "name": "unenriched", "enriched": "none"},
+                {"kind": "retrieval", "name": "with_attributes"},
+                {"kind": "retrieval", "name": "without attributes", "with_attributes": "none"},
             ],
         },
     }
@@ -131,26 +131,25 @@ def synthetic(folder: Path) -> World:
 
 def grocery(folder: Path, catalogue: Path) -> World:
     """Photographs of groceries (protocol G2); attributes decide weights and masks only, since they name the class."""
-    train = {"split": ["train"], "inputs": "picture"}
+    train = {"split": ["train"], "inputs": "image"}
     values = {
         "tiny": TINY,
-        "encoder": {"picture": PICTURE},
+        "encoder": {"image": PICTURE},
         "agcl": {
             "batch_size": 64,
             "temperature": 0.05,
             "pairs": [{"query": train, "positive": train}],
-            "enrich_query": 0.0,
-            "enrich_positive": 0.0,
+            "attribute_dropout": {"query": 1.0, "positive": 1.0},
         },
         "evaluation": {
-            "headline": "G2",
+            "primary_protocol": "G2",
             "protocols": [
                 {
                     "kind": "retrieval",
                     "name": "G2",
-                    "query": {"split": ["test"], "role": None, "inputs": "picture"},
+                    "query": {"split": ["test"], "role": None, "inputs": "image"},
                     "gallery": {**train, "role": None},
-                    "enriched": "none",
+                    "with_attributes": "none",
                 }
             ],
         },
@@ -170,7 +169,7 @@ def _world(
     steps: int,
     families: bool = False,
 ) -> World:
-    settings = {"path": str(path), "staging_dir": str(folder / "staging")}
+    settings = {"path": str(path), "cache_dir": str(folder / "staging")}
     values = {**values, "catalogue": settings}
     config = validate(values)
     catalogue = open_catalogue(str(path), config=config.catalogue)
@@ -179,7 +178,7 @@ def _world(
     staged = reference.open()
     teacher = ColumnTeacher(config.generator.max_attributes, names=names)
     items = [staged.item(row) for row in range(len(staged))]
-    answers = teacher.annotate([Listing(item.item_id, item.title or "", item.attributes, bytes) for item in items])
+    answers = teacher.annotate([TeacherItem(item.item_id, item.title or "", item.attributes, bytes) for item in items])
     found = [("", a.reason) if isinstance(a, InvalidAttributes) else (format_attributes(a), "") for a in answers]
     attributes = str(folder / f"{name}-attributes.parquet")
     write_attributes(

@@ -6,7 +6,7 @@ import sys
 
 from harness import run_parts
 
-PARTS = ("agcl_loss", "bm25", "agcl_step", "agcl_train", "agcl_memory", "retrieval")
+PARTS = ("weighted_info_nce", "bm25", "agcl_step", "agcl_train", "agcl_memory", "retrieval")
 PEERS = ("sentence_transformers", "bm25s", "faiss")
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Which reading of stage 1's loss retrieves best: every reading and kind of batch, on two catalogues, several seeds.
 
 Each seed trains a common start by plain InfoNCE, then goes on from it by every reading for equally many steps. A cell
-that is done is not done again; the table and the picture show what there is.
+that is done is not done again; the table and the image show what there is.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from afmrl_ray.agcl.step import AGCLStep
 from afmrl_ray.attributes.store import read_attributes
 from afmrl_ray.cit.tiny import make_tiny
 from afmrl_ray.config import Config
-from afmrl_ray.config.catalogue import SideConfig
+from afmrl_ray.config.catalogue import ItemSelector
 from afmrl_ray.config.cluster import RayConfig
 from afmrl_ray.models.adapters import load_start, save_trained
 from afmrl_ray.models.encoder import EmbeddingModel
-from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.item_processor import ItemProcessor
 from afmrl_ray.models.vision_cache import VisionCache
 from afmrl_ray.retrieval.embed import Encoder, EncoderRef
 from afmrl_ray.retrieval.evaluate import evaluate
@@ -45,7 +45,7 @@ from afmrl_ray.training.fit import seed_step
 FOLDER = Path("runs/bench/agcl_ablation")
 GROCERY = Path("../shared/data/grocery/products.parquet")
 _ROWS = 256
-_LOGGED = ("masked_share", "weight_p10", "weight_p50", "weight_p90", "accuracy", "loss")
+_LOGGED = ("masked_fraction", "weight_p10", "weight_p50", "weight_p90", "accuracy", "loss")
 
 
 class Bench:
@@ -60,7 +60,7 @@ class Bench:
         dist.init_process_group("gloo")
 
     def start(self, world: World, seed: int, out: str) -> None:
-        """A tiny encoder that knows the catalogue's pictures and words, written to `out`."""
+        """A tiny encoder that knows the catalogue's images and words, written to `out`."""
         config = world.config(
             seed,
             **OFF,
@@ -99,7 +99,7 @@ class Bench:
         """Numbers of the steps, averaged over the second half of the training."""
         agcl = config.agcl
         model = load_start(start, "encoder", agcl.adapter, seed=config.run.seed)
-        processor = ListingProcessor.from_pretrained(start, config.encoder.picture)
+        processor = ItemProcessor.from_pretrained(start, config.encoder.image)
         engine = Engine(EmbeddingModel(model).train(), agcl.optimizer, steps=agcl.steps, zero_stage=0)
         cache = VisionCache(model, processor, config.encoder.vision_cache) if cached else None
         store = read_attributes(world.attributes)
@@ -118,9 +118,9 @@ class Bench:
         encoder = Encoder(EncoderRef(trained, config.encoder), world.reference)
         catalogue, store = world.reference.open(), read_attributes(world.attributes)
 
-        def embed(side: SideConfig, enriched: bool) -> tuple[np.ndarray, np.ndarray]:
+        def embed(side: ItemSelector, with_attributes: bool) -> tuple[np.ndarray, np.ndarray]:
             rows = catalogue.rows(side)
-            texts = [store.text(encoder.items[row]) if enriched else "" for row in rows.tolist()]
+            texts = [store.text(encoder.items[row]) if with_attributes else "" for row in rows.tolist()]
             parts = [
                 encoder.embed(
                     rows[first : first + _ROWS].tolist(),
@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--temperatures", type=float, nargs="*", default=[0.02], help="beside 0.05, plain only")
     parser.add_argument("--processes", type=int, default=2, help="cells at a time, one CPU each")
-    parser.add_argument("--report", action="store_true", help="only the table and picture of what is done")
+    parser.add_argument("--report", action="store_true", help="only the table and image of what is done")
     options = parser.parse_args(argv)
     FOLDER.mkdir(parents=True, exist_ok=True)
     makers = {"synthetic": lambda: synthetic(FOLDER), "grocery": lambda: grocery(FOLDER, options.catalogue)}

@@ -1,4 +1,4 @@
-"""Throughput of stage 1's step at a real size: Qwen2-VL-2B's shape, random weights, LoRA, pictures of 224 to 448 px.
+"""Throughput of stage 1's step at a real size: Qwen2-VL-2B's shape, random weights, LoRA, images of 224 to 448 px.
 
 Needs torch, transformers and peft alone, so that it runs on a machine without Ray. Prints samples per second and model
 FLOPs utilisation of the plain and the GradCache step, and how far the two steps' gradients are apart.
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from afmrl_ray.agcl.gradcache import backward_in_parts
-from afmrl_ray.agcl.loss import agcl_loss
+from afmrl_ray.agcl.loss import weighted_info_nce
 from afmrl_ray.models.encoder import EmbeddingModel
 from afmrl_ray.models.flops import EncoderFlops, peak_tflops
 from afmrl_ray.models.microbatches import cut_by_tokens
@@ -63,15 +63,15 @@ TINY: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Visual:
-    """What `EncoderFlops` asks of a picture."""
+    """What `EncoderFlops` asks of an image."""
 
     grid: tuple[int, int, int]
     features: Tensor | None
 
 
 @dataclass(frozen=True)
-class Row:
-    """A listing: a picture of `grid` patches, then text."""
+class ModelInput:
+    """An item: an image of `grid` patches, then text."""
 
     ids: Tensor
     visual: Visual
@@ -106,8 +106,8 @@ def make_model(shape: dict[str, Any], device: torch.device, dtype: torch.dtype) 
     return EmbeddingModel(adapted).train()
 
 
-def make_rows(count: int, pixels: tuple[int, int], words: tuple[int, int], vocabulary: int) -> list[Row]:
-    """Listings with square pictures of a side in `pixels` and texts of a length in `words`."""
+def make_rows(count: int, pixels: tuple[int, int], words: tuple[int, int], vocabulary: int) -> list[ModelInput]:
+    """Items with square images of a side in `pixels` and texts of a length in `words`."""
     draw = np.random.default_rng(0)
     step = PATCH * MERGE
     rows = []
@@ -117,13 +117,13 @@ def make_rows(count: int, pixels: tuple[int, int], words: tuple[int, int], vocab
         visual = [START, *[IMAGE] * (side * side // MERGE**2), END]
         patches = torch.from_numpy(draw.standard_normal((side * side, CHANNELS * FRAMES * PATCH**2), dtype=np.float32))
         ids = torch.tensor([*visual, *text.tolist()])
-        rows.append(Row(ids, Visual((1, side, side), None), patches))
+        rows.append(ModelInput(ids, Visual((1, side, side), None), patches))
     return rows
 
 
 @torch.no_grad()
-def through_tower(model: EmbeddingModel, rows: Sequence[Row]) -> list[Row]:
-    """The same listings with the tower's output in the place of their pixels."""
+def through_tower(model: EmbeddingModel, rows: Sequence[ModelInput]) -> list[ModelInput]:
+    """The same items with the tower's output in the place of their pixels."""
     tower = model.backbone.get_base_model().model.visual
     found = []
     for row in rows:
@@ -136,7 +136,7 @@ def through_tower(model: EmbeddingModel, rows: Sequence[Row]) -> list[Row]:
 class Inputs:
     """Padded batches of rows, with the positions that the model itself finds; made once, so that no step pays."""
 
-    def __init__(self, model: EmbeddingModel, rows: Sequence[Row]) -> None:
+    def __init__(self, model: EmbeddingModel, rows: Sequence[ModelInput]) -> None:
         self._rows, self._device = rows, model.device
         self._inner = model.backbone.get_base_model().model
         self._ready: dict[tuple[int, ...], dict[str, Tensor]] = {}
@@ -170,7 +170,7 @@ class Inputs:
 class Step:
     """One optimizer step over all rows; `part_tokens` cuts it into GradCache's parts."""
 
-    def __init__(self, model: EmbeddingModel, rows: Sequence[Row], part_tokens: int | None) -> None:
+    def __init__(self, model: EmbeddingModel, rows: Sequence[ModelInput], part_tokens: int | None) -> None:
         self._model, self._inputs = model, Inputs(model, rows)
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(self._trained, lr=0.0)
@@ -180,7 +180,7 @@ class Step:
 
     def _loss(self, embeddings: Tensor) -> tuple[Tensor, None]:
         queries, positives = embeddings.chunk(2)
-        return agcl_loss(queries @ positives.T, self._index, temperature=TEMPERATURE)[0], None
+        return weighted_info_nce(queries @ positives.T, self._index, temperature=TEMPERATURE)[0], None
 
     def _backward(self) -> None:
         backward_in_parts(
@@ -212,9 +212,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pairs", type=int, nargs="+", default=[32, 128, 512])
     parser.add_argument("--plain-pairs", type=int, default=32, help="most pairs that the plain step is tried with")
     parser.add_argument("--part-tokens", type=int, default=16_384)
-    parser.add_argument("--pixels", type=int, nargs=2, default=(224, 448), help="sides of the pictures")
-    parser.add_argument("--words", type=int, nargs=2, default=(32, 96), help="text tokens of a listing")
-    parser.add_argument("--kept", action="store_true", help="pictures went through the frozen tower before")
+    parser.add_argument("--pixels", type=int, nargs=2, default=(224, 448), help="sides of the images")
+    parser.add_argument("--words", type=int, nargs=2, default=(32, 96), help="text tokens of an item")
+    parser.add_argument("--kept", action="store_true", help="images went through the frozen tower before")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args(argv)
     shape = TINY if options.tiny else PUBLISHED
@@ -236,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for kind, step in steps.items():
             measured = measure(step, model.device, options.repeats, flops.step(rows) / 1e12, peak)
             sizes = {"step": kind, "pairs": pairs, "tokens": sum(map(len, rows)), "gradient_gap": gap}
-            found.append({**sizes, "listings_per_second": 2 * pairs / measured["median"], **measured})
+            found.append({**sizes, "items_per_second": 2 * pairs / measured["median"], **measured})
     report = {"device": name, "dtype": options.dtype, "torch": torch.__version__, "kept": options.kept, "steps": found}
     OUT.parent.mkdir(parents=True, exist_ok=True)
     OUT.write_text(json.dumps(report, indent=2) + "\n")
@@ -270,7 +270,7 @@ def line(row: dict[str, Any]) -> str:
     memory = f", {row['peak_memory_gib']:.1f} GiB" if row["peak_memory_gib"] else ""
     gap = f", gradients {row['gradient_gap']:.0e} apart" if row["gradient_gap"] is not None else ""
     spread = f"{min(row['seconds']):.3f} to {max(row['seconds']):.3f} s"
-    rate = f"{row['listings_per_second']:>8.1f} listings/s"
+    rate = f"{row['items_per_second']:>8.1f} items/s"
     return f"{row['step']:<10}{row['pairs']:>5} pairs {rate}, {used}{memory}{gap} ({spread})"
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from harness import Comparison, compare, seconds
 from torch import Tensor
 
-from afmrl_ray.agcl.loss import agcl_loss, false_negative_keep, scale_lexical
+from afmrl_ray.agcl.loss import mask_by_candidate, scale_lexical, weighted_info_nce
 
 BATCH, DIMENSION, TEMPERATURE = 1024, 1536, 0.02
 
@@ -31,16 +31,18 @@ def comparisons() -> list[Comparison]:
         return F.cross_entropy(queries @ candidates.T / TEMPERATURE, positives)
 
     def bare(queries: Tensor, candidates: Tensor) -> Tensor:
-        return agcl_loss(queries @ candidates.T, positives, temperature=TEMPERATURE)[0]
+        return weighted_info_nce(queries @ candidates.T, positives, temperature=TEMPERATURE)[0]
 
     def weighted(queries: Tensor, candidates: Tensor) -> Tensor:
         lexical = scale_lexical(raw, positives)
-        return agcl_loss(queries @ candidates.T, positives, temperature=TEMPERATURE, lexical=lexical)[0]
+        return weighted_info_nce(queries @ candidates.T, positives, temperature=TEMPERATURE, lexical=lexical)[0]
 
     def masked(queries: Tensor, candidates: Tensor) -> Tensor:
-        keep = false_negative_keep(candidates.detach(), positives, threshold=0.9, product_ids=products, min_negatives=8)
+        keep = mask_by_candidate(candidates.detach(), positives, threshold=0.9, product_ids=products, min_negatives=8)
         lexical = scale_lexical(raw, positives)
-        return agcl_loss(queries @ candidates.T, positives, temperature=TEMPERATURE, lexical=lexical, keep=keep)[0]
+        return weighted_info_nce(
+            queries @ candidates.T, positives, temperature=TEMPERATURE, lexical=lexical, keep=keep
+        )[0]
 
     gap = max(float((a - b).abs().max()) for a, b in zip(gradients(bare), gradients(plain), strict=True))
     assert gap < 1e-7, f"without weights and mask this is not cross-entropy: {gap:g}"

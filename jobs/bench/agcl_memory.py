@@ -18,14 +18,14 @@ def child(pairs: int) -> dict[str, float]:
     import torch
     from tiny import make_bench
 
+    from afmrl_ray.agcl.batch_layout import Batch
     from afmrl_ray.agcl.batches import PairSampler
     from afmrl_ray.agcl.gradcache import backward_in_parts
-    from afmrl_ray.agcl.layout import Batch
-    from afmrl_ray.agcl.loss import agcl_loss, false_negative_keep
+    from afmrl_ray.agcl.loss import mask_by_candidate, weighted_info_nce
     from afmrl_ray.models.encoder import EmbeddingModel
     from afmrl_ray.models.microbatches import cut_by_tokens
-    from afmrl_ray.models.prompts import encoder_row
-    from afmrl_ray.models.rows import collate
+    from afmrl_ray.models.model_input import collate
+    from afmrl_ray.models.prompts import encoder_input
 
     bench = make_bench(pairs, max(SIZES))
     catalogue, processor = bench.catalogue, bench.processor()
@@ -36,15 +36,15 @@ def child(pairs: int) -> dict[str, float]:
     def step(pairs_of_step: int) -> None:
         batch = Batch(sampler.batch(0)[:pairs_of_step], 0, 1, sampler.product_of)
         rows = [
-            encoder_row(processor, catalogue, shown.row, config=bench.config.encoder, inputs="both")
-            for shown, _, _ in batch.local_listings()
+            encoder_input(processor, catalogue, shown.row, config=bench.config.encoder, inputs="both")
+            for shown, _, _ in batch.local_items()
         ]
         index = torch.arange(pairs_of_step)
 
         def loss(embeddings: torch.Tensor) -> tuple[torch.Tensor, None]:
             queries, positives = embeddings.chunk(2)
-            keep = false_negative_keep(positives.detach(), index, threshold=0.9, min_negatives=8)
-            return agcl_loss(queries @ positives.T, index, temperature=0.05, keep=keep)[0], None
+            keep = mask_by_candidate(positives.detach(), index, threshold=0.9, min_negatives=8)
+            return weighted_info_nce(queries @ positives.T, index, temperature=0.05, keep=keep)[0], None
 
         parts = cut_by_tokens([len(row) for row in rows], PART * max(map(len, rows)))
         backward_in_parts(

@@ -15,14 +15,14 @@ from harness import Comparison, compare, seconds
 from tiny import Bench, make_bench
 from torch import Tensor, nn
 
+from afmrl_ray.agcl.batch_layout import Batch
 from afmrl_ray.agcl.batches import PairSampler
 from afmrl_ray.agcl.gradcache import backward_in_parts
-from afmrl_ray.agcl.layout import Batch
-from afmrl_ray.agcl.loss import agcl_loss
+from afmrl_ray.agcl.loss import weighted_info_nce
 from afmrl_ray.models.encoder import EmbeddingModel
 from afmrl_ray.models.microbatches import cut_by_tokens
-from afmrl_ray.models.prompts import encoder_row
-from afmrl_ray.models.rows import Row, collate
+from afmrl_ray.models.model_input import ModelInput, collate
+from afmrl_ray.models.prompts import encoder_input
 
 PAIRS, TEMPERATURE, PART = 64, 0.05, 16
 
@@ -58,13 +58,13 @@ def gap(ours: Side, theirs: Side) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in b) / largest
 
 
-def ours(bench: Bench, rows: list[Row], pad: int, part_tokens: int | None) -> Side:
+def ours(bench: Bench, rows: list[ModelInput], pad: int, part_tokens: int | None) -> Side:
     parts = cut_by_tokens([len(row) for row in rows], part_tokens) if part_tokens else [list(range(len(rows)))]
     index = torch.arange(len(rows) // 2)
 
     def loss(embeddings: Tensor) -> tuple[Tensor, None]:
         queries, positives = embeddings.chunk(2)
-        return agcl_loss(queries @ positives.T, index, temperature=TEMPERATURE)[0], None
+        return weighted_info_nce(queries @ positives.T, index, temperature=TEMPERATURE)[0], None
 
     def backward(model: nn.Module) -> None:
         backward_in_parts(
@@ -77,7 +77,7 @@ def ours(bench: Bench, rows: list[Row], pad: int, part_tokens: int | None) -> Si
     return Side(EmbeddingModel(bench.model()), backward)
 
 
-def sentence_transformers(bench: Bench, rows: list[Row], pad: int, part: int | None) -> Side:
+def sentence_transformers(bench: Bench, rows: list[ModelInput], pad: int, part: int | None) -> Side:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import losses
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
@@ -105,7 +105,7 @@ def sentence_transformers(bench: Bench, rows: list[Row], pad: int, part: int | N
     )
     half = len(rows) // 2
 
-    def features(own: list[Row]) -> dict[str, Tensor]:
+    def features(own: list[ModelInput]) -> dict[str, Tensor]:
         # The model finds the positions itself, as it does from their processor's output.
         return {name: value for name, value in collate(own, pad).items() if name != "position_ids"}
 
@@ -123,8 +123,8 @@ def comparisons() -> list[Comparison]:
     sampler = PairSampler(catalogue, bench.config.agcl, seed=0)
     batch = Batch(sampler.batch(0), 0, 1, sampler.product_of)
     rows = [
-        encoder_row(processor, catalogue, shown.row, config=bench.config.encoder, inputs="both")
-        for shown, _, _ in batch.local_listings()
+        encoder_input(processor, catalogue, shown.row, config=bench.config.encoder, inputs="both")
+        for shown, _, _ in batch.local_items()
     ]
     pad, longest = processor.pad_id, max(len(row) for row in rows)
     plain, cached = ours(bench, rows, pad, None), ours(bench, rows, pad, PART * longest)

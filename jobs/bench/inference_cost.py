@@ -55,13 +55,13 @@ class Way:
         name: in the table.
         texts: attribute text of every query.
         write: attribute text of one catalogue row, timed; none = it is not asked for.
-        enriched: whether queries have attributes, and the gallery too where the protocol shows them.
+        with attributes: whether queries have attributes, and the gallery too where the protocol shows them.
     """
 
     name: str
     texts: list[str]
     write: Callable[[int], str] | None
-    enriched: bool = True
+    with_attributes: bool = True
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def body(_: Config, options: argparse.Namespace) -> None:
 
 
 class Bench:
-    """Models, listings and stored attributes of one round."""
+    """Models, items and stored attributes of one round."""
 
     def __init__(self, run: RunDirectory, number: int) -> None:
         config = validate(run.read_run()["config"])
@@ -111,19 +111,22 @@ class Bench:
         )
         path = storage.absolute(config.catalogue.path or catalogue.output("catalogue"))
         reference = CatalogueRef(path, config.catalogue, catalogue.metrics["fingerprint"])
-        headline = next(p for p in config.evaluation.protocols if p.name == config.evaluation.headline)
-        if not isinstance(headline, RetrievalProtocol):
-            raise ConfigError(f"evaluation.headline {headline.name!r} is no retrieval protocol")
-        if headline.enriched == "none":
+        primary_protocol = next(p for p in config.evaluation.protocols if p.name == config.evaluation.primary_protocol)
+        if not isinstance(primary_protocol, RetrievalProtocol):
+            raise ConfigError(f"evaluation.primary_protocol {primary_protocol.name!r} is no retrieval protocol")
+        if primary_protocol.with_attributes == "none":
             raise ConfigError(
-                f"evaluation.headline {headline.name!r} shows no attributes, so they cost and give nothing"
+                f"evaluation.primary_protocol {primary_protocol.name!r} shows no attributes, so they cost and "
+                "give nothing"
             )
-        self.name, self.config, self.protocol = storage.split(run.path)[1], config, headline
+        self.name, self.config, self.protocol = storage.split(run.path)[1], config, primary_protocol
         self.catalogue: StagedCatalogue = reference.open()
         self.store: AttributeStore = read_attributes(attributes.output("attributes"))
         self.annotator = Annotator(GeneratorRef(generator.output("model"), config.generator), reference)
         self.encoder = Encoder(EncoderRef(encoder.output("model"), config.encoder), reference)
-        self.queries, self.gallery = (self.catalogue.rows(side) for side in (headline.query, headline.gallery))
+        self.queries, self.gallery = (
+            self.catalogue.rows(side) for side in (primary_protocol.query, primary_protocol.gallery)
+        )
         self._galleries: dict[bool, np.ndarray] = {}
 
     def stored(self, row: int) -> str:
@@ -138,7 +141,7 @@ class Bench:
             return lambda row: self.annotator.annotate([row], max_pairs=pairs)[0][0]
 
         return [
-            Way("no attributes", [""] * len(full), None, enriched=False),
+            Way("no attributes", [""] * len(full), None, with_attributes=False),
             Way("all, from a cache", full, lambda row: cache[self._key(row)]),
             *(Way(f"first {m}", self._first(full, m, written(m)), written(m)) for m in cuts),
             Way("all, written", full, written(None)),
@@ -153,9 +156,9 @@ class Bench:
         ]
 
     def _key(self, row: int) -> str:
-        """What a cache is asked by: the picture and the title."""
+        """What a cache is asked by: the image and the title."""
         title = self.catalogue.title(row, self.config.generator.title_columns)
-        return hashlib.sha256(self.catalogue.picture_bytes(row) + title.encode()).hexdigest()
+        return hashlib.sha256(self.catalogue.image_bytes(row) + title.encode()).hexdigest()
 
     def check(self, ways: Sequence[Way], sample: Sequence[int]) -> None:
         """Make sure that every way gives what is counted for it.
@@ -188,10 +191,10 @@ class Bench:
 
     def point(self, way: Way, samples: list[float]) -> Point:
         """Search with all queries."""
-        enriched = way.enriched and self.protocol.enriched == "both"
-        if enriched not in self._galleries:
-            texts = [self.stored(row) if enriched else "" for row in self.gallery.tolist()]
-            self._galleries[enriched] = self._all(self.gallery, texts, self.protocol.gallery, "gallery")
+        with_attributes = way.with_attributes and self.protocol.with_attributes == "both"
+        if with_attributes not in self._galleries:
+            texts = [self.stored(row) if with_attributes else "" for row in self.gallery.tolist()]
+            self._galleries[with_attributes] = self._all(self.gallery, texts, self.protocol.gallery, "gallery")
         queries = self._all(self.queries, way.texts, self.protocol.query, way.name)
         ranking = rank(
             self.catalogue,
@@ -199,7 +202,7 @@ class Bench:
             self.queries,
             queries,
             self.gallery,
-            self._galleries[enriched],
+            self._galleries[with_attributes],
             depth=1,
         )
         evaluation = self.config.evaluation

@@ -50,7 +50,7 @@ def body(config: Config, options: argparse.Namespace) -> None:
         shared = [with_values(of_seed, {"catalogue.path": start.catalogue_ref.path}) for of_seed in seeds]
         run_side_by_side(shared, options.rungs, beginning, share=options.share, processes=options.processes)
         write(config, runs, options.title)
-        write_report(runs[0], listings=start.catalogue)
+        write_report(runs[0], items=start.catalogue)
     return None
 
 

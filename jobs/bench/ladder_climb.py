@@ -17,7 +17,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     keys = [rung.key for rung in RUNGS]
     parser.add_argument("--rungs", nargs="+", choices=keys, default=keys, help="what is measured")
     parser.add_argument("--share", type=float, default=0.3, help="of the products, in the branch with fewer")
-    parser.add_argument("--clip", help="checkpoint of the dual towers")
+    parser.add_argument("--clip", help="checkpoint of the dual encoders")
     parser.add_argument("--command", help="that makes all runs of the ladder, for the report; this one if left out")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from afmrl_ray.cit.driver import open_run, own_command, record_whole
-from afmrl_ray.cit.ladder import DUAL_TOWERS, Ladder
+from afmrl_ray.cit.ladder import DUAL_ENCODERS, Ladder
 from afmrl_ray.cit.pipeline import Pipeline
 from afmrl_ray.config import Config, dump_yaml, with_values
 from afmrl_ray.report import write_report
@@ -31,7 +31,7 @@ class Beginning:
 
     Attributes:
         values: dotted settings: the models' checkpoints and the Ray to join.
-        clip: checkpoint of the dual towers, or none where no rung has one.
+        clip: checkpoint of the dual encoders, or none where no rung has one.
     """
 
     values: dict[str, Any]
@@ -44,9 +44,9 @@ def begin(start: Pipeline, rungs: Sequence[str]) -> Beginning:
 
     config, clip = start.config, None
     values = {"encoder.path": start.encoder_base, "generator.path": start.generator_base}
-    if set(rungs) & set(DUAL_TOWERS):
+    if set(rungs) & set(DUAL_ENCODERS):
         changes = {
-            **DUAL_TOWERS["clip"],
+            **DUAL_ENCODERS["clip"],
             **values,
             "encoder.path": None,
             "catalogue.path": start.catalogue_ref.path,
@@ -116,6 +116,6 @@ def climb(config: Config, rungs: Sequence[str], *, clip: str | None, share: floa
         for key in rungs:
             began = time.monotonic()
             stage = ladder.climb(key)
-            hit = stage.metrics["protocols"][config.evaluation.headline]["metrics"]["hit@1"]["mean"]
+            hit = stage.metrics["protocols"][config.evaluation.primary_protocol]["metrics"]["hit@1"]["mean"]
             log.info("rung %s: hit@1 %.1f %%, after %.0f s", key, 100 * hit, time.monotonic() - began)
-        write_report(pipeline.run, listings=pipeline.catalogue)
+        write_report(pipeline.run, items=pipeline.catalogue)

@@ -44,15 +44,15 @@ KNOBS = (
     Knob(
         "products listed again under another id",
         {
-            "none": {"synthetic.duplicate_share": 0.0},
-            "40 %": {"synthetic.duplicate_share": 0.4},
+            "none": {"synthetic.duplicate_fraction": 0.0},
+            "40 %": {"synthetic.duplicate_fraction": 0.4},
         },
     ),
     Knob(
         "siblings in a batch",
         {
-            "half": {"agcl.hard_share": 0.5, "agcl.hard_column": "family_id"},
-            "all": {"agcl.hard_share": 1.0, "agcl.hard_column": "family_id"},
+            "half": {"agcl.batch_grouping.fraction": 0.5, "agcl.batch_grouping.column": "family_id"},
+            "all": {"agcl.batch_grouping.fraction": 1.0, "agcl.batch_grouping.column": "family_id"},
         },
     ),
     Knob(
@@ -74,9 +74,11 @@ KNOBS = (
 
 
 def cells(config: Config) -> list[tuple[str, str, Config]]:
-    """Knob, its setting and the run's config, of every run of the sweep; the headline alone is measured."""
-    headline = [protocol for protocol in config.evaluation.protocols if protocol.name == config.evaluation.headline]
-    shown = {"evaluation.protocols": headline, "cit.gate.protocols": [], "cit.decided_by": ""}
+    """Knob, its setting and the run's config, of every run of the sweep; the primary protocol alone is measured."""
+    primary_protocol = [
+        protocol for protocol in config.evaluation.protocols if protocol.name == config.evaluation.primary_protocol
+    ]
+    shown = {"evaluation.protocols": primary_protocol, "cit.gate.protocols": [], "cit.selection_protocol": ""}
     found: list[tuple[str, str, Config]] = []
     for knob in KNOBS:
         for setting, values in knob.values.items():
@@ -108,11 +110,15 @@ def body(config: Config, options: argparse.Namespace) -> None:
 
 
 def shown_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a run's record what the sweep shows: the headline's hit@1 by rung, and each gain over the rung below."""
-    headline = record["headline"]
+    """What the sweep shows of a run: the primary protocol's hit@1 by rung, and each gain over the rung below."""
+    primary_protocol = record["primary_protocol"]
     return {
-        "hit@1": {rung["name"]: rung["metrics"][headline]["hit@1"]["mean"] for rung in record["rungs"]},
-        "gain": {rung["name"]: rung["gain"][headline]["hit@1"] for rung in record["rungs"] if headline in rung["gain"]},
+        "hit@1": {rung["name"]: rung["metrics"][primary_protocol]["hit@1"]["mean"] for rung in record["rungs"]},
+        "gain": {
+            rung["name"]: rung["gain"][primary_protocol]["hit@1"]
+            for rung in record["rungs"]
+            if primary_protocol in rung["gain"]
+        },
         "f1": {
             rung["name"]: rung["attributes"]["f1"]["mean"] for rung in record["rungs"] if "f1" in rung["attributes"]
         },

@@ -19,9 +19,9 @@ from typing import Any
 from scipy import stats
 
 from afmrl_ray import storage
-from afmrl_ray.cit import bodies
+from afmrl_ray.cit import stage_functions
 from afmrl_ray.cit.driver import open_run
-from afmrl_ray.cit.evaluation import EvaluationInputs, evaluate_body
+from afmrl_ray.cit.evaluation import EvaluationInputs, evaluate_stage
 from afmrl_ray.cit.pipeline import Pipeline
 from afmrl_ray.cit.stages import Stage
 from afmrl_ray.cli import job_main
@@ -35,7 +35,7 @@ COLUMNS = {
     "heldout_before": "reward before",
     "heldout_gain": "its gain",
     "hit1_before": "hit@1 % before",
-    "hit1_gain": "its gain, all listings annotated anew",
+    "hit1_gain": "its gain, all items annotated anew",
     "hit1_gain_queries": "its gain, queries alone",
     "pairs_before": "pairs before",
     "pairs_after": "after",
@@ -50,8 +50,10 @@ class Cells:
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline, self._config = pipeline, pipeline.config
-        headline = [p for p in self._config.evaluation.protocols if p.name == self._config.evaluation.headline]
-        self._evaluation = self._config.evaluation.model_copy(update={"protocols": tuple(headline)})
+        primary_protocol = [
+            p for p in self._config.evaluation.protocols if p.name == self._config.evaluation.primary_protocol
+        ]
+        self._evaluation = self._config.evaluation.model_copy(update={"protocols": tuple(primary_protocol)})
         agcl = pipeline.agcl(0)
         self._encoder = EncoderRef(agcl.output("model"), self._config.encoder)
         self._upstream = upstream(agcl, pipeline.gallery(0))
@@ -63,7 +65,7 @@ class Cells:
         config, name = with_values(self._config, changes), f"depth-k{k}-s{seed}"
         inputs = {
             "upstream": self._upstream,
-            "config": {"rar": config.rar.decisive()},
+            "config": {"rar": config.rar.fingerprinted()},
             "seed": seed,
             "changes": changes,
         }
@@ -71,27 +73,27 @@ class Cells:
 
         def reinforced(directory: str) -> Any:
             job = self._pipeline.rar_job(0, directory)
-            outcome = bodies.rar_body(config, job)
+            outcome = stage_functions.rar_stage_fn(config, job)
             steps = read_metrics(storage.join(directory, "log"))
-            outcome.metrics["zero_variance"] = statistics.fmean(step["zero_variance_share"] for step in steps)
+            outcome.metrics["zero_variance"] = statistics.fmean(step["zero_variance_fraction"] for step in steps)
             return outcome
 
         rar = run.run_stage(name, inputs, reinforced, resumable=True)
         annotate = self._config.annotate
-        annotated = {"items": annotate.items.decisive(), "truth": annotate.truth_column}
+        annotated = {"items": annotate.items.fingerprinted(), "truth": annotate.ground_truth_column}
         generator = GeneratorRef(rar.output("model"), self._config.generator)
         attributes = run.run_stage(
             f"{name}-attributes",
             {"upstream": upstream(rar), **annotated},
-            lambda at: bodies.attributes_body(self._config, reference, generator, rar.fingerprint, at),
+            lambda at: stage_functions.attributes_stage_fn(self._config, reference, generator, rar.fingerprint, at),
         )
         found = rar.metrics
         hit = self._hit(f"{name}-evaluate", attributes)
         # The gallery as RAR searched it, with the attributes from before.
         queries = run.run_stage(
             f"{name}-queries",
-            {"upstream": upstream(attributes), "evaluation": self._evaluation.decisive(), **annotated},
-            lambda at: bodies.queries_anew_body(
+            {"upstream": upstream(attributes), "evaluation": self._evaluation.fingerprinted(), **annotated},
+            lambda at: stage_functions.query_attributes_stage_fn(
                 self._headline_config(), reference, self._pipeline.attributes(0), attributes, at
             ),
         )
@@ -116,9 +118,12 @@ class Cells:
         asked = EvaluationInputs(
             self._headline_config(), self._pipeline.catalogue_ref, self._encoder, attributes.output("attributes")
         )
-        inputs = {"upstream": {**self._upstream, **upstream(attributes)}, "evaluation": self._evaluation.decisive()}
-        stage = self._pipeline.run.run_stage(name, inputs, lambda at: evaluate_body(asked, at))
-        return float(stage.metrics["protocols"][self._evaluation.headline]["metrics"]["hit@1"]["mean"])
+        inputs = {
+            "upstream": {**self._upstream, **upstream(attributes)},
+            "evaluation": self._evaluation.fingerprinted(),
+        }
+        stage = self._pipeline.run.run_stage(name, inputs, lambda at: evaluate_stage(asked, at))
+        return float(stage.metrics["protocols"][self._evaluation.primary_protocol]["metrics"]["hit@1"]["mean"])
 
 
 def upstream(*stages: Stage) -> dict[str, str]:

@@ -32,8 +32,8 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from afmrl_ray.models.inner import inner_model
 from afmrl_ray.models.logprobs import completion_batch
 from afmrl_ray.models.microbatches import cut_by_tokens, cut_shared_prefix
+from afmrl_ray.models.model_input import ModelInput, PixelFormat, Visual, mrope_positions
 from afmrl_ray.models.policy import Policy
-from afmrl_ray.models.rows import PixelFormat, Row, Visual, mrope_positions
 from afmrl_ray.models.shared_prefix import pack, use_shared_prefix
 from afmrl_ray.models.vision_attention import use_attention_by_length
 from afmrl_ray.rar.loss import group_advantages, grpo_loss
@@ -89,16 +89,16 @@ FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.
 
 
 @dataclass(frozen=True)
-class Group:
+class PromptGroup:
     """A prompt and its G completions.
 
     Attributes:
-        prompt: a picture, then text.
+        prompt: an image, then text.
         completions: G arrays of token ids.
         advantages: [G].
     """
 
-    prompt: Row
+    prompt: ModelInput
     completions: list[np.ndarray]
     advantages: Tensor
 
@@ -132,17 +132,17 @@ def make_policy(shape: dict[str, Any], adapter: str, device: torch.device, dtype
 
 def make_groups(
     count: int, size: int, *, pixels: int, prompt_tokens: int, completion: Sequence[int], vocabulary: int
-) -> list[Group]:
-    """Prompts of `prompt_tokens`, a square picture of `pixels` among them, and completions of a length in `completion`.
+) -> list[PromptGroup]:
+    """Prompts of `prompt_tokens`, a square image of `pixels` among them, and completions of a length in `completion`.
 
     Raises:
-        ValueError: the picture alone is longer than the prompt.
+        ValueError: the image alone is longer than the prompt.
     """
     draw = np.random.default_rng(0)
     side = pixels // (PATCH * MERGE) * MERGE
     visual = [START, *[IMAGE] * (side // MERGE) ** 2, END]
     if len(visual) >= prompt_tokens:
-        raise ValueError(f"a picture of {pixels} px has {len(visual)} tokens; make --prompt-tokens larger")
+        raise ValueError(f"an image of {pixels} px has {len(visual)} tokens; make --prompt-tokens larger")
     colours = PixelFormat(scale=(1 / 64,) * CHANNELS, shift=(-2.0,) * CHANNELS, frames=FRAMES)
     groups = []
     for _ in range(count):
@@ -150,18 +150,18 @@ def make_groups(
         types = (ids == IMAGE).astype(np.int64)
         grid = (1, side, side)
         patches = draw.integers(0, 256, size=(side * side, CHANNELS, PATCH**2), dtype=np.uint8)
-        prompt = Row(ids, types, mrope_positions(types, [grid], MERGE), (Visual(grid, patches, colours),))
+        prompt = ModelInput(ids, types, mrope_positions(types, [grid], MERGE), (Visual(grid, patches, colours),))
         lengths = draw.integers(completion[0], completion[1] + 1, size=size)
         rewards = torch.from_numpy(draw.random((1, size)))
         completions = [draw.integers(10, vocabulary, size=n) for n in lengths]
-        groups.append(Group(prompt, completions, group_advantages(rewards)[0].float()))
+        groups.append(PromptGroup(prompt, completions, group_advantages(rewards)[0].float()))
     return groups
 
 
 class Update:
     """The gradient of a whole update, `packed` or in plain rows, in parts of `part_tokens` as a learner cuts them."""
 
-    def __init__(self, policy: Policy, groups: Sequence[Group], part_tokens: int, *, packed: bool) -> None:
+    def __init__(self, policy: Policy, groups: Sequence[PromptGroup], part_tokens: int, *, packed: bool) -> None:
         self._policy, self._packed = policy, packed
         self._device = next(policy.parameters()).device
         self._prompts = [group.prompt for group in groups for _ in group.completions]
@@ -200,8 +200,8 @@ class Update:
                 reference,
                 self._advantages[part],
                 mask,
-                clip_low=0.2,
-                clip_high=0.2,
+                epsilon=0.2,
+                epsilon_high=0.2,
                 kl_coef=0.04,
                 denominator=float(self.tokens),
             )
@@ -225,7 +225,7 @@ def set_checkpointing(policy: Policy, on: bool) -> None:
         model.gradient_checkpointing_disable()
 
 
-def equality(policy: Policy, groups: Sequence[Group], part_tokens: int, dtype: str) -> dict[str, float]:
+def equality(policy: Policy, groups: Sequence[PromptGroup], part_tokens: int, dtype: str) -> dict[str, float]:
     """How far the packed way is from the plain one; the packed one may use no kernel that holds a dense mask's weights.
 
     Raises:
@@ -239,7 +239,7 @@ def equality(policy: Policy, groups: Sequence[Group], part_tokens: int, dtype: s
         packed = torch.cat(Update(policy, groups, part_tokens, packed=True).backward())
     assert plain.shape == packed.shape, "completion tokens are missing"
     found = {
-        "logprob_gap": float((packed - plain).abs().mean()),
+        "rollout_logprob_diff": float((packed - plain).abs().mean()),
         "gradient_gap": _relative(((p.grad, expected.get(name)) for name, p in policy.named_parameters())),
     }
     forget_gradients(policy)
@@ -295,8 +295,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--adapter", choices=("full", "lora"), default="full", help="what is trained")
     parser.add_argument("--prompts", type=int, default=4, help="groups of an update")
     parser.add_argument("--groups", type=int, nargs="+", default=[8, 16], help="completions of a group")
-    parser.add_argument("--pixels", type=int, default=448, help="side of a prompt's picture")
-    parser.add_argument("--prompt-tokens", type=int, default=400, help="tokens of a prompt, picture and text")
+    parser.add_argument("--pixels", type=int, default=448, help="side of a prompt's image")
+    parser.add_argument("--prompt-tokens", type=int, default=400, help="tokens of a prompt, image and text")
     parser.add_argument("--completion", type=int, nargs=2, default=(48, 80), help="tokens of a completion")
     parser.add_argument("--part-tokens", type=int, default=16_384, help="tokens of a micro-batch")
     parser.add_argument("--checkpointing", choices=("both", "on", "off"), default="both")

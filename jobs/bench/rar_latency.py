@@ -22,12 +22,12 @@ from tiny import make_bench
 
 from afmrl_ray.config.models import VisionCacheConfig
 from afmrl_ray.config.train import RewardConfig, RolloutConfig
-from afmrl_ray.rar.ahead import StepAhead
-from afmrl_ray.rar.experience import Ask, Collector
 from afmrl_ray.rar.messages import Weights
+from afmrl_ray.rar.prefetch import RolloutPrefetcher
 from afmrl_ray.rar.reward import RewardPool
 from afmrl_ray.rar.reward_spec import RewardSpec
 from afmrl_ray.rar.rollout import RolloutPool
+from afmrl_ray.rar.rollout_batch import Collector, RolloutRequest
 
 LATENCY_S, CHUNK_S, LEARN_S = 0.2, 0.25, 2.0
 CHUNKS, CHUNK, RUNNERS, STEPS = 16, 2, 2, 6
@@ -67,12 +67,12 @@ def by_parts(rollouts: RolloutPool, rewards: RewardPool, rows: list[int], draw: 
 
 def piped(collector: Collector, rows: list[int], lag: int) -> list[float]:
     """Seconds of every step but the first, which nothing precedes."""
-    ask = Ask(gallery="train", group_size=GROUP_SIZE, max_attributes=64, invalid=-0.1)
+    ask = RolloutRequest(gallery="train", group_size=GROUP_SIZE, max_attributes=64, invalid=-0.1)
 
     def collect(step: int) -> Any:
         return collector.collect(rows, seeds_of(rows, lag, step), ask)
 
-    ahead = StepAhead(collect, lag=lag, steps=STEPS + 2)
+    ahead = RolloutPrefetcher(collect, lag=lag, steps=STEPS + 2)
     found = []
     for step in range(STEPS):
         began = time.perf_counter()

@@ -1,7 +1,7 @@
 """The reward service against encoding full queries in process, and against a bare loop of the same work.
 
 No score is kept between calls. The service's side counts everything from asking to the answer: Ray's way there and
-back, pictures, tokens, encoder and ranks.
+back, images, tokens, encoder and ranks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from harness import Comparison, compare, seconds
 from tiny import SMALL, Bench, make_bench
 
 from afmrl_ray.attributes.text import format_attributes, normalise_attributes
-from afmrl_ray.config.catalogue import SideConfig
+from afmrl_ray.config.catalogue import ItemSelector
 from afmrl_ray.config.models import VisionCacheConfig
 from afmrl_ray.config.train import RewardConfig
 from afmrl_ray.rar.reward import RewardClient, RewardPool
@@ -26,7 +26,7 @@ from afmrl_ray.rar.scorer import Scorer
 from afmrl_ray.retrieval.embed import Encoder, EncoderRef
 
 PICTURE_PX, PRODUCTS, SUFFIXES, RUNNERS, LISTINGS, THREADS = 392, 256, 8, 4, 4, 2
-TRAIN = SideConfig(split=("train",))
+TRAIN = ItemSelector(split=("train",))
 CONFIG = RewardConfig(k=5, cached_scores=0, pool={"num_workers": 1, "cpus_per_worker": THREADS})
 
 
@@ -41,18 +41,18 @@ class Runner:
         return self._client.score("train", queries)
 
 
-def queries_of(bench: Bench, listings: int) -> list[Query]:
-    """As many listings that have a positive, each with the attributes of several others."""
+def queries_of(bench: Bench, items: int) -> list[Query]:
+    """As many items that have a positive, each with the attributes of several others."""
     catalogue = bench.catalogue
     rows, products = catalogue.rows(TRAIN).tolist(), catalogue.column("product_id")
     texts = list(dict.fromkeys(format_attributes(normalise_attributes(catalogue.item(r).attributes)) for r in rows))
     sizes = Counter(products[row] for row in rows)
-    able = [row for row in rows if sizes[products[row]] > 1][:listings]
+    able = [row for row in rows if sizes[products[row]] > 1][:items]
     return [(row, texts[(place + index) % len(texts)]) for place, row in enumerate(able) for index in range(SUFFIXES)]
 
 
 def make_spec(bench: Bench, vision: VisionCacheConfig) -> RewardSpec:
-    """The bench's encoder, and its training listings as a gallery with drawn embeddings."""
+    """The bench's encoder, and its training items as a gallery with drawn embeddings."""
     rows = bench.catalogue.rows(TRAIN)
     drawn = np.random.default_rng(0).standard_normal((len(rows), bench.config.tiny.hidden_size)).astype(np.float32)
     return RewardSpec(
@@ -73,7 +73,7 @@ def service(spec: RewardSpec, name: str) -> Iterator[RewardPool]:
 
 
 def against_full_queries(bench: Bench, spec: RewardSpec, what: str) -> Comparison:
-    """One listing with its suffixes, through the service and as full queries in process."""
+    """One item with its suffixes, through the service and as full queries in process."""
     encoder, scorer = Encoder(spec.encoder, spec.catalogue), Scorer(spec, CONFIG, part=0, threads=THREADS)
     queries = queries_of(bench, 1)
     rows, texts = [row for row, _ in queries], [text for _, text in queries]
@@ -115,7 +115,7 @@ def against_bare_loop(bench: Bench, spec: RewardSpec) -> Comparison:
         for mine, theirs in zip(ours(), bare(), strict=True):
             np.testing.assert_array_equal(mine, theirs)
         return compare(
-            f"reward service, {RUNNERS} runners, {LISTINGS} listings of {SUFFIXES} each",
+            f"reward service, {RUNNERS} runners, {LISTINGS} items of {SUFFIXES} each",
             "bare loop, same work",
             seconds(ours),
             seconds(bare),
@@ -128,14 +128,14 @@ def against_bare_loop(bench: Bench, spec: RewardSpec) -> Comparison:
 
 def comparisons() -> list[Comparison]:
     """Raises AssertionError if embeddings or rewards differ."""
-    bench = make_bench(16, PRODUCTS, picture_px=PICTURE_PX, tiny=SMALL)
+    bench = make_bench(16, PRODUCTS, image_px=PICTURE_PX, tiny=SMALL)
     ray.init(num_cpus=4, include_dashboard=False, namespace="bench", log_to_driver=False, logging_level="ERROR")
     try:
         plain = make_spec(bench, VisionCacheConfig())
         kept = make_spec(bench, VisionCacheConfig(enabled=True, folder=tempfile.mkdtemp(prefix="afmrl-bench-")))
         parts: list[Callable[[], Comparison]] = [
             lambda: against_full_queries(bench, plain, ""),
-            lambda: against_full_queries(bench, kept, ", pictures encoded before"),
+            lambda: against_full_queries(bench, kept, ", images encoded before"),
             lambda: against_bare_loop(bench, plain),
         ]
         return [part() for part in parts]

@@ -17,10 +17,10 @@ from transformers import LogitsProcessor, LogitsProcessorList, Qwen2_5_VLForCond
 
 from afmrl_ray.models.backbones import load_backbone
 from afmrl_ray.models.generation import Completions, generate
-from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.item_processor import ItemProcessor
 from afmrl_ray.models.logprobs import token_logprobs
-from afmrl_ray.models.prompts import generator_row
-from afmrl_ray.models.rows import Row, collate
+from afmrl_ray.models.model_input import ModelInput, collate
+from afmrl_ray.models.prompts import generator_input
 from afmrl_ray.models.shared_prefix import use_shared_prefix
 
 PROMPTS, GROUP, NEW_TOKENS = 4, 8, 32
@@ -41,10 +41,10 @@ class Draw(LogitsProcessor):
 
 def comparisons() -> list[Comparison]:
     """Raises AssertionError if the log-probabilities of the drawn tokens differ."""
-    bench = make_generator_bench(picture=True, words=8, new_tokens=NEW_TOKENS)
+    bench = make_generator_bench(image=True, words=8, new_tokens=NEW_TOKENS)
     generator, catalogue = bench.config.generator, bench.reference.open()
-    processor = ListingProcessor.from_pretrained(bench.checkpoint, generator.picture)
-    rows = [generator_row(processor, catalogue, row, config=generator) for row in range(PROMPTS)]
+    processor = ItemProcessor.from_pretrained(bench.checkpoint, generator.image)
+    rows = [generator_input(processor, catalogue, row, config=generator) for row in range(PROMPTS)]
     model = load_backbone(bench.checkpoint, "generator").eval()
     use_shared_prefix(model)
     stock = Qwen2_5_VLForConditionalGeneration.from_pretrained(bench.checkpoint, attn_implementation="sdpa").eval()
@@ -76,7 +76,7 @@ def comparisons() -> list[Comparison]:
     ]
 
 
-def _inputs(rows: Sequence[Row], processor: ListingProcessor) -> dict[str, Tensor]:
+def _inputs(rows: Sequence[ModelInput], processor: ItemProcessor) -> dict[str, Tensor]:
     return {name: value for name, value in collate(rows, processor.pad_id).items() if name != "position_ids"}
 
 

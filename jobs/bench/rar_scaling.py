@@ -16,7 +16,7 @@ import numpy as np
 import ray
 from harness import Comparison, comparison
 
-from afmrl_ray.rar.messages import Group, Weights
+from afmrl_ray.rar.messages import PromptGroup, Weights
 
 NODES, RUNNERS, WAVES, CHUNK, REPEATS = 8, (1, 8, 64), 3, 4, 5
 SECONDS = 2.0
@@ -34,12 +34,12 @@ class Sleeper:
         self._version = weights.version
         return weights.version, weights.fingerprint
 
-    def sample(self, rows: Sequence[int], seeds: Sequence[int], *, group_size: int, version: int) -> list[Group]:
+    def sample(self, rows: Sequence[int], seeds: Sequence[int], *, group_size: int, version: int) -> list[PromptGroup]:
         time.sleep(self._seconds)
         shape = (group_size, TOKENS)
         text = "; ".join(f"attribute {index}: value {index}" for index in range(PAIRS))
         return [
-            Group(
+            PromptGroup(
                 row, version, np.full(shape, seed % 1000), np.ones(shape, bool), np.zeros(shape, np.float32),
                 [(f"draw: {seed} {place}; {text}", True) for place in range(group_size)],
             )

@@ -1,6 +1,6 @@
 """A whole GRPO step, and its update alone, against TRL's GRPOTrainer.
 
-Both sides get the same weights, prompts, pictures, reward and settings. Ours is the real thing: a rollout actor, a
+Both sides get the same weights, prompts, images, reward and settings. Ours is the real thing: a rollout actor, a
 learner actor and a weight sync between them; TRL runs in this process. TRL is set for a CPU: float32, no gradient
 checkpointing, all completions of a step in one batch.
 """
@@ -88,9 +88,9 @@ def gradient_gap(spec: PolicySpec, rows: list[int], first: dict[str, Any], kl_co
     policy.backbone.load_state_dict(first["weights"])
     use_shared_prefix(policy.backbone)
     inputs = first["inputs"]
-    from afmrl_ray.models.prompts import generator_row
+    from afmrl_ray.models.prompts import generator_input
 
-    prompts = [generator_row(processor, catalogue, row, config=spec.generator) for row in rows[:PROMPTS]]
+    prompts = [generator_input(processor, catalogue, row, config=spec.generator) for row in rows[:PROMPTS]]
     mask = inputs["completion_mask"].bool()
     # TRL shuffles a generation's completions before they are learned from.
     ids = [
@@ -114,8 +114,8 @@ def gradient_gap(spec: PolicySpec, rows: list[int], first: dict[str, Any], kl_co
         None if reference is None else reference[order][:, :width],
         inputs["advantages"][order],
         packed.mask,
-        clip_low=0.2,
-        clip_high=0.2,
+        epsilon=0.2,
+        epsilon_high=0.2,
         kl_coef=kl_coef,
         denominator=float(packed.mask.sum()),
     )
@@ -126,11 +126,11 @@ def gradient_gap(spec: PolicySpec, rows: list[int], first: dict[str, Any], kl_co
     return max(float((mine[name] - theirs[name]).abs().max()) for name in theirs if name in mine) / largest
 
 
-def side_by_side(picture: bool, words: int, new_tokens: int, kl_coef: float, **settings: Any) -> tuple[str, str, list]:
+def side_by_side(image: bool, words: int, new_tokens: int, kl_coef: float, **settings: Any) -> tuple[str, str, list]:
     """What was compared, how equal it was, and the parts' seconds of both sides for each repeat."""
     from trl_side import TRL, prompt_processor
 
-    bench = make_generator_bench(picture=picture, words=words, new_tokens=new_tokens)
+    bench = make_generator_bench(image=image, words=words, new_tokens=new_tokens)
     rows = list(range(4 * PROMPTS))
     catalogue = bench.reference.open()
     generator = bench.config.generator
@@ -144,17 +144,17 @@ def side_by_side(picture: bool, words: int, new_tokens: int, kl_coef: float, **s
         seed=0,
     )
     processor = prompt_processor(bench.checkpoint, bench.pixels)
-    listings = [
+    items = [
         (
-            catalogue.picture(row) if picture else None,
+            catalogue.image(row) if image else None,
             "\n".join(part for part in (catalogue.title(row), generator.instruction) if part),
         )
         for row in rows[:PROMPTS]
     ]
     theirs = TRL(
         bench.checkpoint,
-        processor if picture else processor.tokenizer,
-        listings,
+        processor if image else processor.tokenizer,
+        items,
         prompts=PROMPTS,
         group_size=GROUP,
         new_tokens=new_tokens,

@@ -110,9 +110,9 @@ def trl_advantages(scale: str) -> list[list[float]]:
     from tiny import make_generator_bench
     from trl_side import TRL
 
-    from afmrl_ray.models.listing import load_processors
+    from afmrl_ray.models.item_processor import load_processors
 
-    bench = make_generator_bench(picture=False, words=8, new_tokens=4)
+    bench = make_generator_bench(image=False, words=8, new_tokens=4)
     rewards = iter([reward for group in REWARDS for reward in group])
     side = TRL(
         bench.checkpoint,

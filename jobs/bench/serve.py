@@ -48,7 +48,7 @@ SIZES = {"small": (128, 4), "large": (512, 8)}
 CONCURRENCY = (1, 4, 16, 64)
 BULK = 32
 BATCH_TOKENS = 1024
-"""About 16 listings: a CPU gains nothing from more, and while a long batch runs its callers all wait at once."""
+"""About 16 items: a CPU gains nothing from more, and while a long batch runs its callers all wait at once."""
 PARTS = ("load", "saturation", "overload", "kills", "fuzz")
 DEPLOYMENTS = ("Encoder", "Index", "Generator", "Ingress")
 CPUS = {name.lower(): {"cpus": 0.75} for name in DEPLOYMENTS}
@@ -57,7 +57,7 @@ _CLOSE = 1e-4
 
 @dataclass(frozen=True)
 class Subject:
-    """A run that is served, and listings that are asked about."""
+    """A run that is served, and items that are asked about."""
 
     run: RunDirectory
     bundle: Bundle
@@ -66,20 +66,24 @@ class Subject:
     @classmethod
     def of(cls, run: RunDirectory, catalogue: StagedCatalogue, count: int = 64) -> Subject:
         rows = np.random.default_rng(0).permutation(len(catalogue))[:count].tolist()
-        uploads = [Upload(catalogue.title(row), catalogue.picture_bytes(row)) for row in rows]
+        uploads = [Upload(catalogue.title(row), catalogue.image_bytes(row)) for row in rows]
         return cls(run, open_bundle(run), uploads)
 
     def bodies(self) -> dict[str, tuple[str, list[dict[str, Any]]]]:
         """Path and bodies of each kind of request."""
-        listings = [
-            {"title": upload.title, "picture": base64.b64encode(upload.picture or b"").decode(), "enrich": "none"}
+        items = [
+            {
+                "title": upload.title,
+                "image": base64.b64encode(upload.image or b"").decode(),
+                "attributes_source": "none",
+            }
             for upload in self.uploads
         ]
-        bulk = [listings[place : place + BULK] for place in range(0, len(listings), BULK)]
-        found = [{**listing, "k": 10} for listing in listings]
-        anew = [{**listing, "title": f"{listing['title']} @TURN@", "enrich": "generated"} for listing in found]
+        bulk = [items[place : place + BULK] for place in range(0, len(items), BULK)]
+        found = [{**item, "k": 10} for item in items]
+        anew = [{**item, "title": f"{item['title']} @TURN@", "attributes_source": "generated"} for item in found]
         return {
-            "embeddings": ("/v1/embeddings", [{"model": "afmrl", "input": [one]} for one in listings]),
+            "embeddings": ("/v1/embeddings", [{"model": "afmrl", "input": [one]} for one in items]),
             f"embeddings, {BULK} a request": ("/v1/embeddings", [{"model": "afmrl", "input": many} for many in bulk]),
             "search": ("/v1/search", found),
             "search, attributes written": ("/v1/search", anew),
@@ -102,7 +106,7 @@ class Loop:
         return self.embed(self._inputs)
 
     def rate(self, batch: int, seconds: float) -> float:
-        """Listings a second."""
+        """Items a second."""
         began, count = time.perf_counter(), 0
         while time.perf_counter() - began < seconds:
             start = count % len(self._inputs)
@@ -204,7 +208,7 @@ def saturation(
             samples.append((1 / rate, 1 / bare))
         found.append(
             harness.comparison(
-                f"{size} model: {kind}, seconds a listing",
+                f"{size} model: {kind}, seconds an item",
                 f"a bare loop in batches of {batch}",
                 samples,
                 target=0.85,

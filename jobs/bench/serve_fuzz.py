@@ -22,7 +22,7 @@ from tqdm import tqdm
 Send = Callable[..., Any]
 """`requests.Session.request`, or a test client's."""
 
-_LEFT_OUT = "/admin/rollover"
+_LEFT_OUT = "/admin/switch"
 _BASE = "http://127.0.0.1"
 
 
@@ -116,31 +116,31 @@ def _try(tally: _Tally, operation: Any, mode: Any, count: int) -> None:
 
 def _by_hand(dice: random.Random) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     """What, method, path and keyword arguments of requests without end."""
-    good = _picture("JPEG")
-    makers = (_bad_picture, _bad_json, _bad_values, _bad_form, _bad_item, _bad_address)
+    good = _image("JPEG")
+    makers = (_bad_image, _bad_json, _bad_values, _bad_form, _bad_item, _bad_address)
     while True:
         yield dice.choice(makers)(dice, good)
 
 
-def _bad_picture(dice: random.Random, good: bytes) -> tuple[str, str, str, dict[str, Any]]:
-    pictures = {
+def _bad_image(dice: random.Random, good: bytes) -> tuple[str, str, str, dict[str, Any]]:
+    images = {
         "truncated": good[: dice.randrange(len(good))],
         "flipped": _flipped(dice, good),
         "bomb": _bomb(dice.choice((50_000, 2**31 - 1)), dice.choice((50_000, 2**31 - 1))),
-        "thin": _picture("PNG", (4000, 1)),
-        "gif": _picture("GIF"),
-        "tiff": _picture("TIFF"),
+        "thin": _image("PNG", (4000, 1)),
+        "gif": _image("GIF"),
+        "tiff": _image("TIFF"),
         "noise": dice.randbytes(dice.randrange(1, 2000)),
         "empty": b"",
         "svg": b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>",
         "pickle": b"\x80\x04cposix\nsystem\n.",
     }
-    name = dice.choice(sorted(pictures))
+    name = dice.choice(sorted(images))
     path = dice.choice(("/v1/search", "/v1/attributes", "/v1/items"))
-    body: dict[str, Any] = {"picture": base64.b64encode(pictures[name]).decode(), "title": "x"}
+    body: dict[str, Any] = {"image": base64.b64encode(images[name]).decode(), "title": "x"}
     if path == "/v1/items":
         body["item_id"] = "fuzz"
-    return f"picture {name}", "POST", path, {"json": body}
+    return f"image {name}", "POST", path, {"json": body}
 
 
 def _bad_json(dice: random.Random, good: bytes) -> tuple[str, str, str, dict[str, Any]]:
@@ -179,13 +179,13 @@ _HOSTILE_TEXTS = (
 
 def _bad_values(dice: random.Random, good: bytes) -> tuple[str, str, str, dict[str, Any]]:
     odd: tuple[Any, ...] = (None, True, -1, 0, 10**30, 1.5, "x", [], {}, [[]], *_HOSTILE_TEXTS)
-    names = ("title", "picture", "k", "enrich", "attributes", "filters", "extra")
+    names = ("title", "image", "k", "attributes_source", "attributes", "filters", "extra")
     body = {name: dice.choice(odd) for name in dice.sample(names, dice.randrange(1, 5))}
     if dice.random() < 0.5:
         body["title"] = dice.choice(_HOSTILE_TEXTS)
     if dice.random() < 0.3:
         body["attributes"] = {dice.choice(_HOSTILE_TEXTS): dice.choice(_HOSTILE_TEXTS)}
-        body["enrich"] = "given"
+        body["attributes_source"] = "given"
     if dice.random() < 0.3:
         many = dice.choice((1, 33, 1000))
         return "embeddings", "POST", "/v1/embeddings", {"json": {"input": [dice.choice(_HOSTILE_TEXTS)] * many}}
@@ -194,7 +194,7 @@ def _bad_values(dice: random.Random, good: bytes) -> tuple[str, str, str, dict[s
 
 def _bad_form(dice: random.Random, good: bytes) -> tuple[str, str, str, dict[str, Any]]:
     files = {
-        "picture": (dice.choice(("x.jpg", "../../etc/passwd", "")), dice.choice((good, good[:40], b"")), "image/png")
+        "image": (dice.choice(("x.jpg", "../../etc/passwd", "")), dice.choice((good, good[:40], b"")), "image/png")
     }
     data = {"title": dice.choice(_HOSTILE_TEXTS), "k": dice.choice(("1", "-1", "x", "1e9", "")), "filters": "{"}
     if dice.random() < 0.5:
@@ -237,7 +237,7 @@ def _bad_address(dice: random.Random, good: bytes) -> tuple[str, str, str, dict[
     return "address", method, path, {"headers": headers}
 
 
-def _picture(kind: str, size: tuple[int, int] = (56, 56)) -> bytes:
+def _image(kind: str, size: tuple[int, int] = (56, 56)) -> bytes:
     target = io.BytesIO()
     Image.effect_noise(size, 64).convert("RGB").save(target, kind)
     return target.getvalue()

@@ -22,12 +22,12 @@ def configuration(folder: Path, name: str, width: int, layers: int) -> Config:
     return validate(
         {
             "run": {"name": name, "storage_path": str(folder)},
-            "catalogue": {"staging_dir": str(folder / "staging")},
+            "catalogue": {"cache_dir": str(folder / "staging")},
             "synthetic": {"preset": "demo"},
             "tiny": {"hidden_size": width, "num_layers": layers, "num_heads": 4},
-            "encoder": {"picture": PICTURE},
-            "generator": {"picture": PICTURE, "max_new_tokens": 32},
-            "evaluation": {"protocols": [{"kind": "retrieval", "name": "fine"}], "headline": "fine"},
+            "encoder": {"image": PICTURE},
+            "generator": {"image": PICTURE, "max_new_tokens": 32},
+            "evaluation": {"protocols": [{"kind": "retrieval", "name": "fine"}], "primary_protocol": "fine"},
         }
     )
 
@@ -63,8 +63,8 @@ def make_run(folder: Path, name: str, width: int, layers: int) -> tuple[RunDirec
     encoder = run.run_stage("agcl-r0", {}, partial(model, build_encoder, 0))
     run.run_stage("rar-r0", {}, partial(model, build_generator, 1))
     written = run.run_stage("attributes-r1", {}, attributes)
-    headline: dict[str, Any] = {"fine": {"metrics": {}}}
-    run.run_stage("evaluate-r0", {}, lambda _: StageOutcome({}, {"protocols": headline}))
+    primary_protocol: dict[str, Any] = {"fine": {"metrics": {}}}
+    run.run_stage("evaluate-r0", {}, lambda _: StageOutcome({}, {"protocols": primary_protocol}))
     text_of = read_attributes(written.output("attributes")).text
     upstream = {stage.name: stage.fingerprint for stage in (encoder, written)}
 

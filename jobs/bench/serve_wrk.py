@@ -49,8 +49,8 @@ def available() -> bool:
 
 def load(address: str, bodies: Sequence[str], concurrency: int, seconds: float, folder: Path) -> Load:
     """Post `bodies` in turn over `concurrency` connections; `@TURN@` in a body becomes a running number."""
-    (folder / "bodies.jsonl").write_text("\n".join(bodies) + "\n")
-    (folder / "load.lua").write_text(_SCRIPT.replace("BODIES", str(folder / "bodies.jsonl")))
+    (folder / "stage_functions.jsonl").write_text("\n".join(bodies) + "\n")
+    (folder / "load.lua").write_text(_SCRIPT.replace("BODIES", str(folder / "stage_functions.jsonl")))
     command = ["wrk", "-t1", f"-c{concurrency}", f"-d{seconds:g}s", "--timeout", "60s", "-s", str(folder / "load.lua")]
     done = subprocess.run([*command, address], capture_output=True, text=True, check=True)
     found = re.search(r"^RESULT (.*)$", done.stdout, re.MULTILINE)

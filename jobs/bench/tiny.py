@@ -14,7 +14,7 @@ from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue, make_catalogue, o
 from afmrl_ray.config import Config, validate
 from afmrl_ray.config.catalogue import CatalogueConfig
 from afmrl_ray.models.backbones import load_backbone
-from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.item_processor import ItemProcessor
 from afmrl_ray.models.tiny import build_encoder, build_generator, save_checkpoint, train_tokenizer
 
 TINY = {"hidden_size": 128, "num_layers": 4, "patch_px": 7}
@@ -40,39 +40,38 @@ class Bench:
         """The encoder's backbone, the same weights every time."""
         return load_backbone(self.checkpoint, "encoder")
 
-    def processor(self) -> ListingProcessor:
-        return ListingProcessor.from_pretrained(self.checkpoint, self.config.encoder.picture)
+    def processor(self) -> ItemProcessor:
+        return ItemProcessor.from_pretrained(self.checkpoint, self.config.encoder.image)
 
 
 def make_bench(
-    batch_size: int, train_products: int, *, picture_px: int = 56, tiny: dict[str, int] = TINY, **agcl: object
+    batch_size: int, train_products: int, *, image_px: int = 56, tiny: dict[str, int] = TINY, **agcl: object
 ) -> Bench:
     """A synthetic catalogue and a tiny random encoder in a temporary folder.
 
     Args:
-        picture_px: side of the pictures; a visual token covers twice `patch_px` by as much.
+        image_px: side of the images; a visual token covers twice `patch_px` by as much.
         tiny: shape of the encoder.
     """
     folder = Path(tempfile.mkdtemp(prefix="afmrl-bench-"))
     config = validate(
         {
-            "synthetic": {"preset": "tiny", "train_products": train_products, "picture_px": picture_px},
+            "synthetic": {"preset": "tiny", "train_products": train_products, "image_px": image_px},
             "tiny": tiny,
-            "encoder": {"picture": {"min_pixels": picture_px**2, "max_pixels": picture_px**2}},
+            "encoder": {"image": {"min_pixels": image_px**2, "max_pixels": image_px**2}},
             "agcl": {
                 "batch_size": batch_size,
                 "adapter": {"kind": "full", "train_vision": True},
                 "lexical": {"enabled": False},
                 "mask": {"enabled": False},
-                "enrich_query": 0.0,
-                "enrich_positive": 0.0,
+                "attribute_dropout": {"query": 1.0, "positive": 1.0},
                 **agcl,
             },
         }
     )
     path = str(folder / "catalogue.parquet")
     write_catalogue(make_catalogue(config.synthetic), path)
-    staged = CatalogueConfig(path=path, staging_dir=str(folder / "staging"))
+    staged = CatalogueConfig(path=path, cache_dir=str(folder / "staging"))
     catalogue = open_catalogue(path, config=staged)
     texts = [title for title in catalogue.column("title") if title]
     texts += [format_attributes(normalise_attributes(catalogue.item(row).attributes)) for row in range(len(catalogue))]
@@ -86,7 +85,7 @@ class GeneratorBench:
     """What a benchmark of the generator works on.
 
     Attributes:
-        pixels: the picture processor's size.
+        pixels: the image processor's size.
     """
 
     config: Config
@@ -95,33 +94,33 @@ class GeneratorBench:
     pixels: dict[str, int]
 
 
-def make_generator_bench(*, picture: bool, words: int, new_tokens: int, train_products: int = 16) -> GeneratorBench:
+def make_generator_bench(*, image: bool, words: int, new_tokens: int, train_products: int = 16) -> GeneratorBench:
     """A synthetic catalogue and a tiny random generator in a temporary folder.
 
     Args:
-        picture: whether prompts hold a picture, of 196 visual tokens.
-        words: of the instruction, on top of the listing's title.
+        image: whether prompts hold an image, of 196 visual tokens.
+        words: of the instruction, on top of the item's title.
         new_tokens: of a completion.
     """
     folder = Path(tempfile.mkdtemp(prefix="afmrl-bench-"))
     pixels = 28 * 28 * 196
     config = validate(
         {
-            "synthetic": {"preset": "tiny", "train_products": train_products, "picture_px": 392},
+            "synthetic": {"preset": "tiny", "train_products": train_products, "image_px": 392},
             "tiny": SMALL,
             "generator": {
-                "inputs": "both" if picture else "text",
+                "inputs": "both" if image else "text",
                 "instruction": " ".join(
                     islice(cycle(["name", "every", "attribute", "of", "it", "and", "its", "value"]), words)
                 ),
                 "max_new_tokens": new_tokens,
-                "picture": {"min_pixels": pixels, "max_pixels": pixels},
+                "image": {"min_pixels": pixels, "max_pixels": pixels},
             },
         }
     )
     path = str(folder / "catalogue.parquet")
     write_catalogue(make_catalogue(config.synthetic), path)
-    staged = CatalogueConfig(path=path, staging_dir=str(folder / "staging"))
+    staged = CatalogueConfig(path=path, cache_dir=str(folder / "staging"))
     catalogue = open_catalogue(path, config=staged)
     texts = [title for title in catalogue.column("title") if title]
     tokenizer = train_tokenizer([*texts, config.generator.instruction], config.tiny.vocabulary)

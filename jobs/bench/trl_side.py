@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer on our checkpoint, prompts and pictures, stepped one step at a time and timed by its parts."""
+"""TRL's GRPOTrainer on our checkpoint, prompts and images, stepped one step at a time and timed by its parts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration, TrainerCallback
 
-from afmrl_ray.models.listing import chat_frame, load_processors
+from afmrl_ray.models.item_processor import chat_frame, load_processors
 from afmrl_ray.models.sentence_transformers_export import CHAT_TEMPLATE
 
 _PARTS = {"_generate": "generate", "_calculate_rewards": "reward", "_get_per_token_logps_and_entropies": "logprobs"}
@@ -37,7 +37,7 @@ class TRL:
     Args:
         checkpoint: the policy and the reference.
         processor: processor or tokenizer.
-        listings: pictures (or none) and texts of the prompts, in order.
+        items: images (or none) and texts of the prompts, in order.
         prompts: per step.
         group_size: completions per prompt.
         new_tokens: of each completion.
@@ -50,7 +50,7 @@ class TRL:
         self,
         checkpoint: str,
         processor: Any,
-        listings: Sequence[tuple[Image.Image | None, str]],
+        items: Sequence[tuple[Image.Image | None, str]],
         *,
         prompts: int,
         group_size: int,
@@ -64,10 +64,10 @@ class TRL:
 
         rows = [
             {
-                "prompt": [{"role": "user", "content": [*([{"type": "image"}] if picture else []), _text(text)]}],
-                **({"image": picture} if picture else {}),
+                "prompt": [{"role": "user", "content": [*([{"type": "image"}] if image else []), _text(text)]}],
+                **({"image": image} if image else {}),
             }
-            for picture, text in listings
+            for image, text in items
         ]
         config = GRPOConfig(
             output_dir=tempfile.mkdtemp(prefix="afmrl-bench-"),

@@ -10,7 +10,7 @@ from afmrl_ray.config.catalogue import CatalogueConfig
 
 @pytest.fixture(scope="session")
 def curated_catalogue_ref(tiny_catalogue_path, tmp_path_factory) -> CatalogueRef:
-    """Two of three train listings name as negatives: one of their own product, an unknown item, three of others."""
+    """Two of three train items name as negatives: one of their own product, an unknown item, three of others."""
     table = pq.read_table(tiny_catalogue_path)
     rows = table.select(["item_id", "product_id", "split"]).to_pylist()
     train = [row for row in rows if row["split"] == "train"]
@@ -21,5 +21,5 @@ def curated_catalogue_ref(tiny_catalogue_path, tmp_path_factory) -> CatalogueRef
         negatives.append([own, "nowhere", *others] if row["split"] == "train" and place % 3 else None)
     path = str(tmp_path_factory.mktemp("curated") / "c.parquet")
     pq.write_table(table.append_column("negatives", pa.array(negatives, pa.list_(pa.string()))), path)
-    config = CatalogueConfig(staging_dir=str(tmp_path_factory.mktemp("staging")))
+    config = CatalogueConfig(cache_dir=str(tmp_path_factory.mktemp("staging")))
     return CatalogueRef(path, config, open_catalogue(path, config=config).fingerprint)

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from afmrl_ray.agcl.batch_layout import Batch
 from afmrl_ray.agcl.batches import PairSampler
-from afmrl_ray.agcl.layout import Batch
-from afmrl_ray.config.catalogue import SideConfig
+from afmrl_ray.config.catalogue import ItemSelector
 from afmrl_ray.config.train import AGCLConfig, PairConfig
 from afmrl_ray.errors import CatalogueError, ConfigError
 
@@ -29,7 +29,7 @@ def test_a_batch_is_a_function_of_seed_and_step(catalogue):
     assert first.batch(0) != first.batch(first.steps_per_epoch)
 
 
-def test_pairs_are_two_listings_of_one_product_and_a_batch_holds_a_product_once(catalogue):
+def test_pairs_are_two_items_of_one_product_and_a_batch_holds_a_product_once(catalogue):
     sampler = sampler_of(catalogue)
     products, splits = catalogue.column("product_id"), catalogue.column("split")
     for step in range(10):
@@ -52,8 +52,8 @@ def test_an_epoch_visits_every_product_at_most_once_and_all_but_a_remainder(cata
 
 
 def test_sources_take_their_sides_and_their_share(catalogue):
-    queries = SideConfig(split=("test",), role="query")
-    gallery = SideConfig(split=("test",), role="gallery")
+    queries = ItemSelector(split=("test",), role="query")
+    gallery = ItemSelector(split=("test",), role="gallery")
     sources = (PairConfig(query=queries, positive=gallery, weight=3.0), PairConfig(query=gallery, positive=gallery))
     sampler = sampler_of(catalogue, pairs=sources, batch_size=4)
     roles = catalogue.column("role")
@@ -67,29 +67,29 @@ def test_sources_take_their_sides_and_their_share(catalogue):
 def test_impossible_batches_are_refused(catalogue):
     with pytest.raises(ConfigError, match=r"agcl.batch_size 500 exceeds the \d+ products"):
         sampler_of(catalogue, batch_size=500)
-    query = SideConfig(split=("test",), role="query")
+    query = ItemSelector(split=("test",), role="query")
     with pytest.raises(CatalogueError, match="nothing is positive"):
         sampler_of(catalogue, pairs=(PairConfig(query=query, positive=query),), batch_size=2)
 
 
-def test_hard_share_is_made_of_groups_and_an_epoch_still_visits_every_product_once(catalogue):
+def test_the_grouped_fraction_is_made_of_groups_and_an_epoch_still_visits_every_product_once(catalogue):
     families = dict(zip(catalogue.column("product_id"), catalogue.column("family_id"), strict=True))
     products = catalogue.column("product_id")
 
-    hard = sampler_of(catalogue, hard_share=0.5, hard_column="family_id", batch_size=8)
+    hard = sampler_of(catalogue, batch_grouping={"fraction": 0.5, "column": "family_id"}, batch_size=8)
     members = [families[products[pair.query.row]] for pair in hard.batch(0)]
     assert len(set(members[:4])) == 1, "half of eight is one family"
     everyone = [families[products[pair.query.row]] for pair in sampler_of(catalogue, batch_size=8).batch(0)]
     assert len(set(everyone[:4])) > 1
     seen = [pair.product for step in range(hard.steps_per_epoch) for pair in hard.batch(step)]
     assert len(seen) == len(set(seen)) == hard.steps_per_epoch * 8
-    again = sampler_of(catalogue, hard_share=0.5, hard_column="family_id", batch_size=8)
+    again = sampler_of(catalogue, batch_grouping={"fraction": 0.5, "column": "family_id"}, batch_size=8)
     assert again.batch(hard.steps_per_epoch + 1) == hard.batch(hard.steps_per_epoch + 1)
-    with pytest.raises(CatalogueError, match=r"agcl.hard_column 'item_id': no two products share a value"):
-        sampler_of(catalogue, hard_share=0.5, hard_column="item_id")
+    with pytest.raises(CatalogueError, match=r"agcl.batch_grouping.column 'item_id': no two products share a value"):
+        sampler_of(catalogue, batch_grouping={"fraction": 0.5, "column": "item_id"})
 
 
-def test_several_positives_are_different_listings_where_there_are_enough(catalogue):
+def test_several_positives_are_different_items_where_there_are_enough(catalogue):
     products = catalogue.column("product_id")
     for pair in sampler_of(catalogue, positives_per_query=2).batch(0):
         rows = [shown.row for shown in pair.positives]
@@ -100,7 +100,7 @@ def test_several_positives_are_different_listings_where_there_are_enough(catalog
 
 def test_curated_negatives_are_of_other_products_and_never_unknown(curated_catalogue_ref, caplog):
     catalogue = curated_catalogue_ref.open()
-    sampler = sampler_of(catalogue, curated_negatives=2)
+    sampler = sampler_of(catalogue, hard_negatives=2)
     items, products, wanted = (catalogue.column(name) for name in ("item_id", "product_id", "negatives"))
     for pair in sampler.batch(1):
         assert len(pair.negatives) == (2 if wanted[pair.query.row] else 0)
@@ -113,15 +113,15 @@ def test_curated_negatives_are_of_other_products_and_never_unknown(curated_catal
 
 def test_columns_of_a_batch_know_their_owners(curated_catalogue_ref):
     catalogue = curated_catalogue_ref.open()
-    sampler = sampler_of(catalogue, curated_negatives=2, positives_per_query=2)
-    listing = [pair for step in range(3) for pair in sampler.batch(step) if pair.negatives][:6]
-    pairs = [replace(listing[0], negatives=listing[0].negatives[:1]), *listing[1:]]  # 11 negatives do not divide by 3
+    sampler = sampler_of(catalogue, hard_negatives=2, positives_per_query=2)
+    item = [pair for step in range(3) for pair in sampler.batch(step) if pair.negatives][:6]
+    pairs = [replace(item[0], negatives=item[0].negatives[:1]), *item[1:]]  # 11 negatives do not divide by 3
     seen, texts = [], []
     for rank in range(3):
         batch = Batch(pairs, rank, 3, sampler.product_of)
         assert batch.counts == [2, 4, 4]
-        seen.append([shown.row for shown, _, _ in batch.local_listings()])
-        forward = batch.forward(str)
+        seen.append([shown.row for shown, _, _ in batch.local_items()])
+        forward = batch.query_to_positive(str)
         texts.append(forward.candidate_texts)
         assert forward.valid.tolist() == [True] * 23 + [False]
         for place, row in enumerate((2 * rank, 2 * rank + 1)):
@@ -131,7 +131,7 @@ def test_columns_of_a_batch_know_their_owners(curated_catalogue_ref):
                 assert forward.products[column] == pairs[row].product
             own = [texts[-1][column] for column in range(24) if forward.exempt[place, column]]
             assert own == [str(shown.row) for shown in pairs[row].negatives]
-        backward = batch.backward(str)
+        backward = batch.positive_to_query(str)
         assert backward.candidate_texts == [str(pair.query.row) for pair in pairs]
         assert backward.positives == [[2 * rank, 2 * rank, 2 * rank + 1, 2 * rank + 1]]
     assert texts[0] == texts[1] == texts[2]
@@ -141,7 +141,7 @@ def test_columns_of_a_batch_know_their_owners(curated_catalogue_ref):
 
 def test_a_share_of_the_products_is_drawn_by_the_seed_and_nested(catalogue):
     def drawn(share: float, seed: int = 0) -> set[int]:
-        sampler = sampler_of(catalogue, seed=seed, product_share=share, batch_size=4)
+        sampler = sampler_of(catalogue, seed=seed, train_fraction=share, batch_size=4)
         pairs = [pair for step in range(40) for pair in sampler.batch(step)]
         products = catalogue.column("product_id")
         return {products[pair.query.row] for pair in pairs}
@@ -153,5 +153,5 @@ def test_a_share_of_the_products_is_drawn_by_the_seed_and_nested(catalogue):
 
 
 def test_a_share_too_small_for_a_batch_names_both_settings(catalogue):
-    with pytest.raises(ConfigError, match=r"agcl.batch_size 6 exceeds the \d products .* agcl.product_share 0.1"):
-        sampler_of(catalogue, product_share=0.1)
+    with pytest.raises(ConfigError, match=r"agcl.batch_size 6 exceeds the \d products .* agcl.train_fraction 0.1"):
+        sampler_of(catalogue, train_fraction=0.1)

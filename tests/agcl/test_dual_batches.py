@@ -42,7 +42,7 @@ def test_regions_speak_of_what_they_show(tiny_catalogue_ref):
         values = dict(truth)
         assert found["body"].phrase == f"color: {values['color']}; pattern: {values['pattern']}"
         assert found["logo"].phrase == f"logo: {values['logo']}"
-        shown = np.asarray(crop(catalogue.picture(row), found["logo"].box), dtype=float)
+        shown = np.asarray(crop(catalogue.image(row), found["logo"].box), dtype=float)
         middle = shown[shown.shape[0] // 2, shown.shape[1] // 2]
         nearest = min(COLORS, key=lambda name: np.abs(middle - COLORS[name]).sum())
         seen += nearest == values["logo"]
@@ -56,7 +56,7 @@ def test_parts_without_attributes_or_area_are_left_out():
     assert parse_boxes(None) == parse_boxes("") == {}
 
 
-def test_a_tiny_box_gives_two_pixels_inside_the_picture(tiny_catalogue_ref):
-    picture = tiny_catalogue_ref.open().picture(0)
-    assert crop(picture, (0.999, 0.999, 1.0, 1.0)).size == (2, 2)
+def test_a_tiny_box_gives_two_pixels_inside_the_image(tiny_catalogue_ref):
+    image = tiny_catalogue_ref.open().image(0)
+    assert crop(image, (0.999, 0.999, 1.0, 1.0)).size == (2, 2)
     assert format_attributes(()) == ""

@@ -1,4 +1,4 @@
-"""Objectives of dual towers against transformers' own and against plain loops."""
+"""Objectives of dual encoders against transformers' own and against plain loops."""
 
 from __future__ import annotations
 
@@ -58,19 +58,19 @@ def test_who_is_no_negative_does_not_repel():
 
 
 def test_changed_texts_compete_with_the_true_one_and_missing_ones_do_not():
-    pictures, texts = unit(3, 8), unit(3, 4, 8, seed=1)
+    images, texts = unit(3, 8), unit(3, 4, 8, seed=1)
     there = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0], [1, 0, 0, 0]], dtype=torch.bool)
     expected = 0.0
     for row in (0, 1):
-        scores = [float(pictures[row] @ texts[row, k]) / 0.2 for k in range(4) if there[row, k]]
+        scores = [float(images[row] @ texts[row, k]) / 0.2 for k in range(4) if there[row, k]]
         expected += math.log(sum(math.exp(score) for score in scores)) - scores[0]
-    assert float(hard_text_loss(pictures, texts, there, temperature=0.2)) == pytest.approx(expected, abs=1e-5)
+    assert float(hard_text_loss(images, texts, there, temperature=0.2)) == pytest.approx(expected, abs=1e-5)
 
 
 def test_without_anything_to_compare_the_loss_is_zero_with_a_gradient():
-    pictures = unit(2, 8).requires_grad_()
-    nothing = hard_text_loss(pictures, unit(2, 3, 8), torch.zeros(2, 3, dtype=torch.bool), temperature=0.1)
-    none = contrast(pictures[:0], pictures, torch.zeros(0).long(), temperature=0.1, negatives=everybody(0, 2))
+    images = unit(2, 8).requires_grad_()
+    nothing = hard_text_loss(images, unit(2, 3, 8), torch.zeros(2, 3, dtype=torch.bool), temperature=0.1)
+    none = contrast(images[:0], images, torch.zeros(0).long(), temperature=0.1, negatives=everybody(0, 2))
     (nothing + none).backward()
     assert float(nothing) == float(none) == 0
-    assert torch.equal(pictures.grad, torch.zeros_like(pictures))
+    assert torch.equal(images.grad, torch.zeros_like(images))

@@ -1,4 +1,4 @@
-"""The step of a dual tower under DeepSpeed: two workers give the loss and the gradients of one."""
+"""The step of a dual encoder under DeepSpeed: two workers give the loss and the gradients of one."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from afmrl_ray.attributes.store import AttributeRow, read_attributes, write_attr
 from afmrl_ray.attributes.text import format_attributes, normalise_attributes
 from afmrl_ray.catalogue import StagedCatalogue
 from afmrl_ray.config import validate
-from afmrl_ray.config.models import PictureConfig, TinyConfig
+from afmrl_ray.config.models import ImageConfig, TinyConfig
 from afmrl_ray.errors import CatalogueError
 from afmrl_ray.models.adapters import load_start
-from afmrl_ray.models.dual_tower import DualProcessor, DualTower
-from afmrl_ray.models.tiny_dual_tower import build_dual_tower, save_dual_tower, train_dual_tokenizer
+from afmrl_ray.models.dual_encoder import DualEncoder, DualProcessor
+from afmrl_ray.models.tiny_dual_encoder import build_dual_encoder, save_dual_encoder, train_dual_tokenizer
 from afmrl_ray.training.engine import Engine
 from tests.process_group import run_workers
 
 VALUES = {
     "encoder": {
-        "kind": "clip",
-        "dual_tower": {
+        "kind": "dual_encoder",
+        "dual_encoder": {
             "region_weight": 0.3,
             "hard_text_weight": 0.5,
             "region_attributes": {"body": ["color", "pattern"]},
@@ -46,15 +46,15 @@ def base(tmp_path_factory, tiny_catalogue_ref) -> str:
     catalogue = tiny_catalogue_ref.open()
     tokenizer = train_dual_tokenizer([catalogue.title(row) for row in range(len(catalogue))], tiny.vocabulary)
     path = str(tmp_path_factory.mktemp("clip"))
-    save_dual_tower(
-        build_dual_tower(tiny, PictureConfig(max_pixels=784, min_pixels=784), tokenizer, 0), tokenizer, path
+    save_dual_encoder(
+        build_dual_encoder(tiny, ImageConfig(max_pixels=784, min_pixels=784), tokenizer, 0), tokenizer, path
     )
     return path
 
 
 @pytest.fixture(scope="module")
 def attributes(tiny_catalogue_ref, tmp_path_factory) -> str:
-    """Of two listings in three, so that some regions and texts are missing."""
+    """Of two items in three, so that some regions and texts are missing."""
     catalogue = tiny_catalogue_ref.open()
     path = str(tmp_path_factory.mktemp("attributes") / "attributes.parquet")
     rows = []
@@ -68,9 +68,9 @@ def attributes(tiny_catalogue_ref, tmp_path_factory) -> str:
 
 def train(rank: int, world: int, ref, base: str, attributes: str, folder: str) -> None:
     config = validate(VALUES)
-    model = load_start(base, "dual_tower", config.agcl.adapter, seed=0)
+    model = load_start(base, "dual_encoder", config.agcl.adapter, seed=0)
     processor = DualProcessor.from_pretrained(base, model)
-    engine = Engine(DualTower(model).train(), config.agcl.optimizer, steps=3, zero_stage=0)
+    engine = Engine(DualEncoder(model).train(), config.agcl.optimizer, steps=3, zero_stage=0)
     preparer = DualPreparer(config, ref.open(), processor, read_attributes(attributes), rank=rank, world=world)
     step = DualStep(config, preparer, engine, processor, rank=rank, world=world)
     stats = step(0)
@@ -86,7 +86,7 @@ def test_two_workers_give_the_gradient_of_one(tiny_catalogue_ref, base, attribut
     for world in (1, 2):
         run_workers(train, tiny_catalogue_ref, base, attributes, str(tmp_path), world=world)
     (one, expected), (two, found) = (torch.load(tmp_path / f"{world}.pt") for world in (1, 2))
-    for name in ("pair_loss", "picture_text_loss", "region_loss", "hard_text_loss", "loss"):
+    for name in ("pair_loss", "image_text_loss", "region_loss", "hard_text_loss", "loss"):
         assert one[name] > 0
         assert two[name] == pytest.approx(one[name], abs=1e-5), name
     assert expected.keys() == found.keys()
@@ -98,7 +98,7 @@ def test_two_workers_give_the_gradient_of_one(tiny_catalogue_ref, base, attribut
 
 def test_a_step_is_a_function_of_its_number_and_objectives_take_what_they_need(tiny_catalogue_ref, base, attributes):
     config = validate(VALUES)
-    model = load_start(base, "dual_tower", config.agcl.adapter, seed=0)
+    model = load_start(base, "dual_encoder", config.agcl.adapter, seed=0)
     processor = DualProcessor.from_pretrained(base, model)
     given = (config, tiny_catalogue_ref.open(), processor)
     store = read_attributes(attributes)
@@ -107,7 +107,7 @@ def test_a_step_is_a_function_of_its_number_and_objectives_take_what_they_need(t
     assert any(first.phrases)
     for region, phrase, texts in zip(first.regions, first.phrases, first.texts, strict=True):
         assert (region.pixels is not None) == bool(phrase)
-        assert len(texts) == 1 + config.encoder.dual_tower.hard_texts
+        assert len(texts) == 1 + config.encoder.dual_encoder.hard_texts
     without = DualPreparer(*given, None).prepare(4)
     assert not any(without.phrases)
     assert all(row.input_ids is None for texts in without.texts for row in texts)
@@ -115,9 +115,9 @@ def test_a_step_is_a_function_of_its_number_and_objectives_take_what_they_need(t
 
 def test_regions_need_the_column_of_boxes(tiny_catalogue_ref, base):
     config = validate(
-        {**VALUES, "encoder": {"kind": "clip", "dual_tower": {"region_weight": 1.0, "boxes_column": "no"}}}
+        {**VALUES, "encoder": {"kind": "dual_encoder", "dual_encoder": {"region_weight": 1.0, "boxes_column": "no"}}}
     )
     catalogue: StagedCatalogue = tiny_catalogue_ref.open()
-    model = load_start(base, "dual_tower", config.agcl.adapter, seed=0)
+    model = load_start(base, "dual_encoder", config.agcl.adapter, seed=0)
     with pytest.raises(CatalogueError, match="no column 'no'"):
         DualPreparer(config, catalogue, DualProcessor.from_pretrained(base, model), None)

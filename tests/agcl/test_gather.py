@@ -11,7 +11,7 @@ from torch import Tensor, multiprocessing
 from torch import distributed as dist
 
 from afmrl_ray.agcl.gather import gather_plain, gather_with_gradient
-from afmrl_ray.agcl.loss import agcl_loss
+from afmrl_ray.agcl.loss import weighted_info_nce
 from tests.process_group import run_workers
 
 torch.set_num_threads(1)
@@ -33,7 +33,7 @@ def _step(gather: Callable[[Tensor], Tensor], rank: int, world: int) -> tuple[Te
     share = slice(rank * B // world, (rank + 1) * B // world)
     own = F.normalize(queries[share] @ weight, dim=1)
     everyone = gather(F.normalize(candidates[share] @ weight, dim=1))
-    loss, _ = agcl_loss(own @ everyone.T, torch.arange(B)[share], temperature=0.1)
+    loss, _ = weighted_info_nce(own @ everyone.T, torch.arange(B)[share], temperature=0.1)
     loss.backward()
     assert weight.grad is not None
     return loss.detach(), weight.grad

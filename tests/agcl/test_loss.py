@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afmrl_ray.agcl.loss import (
-    agcl_loss,
-    attribute_keep,
-    false_negative_keep,
-    keep_negatives,
-    margin_keep,
+    finish_mask,
+    mask_by_attributes,
+    mask_by_candidate,
+    mask_by_margin,
     scale_lexical,
+    weighted_info_nce,
 )
 
 torch.set_num_threads(1)
@@ -51,7 +51,7 @@ def _literal(similarity: Tensor, lexical: Tensor, keep: Tensor, temperature: flo
 @pytest.mark.parametrize("positive_weight", ["bm25", "one"])
 def test_equals_the_formula(positive_weight: str) -> None:
     similarity, lexical, keep = _batch()
-    loss, stats = agcl_loss(
+    loss, stats = weighted_info_nce(
         similarity,
         POSITIVES,
         temperature=0.1,
@@ -67,7 +67,7 @@ def test_gradient_equals_that_of_the_formula() -> None:
     similarity, lexical, keep = _batch()
     keep = keep.scatter(1, POSITIVES[:, None], True)
     ours, theirs = (similarity.double().requires_grad_() for _ in range(2))
-    agcl_loss(ours, POSITIVES, temperature=0.1, lexical=lexical, keep=keep)[0].backward()
+    weighted_info_nce(ours, POSITIVES, temperature=0.1, lexical=lexical, keep=keep)[0].backward()
     terms = (1 + lexical.double().tanh()).exp() * (theirs / 0.1).exp() * keep
     (terms.sum(1) / terms.gather(1, POSITIVES[:, None])[:, 0]).log().mean().backward()
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
@@ -76,19 +76,19 @@ def test_gradient_equals_that_of_the_formula() -> None:
 def test_without_weights_and_mask_it_is_infonce() -> None:
     similarity, *_ = _batch()
     expected = F.cross_entropy(similarity / 0.05, POSITIVES)
-    assert torch.equal(agcl_loss(similarity, POSITIVES, temperature=0.05)[0], expected)
+    assert torch.equal(weighted_info_nce(similarity, POSITIVES, temperature=0.05)[0], expected)
     empty = scale_lexical(torch.zeros(Q, D), POSITIVES)
-    assert torch.equal(agcl_loss(similarity, POSITIVES, temperature=0.05, lexical=empty)[0], expected)
+    assert torch.equal(weighted_info_nce(similarity, POSITIVES, temperature=0.05, lexical=empty)[0], expected)
 
 
 def test_weights_of_negatives_stay_in_the_published_range() -> None:
     similarity, *_ = _batch()
     lexical = torch.zeros(Q, D).scatter(1, POSITIVES[:, None], 30.0)
     lexical[:, 2] = 30.0
-    _, bm25 = agcl_loss(similarity, POSITIVES, temperature=0.1, lexical=lexical)
+    _, bm25 = weighted_info_nce(similarity, POSITIVES, temperature=0.1, lexical=lexical)
     assert bm25["weight_p10"] == pytest.approx(math.exp(-1), rel=1e-4)
     assert bm25["weight_p90"] == pytest.approx(1, rel=1e-4)
-    _, one = agcl_loss(similarity, POSITIVES, temperature=0.1, lexical=lexical, positive_weight="one")
+    _, one = weighted_info_nce(similarity, POSITIVES, temperature=0.1, lexical=lexical, positive_weight="one")
     assert one["weight_p10"] == pytest.approx(math.e, rel=1e-4)
     assert one["weight_p90"] == pytest.approx(math.e**2, rel=1e-4)
 
@@ -96,33 +96,33 @@ def test_weights_of_negatives_stay_in_the_published_range() -> None:
 def test_row_with_every_negative_masked_is_finite_and_without_gradient() -> None:
     similarity, lexical, _ = _batch()
     similarity.requires_grad_()
-    loss, stats = agcl_loss(
+    loss, stats = weighted_info_nce(
         similarity, POSITIVES, temperature=0.02, lexical=lexical, keep=torch.zeros(Q, D, dtype=torch.bool)
     )
     loss.backward()
     assert loss.item() == 0
     assert similarity.grad is not None
     assert not similarity.grad.any()
-    assert stats["masked_share"] == 1
+    assert stats["masked_fraction"] == 1
     assert stats["accuracy"] == 1
 
 
 def test_low_precision_input_is_computed_in_float32() -> None:
     similarity, lexical, keep = _batch()
     low = similarity.bfloat16()
-    loss, _ = agcl_loss(low, POSITIVES, temperature=0.02, lexical=lexical, keep=keep)
+    loss, _ = weighted_info_nce(low, POSITIVES, temperature=0.02, lexical=lexical, keep=keep)
     assert loss.dtype == torch.float32
-    assert torch.equal(loss, agcl_loss(low.float(), POSITIVES, temperature=0.02, lexical=lexical, keep=keep)[0])
+    assert torch.equal(loss, weighted_info_nce(low.float(), POSITIVES, temperature=0.02, lexical=lexical, keep=keep)[0])
 
 
 def test_stats_count_what_they_say() -> None:
     similarity = torch.tensor([[0.9, 0.5, 0.1], [0.8, 0.2, 0.4]])
     keep = torch.tensor([[True, True, False], [True, True, True]])
-    _, stats = agcl_loss(similarity, torch.tensor([0, 2]), temperature=1.0, keep=keep)
+    _, stats = weighted_info_nce(similarity, torch.tensor([0, 2]), temperature=1.0, keep=keep)
     assert stats["accuracy"] == 0.5
     assert stats["positive_similarity"] == pytest.approx(0.65)
     assert stats["hardest_negative_similarity"] == pytest.approx((0.5 + 0.8) / 2)
-    assert stats["masked_share"] == pytest.approx(0.25)
+    assert stats["masked_fraction"] == pytest.approx(0.25)
     assert stats["weight_p50"] == 1
 
 
@@ -155,7 +155,7 @@ def test_mask_equals_a_plain_loop(least: int) -> None:
     candidates = torch.randn(12, 3, generator=torch.Generator().manual_seed(3)) * 5
     products = [0, 1, 0, 2, 2, 2, -1, -1, 3, 4, 5, 0]
     positives = [0, 3, 6, 8, 7]
-    keep = false_negative_keep(
+    keep = mask_by_candidate(
         candidates,
         torch.tensor(positives),
         threshold=-0.2,
@@ -171,10 +171,10 @@ def test_mask_equals_a_plain_loop(least: int) -> None:
 def test_masks_by_margin_and_by_attributes_suspect_what_they_say() -> None:
     similarity = torch.tensor([[0.5, 0.55, 0.7, 0.2]])
     positives = torch.tensor([0])
-    assert margin_keep(similarity, positives, margin=0.1).tolist() == [[True, True, False, True]]
-    assert margin_keep(similarity, positives, margin=0.0).tolist() == [[True, False, False, True]]
+    assert mask_by_margin(similarity, positives, margin=0.1).tolist() == [[True, True, False, True]]
+    assert mask_by_margin(similarity, positives, margin=0.0).tolist() == [[True, False, False, True]]
     lexical = torch.tensor([[8.0, 7.5, 2.0, 9.0], [0.0, 5.0, 1.0, 0.0]])
-    keep = attribute_keep(lexical, torch.tensor([0, 0]), threshold=0.9)
+    keep = mask_by_attributes(lexical, torch.tensor([0, 0]), threshold=0.9)
     assert keep.tolist() == [[True, False, True, False], [True, True, True, True]]
 
 
@@ -189,11 +189,11 @@ def test_every_mask_spares_curated_negatives_hides_the_product_and_keeps_enough(
 
     def mask(least: int) -> Tensor:
         if rule == "candidate":
-            return false_negative_keep(_unit(D, 16), positives, threshold=-1, min_negatives=least, **shared)
+            return mask_by_candidate(_unit(D, 16), positives, threshold=-1, min_negatives=least, **shared)
         if rule == "margin":
-            return margin_keep(closeness[positives], positives, margin=-9, min_negatives=least, **shared)
+            return mask_by_margin(closeness[positives], positives, margin=-9, min_negatives=least, **shared)
         scores = closeness[positives] + 2
-        return attribute_keep(scores, positives, threshold=1e-3, min_negatives=least, **shared)
+        return mask_by_attributes(scores, positives, threshold=1e-3, min_negatives=least, **shared)
 
     none = mask(0)
     assert none[0].nonzero()[:, 0].tolist() == [0, 7], "3 is of the positive's product, whoever chose it"
@@ -205,7 +205,7 @@ def test_every_mask_spares_curated_negatives_hides_the_product_and_keeps_enough(
 
 
 def test_without_suspicion_only_the_product_is_hidden() -> None:
-    keep = keep_negatives(
+    keep = finish_mask(
         torch.zeros(1, 4, dtype=torch.bool),
         torch.zeros(1, 4),
         torch.tensor([1]),
@@ -217,8 +217,8 @@ def test_without_suspicion_only_the_product_is_hidden() -> None:
 def test_a_learned_temperature_gets_the_gradient_of_the_formula() -> None:
     similarity, *_ = _batch()
     learned = torch.tensor(0.1, requires_grad=True)
-    agcl_loss(similarity, POSITIVES, temperature=learned)[0].backward()
+    weighted_info_nce(similarity, POSITIVES, temperature=learned)[0].backward()
     step = 1e-3
-    up, down = (agcl_loss(similarity.double(), POSITIVES, temperature=0.1 + s)[0] for s in (step, -step))
+    up, down = (weighted_info_nce(similarity.double(), POSITIVES, temperature=0.1 + s)[0] for s in (step, -step))
     assert learned.grad is not None
     assert float(learned.grad) == pytest.approx(float(up - down) / (2 * step), rel=1e-2)

@@ -11,7 +11,7 @@ from torch import distributed as dist
 from afmrl_ray.agcl.prepare import Preparer
 from afmrl_ray.agcl.step import AGCLStep
 from afmrl_ray.config import validate
-from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.item_processor import ItemProcessor
 from afmrl_ray.training.engine import Engine
 from afmrl_ray.training.fit import seed_step
 from tests.agcl.test_step import embedding_model, values_of
@@ -25,7 +25,7 @@ def train(rank: int, world: int, resume: bool, ref, base: str, folder: str) -> N
     """All steps of every case, or only the second half from the first one's checkpoint."""
     for stage, kind in CASES:
         config = validate(values_of(adapter={"kind": kind, "r": 4}, workers={"zero_stage": stage}))
-        processor = ListingProcessor.from_pretrained(base, config.encoder.picture)
+        processor = ItemProcessor.from_pretrained(base, config.encoder.image)
         model = embedding_model(config, base)
         engine = Engine(model, config.agcl.optimizer, steps=STEPS, zero_stage=stage)
         preparer = Preparer(config, ref.open(), processor, None, rank=rank, world=world)

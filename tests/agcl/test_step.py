@@ -16,20 +16,20 @@ from afmrl_ray.attributes.text import format_attributes, normalise_attributes
 from afmrl_ray.config import validate
 from afmrl_ray.models.adapters import load_start
 from afmrl_ray.models.encoder import EmbeddingModel
-from afmrl_ray.models.listing import ListingProcessor
-from afmrl_ray.models.rows import collate
+from afmrl_ray.models.item_processor import ItemProcessor
+from afmrl_ray.models.model_input import collate
 from afmrl_ray.training.engine import Engine
 from afmrl_ray.training.fit import seed_step
 from afmrl_ray.training.stopwatch import Stopwatch
 from tests.process_group import run_workers
 
 BUDGET = 220
-"""Tokens that cut a share of twelve listings into several parts."""
+"""Tokens that cut a share of twelve items into several parts."""
 
 
 def values_of(**agcl) -> dict:
     return {
-        "encoder": {"picture": {"min_pixels": 784, "max_pixels": 3136}},
+        "encoder": {"image": {"min_pixels": 784, "max_pixels": 3136}},
         "agcl": {"batch_size": 6, "mask": {"enabled": True, "threshold": 0.99, "min_negatives": 2}, **agcl},
     }
 
@@ -45,11 +45,11 @@ def embedding_model(config, base: str) -> EmbeddingModel:
 
 
 def plain(case: tuple, ref, base: str, attributes: str, world: int) -> tuple[float, list[torch.Tensor]]:
-    """One process without DeepSpeed: all activations of all workers' listings at once, drawn as the workers draw."""
+    """One process without DeepSpeed: all activations of all workers' items at once, drawn as the workers draw."""
     _, values = case
     config = validate(values)
     model = embedding_model(config, base)
-    processor = ListingProcessor.from_pretrained(base, config.encoder.picture)
+    processor = ItemProcessor.from_pretrained(base, config.encoder.image)
     given = (config, ref.open(), processor, read_attributes(attributes))
     sides: list[list[torch.Tensor]] = [[], [], []]
     for rank in range(world):
@@ -66,7 +66,7 @@ def plain(case: tuple, ref, base: str, attributes: str, world: int) -> tuple[flo
     preparer = Preparer(*given)
     whole = preparer.prepare(0)
     step = AGCLStep(config.agcl, preparer, None, pad_id=processor.pad_id)
-    # With several workers, listings that fill up the last share stand at the end.
+    # With several workers, items that fill up the last share stand at the end.
     loss, stats = step.loss(0, whole, everything[: sum(whole.counts)], Stopwatch(torch.device("cpu")))
     loss.backward()
     return stats["loss"], [p.grad for p in model.parameters() if p.requires_grad]
@@ -78,7 +78,7 @@ def train(rank: int, world: int, cases: list, ref, base: str, attributes: str, f
     processor = None
     for name, values in cases:
         config = validate(values)
-        processor = processor or ListingProcessor.from_pretrained(base, config.encoder.picture)
+        processor = processor or ItemProcessor.from_pretrained(base, config.encoder.image)
         model = embedding_model(config, base)
         engine = Engine(
             model,
@@ -186,7 +186,7 @@ def test_the_number_of_workers_changes_neither_loss_nor_gradient(
             values_of(mask={"enabled": True, "kind": "attributes", "attribute_threshold": 0.5, "min_negatives": 1}),
         ),
         ("off", values_of(mask={"enabled": False}, lexical={"enabled": False}, positives_per_query=2)),
-        ("curated", values_of(curated_negatives=2, mask={"enabled": True, "threshold": -1, "min_negatives": 0})),
+        ("curated", values_of(hard_negatives=2, mask={"enabled": True, "threshold": -1, "min_negatives": 0})),
         # The budget gives some workers more parts than others.
         ("cut", values_of(tokens_per_microbatch=90)),
     ]
@@ -197,4 +197,4 @@ def test_the_number_of_workers_changes_neither_loss_nor_gradient(
         for case in cases:
             stats = check(case, tmp_path, world, expected[case[0]])
             if case[0] in ("margin", "attributes", "off", "curated"):
-                assert stats["masked_share"] > 0, case[0]
+                assert stats["masked_fraction"] > 0, case[0]

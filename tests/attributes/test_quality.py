@@ -11,7 +11,7 @@ from afmrl_ray.attributes.quality import common_names, name_shares, pair_scores,
 RED, BLUE, LARGE, ROUND = ("color", "red"), ("color", "blue"), ("size", "large"), ("neckline", "round")
 
 
-def test_pairs_are_counted_over_all_listings():
+def test_pairs_are_counted_over_all_items():
     written = [(RED, LARGE), (BLUE,), ()]
     source = [(RED, ROUND), (RED,), (LARGE,)]
     found = pair_scores(written, source)
@@ -30,8 +30,8 @@ PAIRS = st.dictionaries(st.sampled_from("abcd"), st.sampled_from("xyz")).map(lam
 
 
 @given(st.lists(st.tuples(PAIRS, PAIRS), min_size=1))
-def test_f1_is_that_of_the_set_of_all_pairs(listings):
-    written, source = zip(*listings, strict=True)
+def test_f1_is_that_of_the_set_of_all_pairs(items):
+    written, source = zip(*items, strict=True)
     ours = {(index, pair) for index, own in enumerate(written) for pair in own}
     theirs = {(index, pair) for index, own in enumerate(source) for pair in own}
     found = pair_scores(written, source)
@@ -40,7 +40,7 @@ def test_f1_is_that_of_the_set_of_all_pairs(listings):
     assert (found.precision, found.recall) == (swapped.recall, swapped.precision)
 
 
-def test_names_are_counted_by_listing_and_the_most_frequent_come_first():
+def test_names_are_counted_by_item_and_the_most_frequent_come_first():
     source = [(RED, LARGE), (BLUE, ROUND), (RED,)]
     assert name_shares(source, ["size", "color", "fit"]) == {"size": 1 / 3, "color": 1.0, "fit": 0.0}
     assert common_names(source, most=2) == ["color", "neckline"]
@@ -48,8 +48,8 @@ def test_names_are_counted_by_listing_and_the_most_frequent_come_first():
     assert all(one >= other for one, other in pairwise(shares))
 
 
-def test_listings_that_the_source_says_nothing_about_do_not_count():
+def test_items_that_the_source_says_nothing_about_do_not_count():
     found = quality([(RED,), (LARGE,)], [(RED, LARGE), ()])
-    assert (found["precision"], found["recall"], found["listings"]) == (1.0, 0.5, 1)
+    assert (found["precision"], found["recall"], found["items"]) == (1.0, 0.5, 1)
     assert found["names"] == {"color": {"written": 1.0, "source": 1.0}, "size": {"written": 0.0, "source": 1.0}}
     assert quality([(RED,)], [()]) == {}

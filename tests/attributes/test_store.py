@@ -30,7 +30,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert store.get("b") == ()
     assert store.text("b") == store.text("absent") == ""
     assert store.get("absent") == ()
-    assert store.invalid_share == 0.5
+    assert store.invalid_fraction == 0.5
     assert store.reasons == {"too_many": 1, "prompt_too_long": 1}
     assert store.mean_length == (1.5, 3.5)
     assert store.fingerprint == "g1"
@@ -47,7 +47,7 @@ def test_attributes_of_another_generator_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "no listing"),
+        ([], "no item"),
         ([ROWS[0], ROWS[0]], "more than once"),
         ([AttributeRow("a", "Color:red")], "canonical"),
         ([AttributeRow("a", "color: red", "empty")], "either"),

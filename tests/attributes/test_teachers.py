@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from afmrl_ray.attributes.teachers import ColumnTeacher, Listing, OpenAITeacher, make_teacher
+from afmrl_ray.attributes.teachers import ColumnTeacher, OpenAITeacher, TeacherItem, make_teacher
 from afmrl_ray.attributes.text import Attributes, InvalidAttributes
 from afmrl_ray.config.teacher import ColumnTeacherConfig, OpenAITeacherConfig
 from afmrl_ray.errors import ConfigError, TeacherError
@@ -76,33 +76,31 @@ def _teacher(endpoint: FakeEndpoint, cache: Path, **settings: Any) -> OpenAITeac
     return OpenAITeacher(config, max_attributes=3, cache_dir=str(cache))
 
 
-def _listing(title: str, picture: bytes = PNG) -> Listing:
-    return Listing(title, title, {}, lambda: picture)
+def _item(title: str, image: bytes = PNG) -> TeacherItem:
+    return TeacherItem(title, title, {}, lambda: image)
 
 
 def test_column_teacher_normalises_and_judges() -> None:
     teacher = make_teacher(ColumnTeacherConfig(), max_attributes=2, cache_dir="unused")
     assert isinstance(teacher, ColumnTeacher)
     sources: list[dict[str, str | None]] = [{"Color": "Red", "x": None}, {}, {"a": "1", "b": "2", "c": "3"}]
-    found = teacher.annotate([Listing("i", "", source, bytes) for source in sources])
+    found = teacher.annotate([TeacherItem("i", "", source, bytes) for source in sources])
     assert found == [(("color", "red"),), InvalidAttributes("empty"), InvalidAttributes("too_many")]
 
 
-def test_asks_with_picture_title_and_key(
-    endpoint: FakeEndpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_asks_with_image_title_and_key(endpoint: FakeEndpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEACHER_KEY", "secret-key")
     teacher = _teacher(endpoint, tmp_path / "cache", api_key_env="TEACHER_KEY", max_tokens=77)
-    assert teacher.annotate([_listing("Blue {shoe}"), _listing("no picture", b"")]) == [
+    assert teacher.annotate([_item("Blue {shoe}"), _item("no image", b"")]) == [
         (("name", "blue {shoe}"),),
-        (("name", "no picture"),),
+        (("name", "no image"),),
     ]
     asked = {body["messages"][0]["content"][-1]["text"]: body for body in endpoint.requests}
-    with_picture = next(body for text, body in asked.items() if text.endswith("Title: Blue {shoe}"))
-    url = with_picture["messages"][0]["content"][0]["image_url"]["url"]
+    with_image = next(body for text, body in asked.items() if text.endswith("Title: Blue {shoe}"))
+    url = with_image["messages"][0]["content"][0]["image_url"]["url"]
     assert url == f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
-    assert (with_picture["model"], with_picture["max_tokens"], with_picture["temperature"]) == ("m", 77, 0)
-    without = next(body for text, body in asked.items() if text.endswith("no picture"))
+    assert (with_image["model"], with_image["max_tokens"], with_image["temperature"]) == ("m", 77, 0)
+    without = next(body for text, body in asked.items() if text.endswith("no image"))
     assert [part["type"] for part in without["messages"][0]["content"]] == ["text"]
     assert endpoint.headers[0]["path"] == "/v1/chat/completions"
     assert endpoint.headers[0]["Authorization"] == "Bearer secret-key"
@@ -121,7 +119,7 @@ def test_tries_again_after_as_long_as_the_endpoint_asks(
     waits: list[float] = []
     monkeypatch.setattr("afmrl_ray.attributes.teachers.time.sleep", waits.append)
     endpoint.reply = lambda count, title: (status, {"Retry-After": "7"}, "") if count == 1 else completion("a: b")
-    assert _teacher(endpoint, tmp_path).annotate([_listing("t")]) == [(("a", "b"),)]
+    assert _teacher(endpoint, tmp_path).annotate([_item("t")]) == [(("a", "b"),)]
     assert waits == [7.0]
 
 
@@ -129,7 +127,7 @@ def test_waits_grow(endpoint: FakeEndpoint, tmp_path: Path, monkeypatch: pytest.
     waits: list[float] = []
     monkeypatch.setattr("afmrl_ray.attributes.teachers.time.sleep", waits.append)
     endpoint.reply = lambda count, title: (500, {}, "boom") if count < 5 else completion("a: b")
-    _teacher(endpoint, tmp_path, max_retries=4, backoff_s=1.0).annotate([_listing("t")])
+    _teacher(endpoint, tmp_path, max_retries=4, backoff_s=1.0).annotate([_item("t")])
     assert len(waits) == 4
     assert all(2**i / 2 <= wait <= 2**i for i, wait in enumerate(waits))
 
@@ -137,7 +135,7 @@ def test_waits_grow(endpoint: FakeEndpoint, tmp_path: Path, monkeypatch: pytest.
 def test_endless_errors_end_with_the_endpoint_named(endpoint: FakeEndpoint, tmp_path: Path) -> None:
     endpoint.reply = lambda count, title: (500, {}, "boom")
     with pytest.raises(TeacherError, match=rf"{endpoint.base_url}/chat/completions: no answer after 3 tries .*boom"):
-        _teacher(endpoint, tmp_path).annotate([_listing("t")])
+        _teacher(endpoint, tmp_path).annotate([_item("t")])
     assert len(endpoint.requests) == 3
     assert not any(tmp_path.iterdir())
 
@@ -145,7 +143,7 @@ def test_endless_errors_end_with_the_endpoint_named(endpoint: FakeEndpoint, tmp_
 def test_refused_key_is_not_tried_again(endpoint: FakeEndpoint, tmp_path: Path) -> None:
     endpoint.reply = lambda count, title: (401, {}, "bad key")
     with pytest.raises(TeacherError, match="status 401: bad key"):
-        _teacher(endpoint, tmp_path, concurrency=1).annotate([_listing("t")])
+        _teacher(endpoint, tmp_path, concurrency=1).annotate([_item("t")])
     assert len(endpoint.requests) == 1
 
 
@@ -156,7 +154,7 @@ def test_unreachable_endpoint_is_named(endpoint: FakeEndpoint, tmp_path: Path) -
         cache_dir=str(tmp_path),
     )
     with pytest.raises(TeacherError, match=r"127\.0\.0\.1:9/v1/chat/completions: no answer .*ConnectionError"):
-        teacher.annotate([_listing("t")])
+        teacher.annotate([_item("t")])
 
 
 @pytest.mark.parametrize(
@@ -173,7 +171,7 @@ def test_malformed_answers_are_invalid_and_not_asked_again(
 ) -> None:
     endpoint.reply = lambda count, title: reply
     for _ in range(2):
-        assert _teacher(endpoint, tmp_path).annotate([_listing("t")]) == [InvalidAttributes(reason)]  # type: ignore[arg-type]
+        assert _teacher(endpoint, tmp_path).annotate([_item("t")]) == [InvalidAttributes(reason)]  # type: ignore[arg-type]
     assert len(endpoint.requests) == 1
 
 
@@ -181,11 +179,11 @@ def test_malformed_answers_are_invalid_and_not_asked_again(
 def test_what_is_no_chat_completion_is_the_endpoints_fault(endpoint: FakeEndpoint, tmp_path: Path, body: str) -> None:
     endpoint.reply = lambda count, title: (200, {}, body)
     with pytest.raises(TeacherError, match="no chat completion"):
-        _teacher(endpoint, tmp_path).annotate([_listing("t")])
+        _teacher(endpoint, tmp_path).annotate([_item("t")])
 
 
 def test_a_run_that_died_asks_nothing_twice(endpoint: FakeEndpoint, tmp_path: Path) -> None:
-    items = [_listing(f"t{i}") for i in range(10)]
+    items = [_item(f"t{i}") for i in range(10)]
     endpoint.reply = lambda count, title: completion(f"name: {title}") if count <= 5 else (401, {}, "")
     with pytest.raises(TeacherError):
         _teacher(endpoint, tmp_path, concurrency=1).annotate(items)
@@ -197,20 +195,20 @@ def test_a_run_that_died_asks_nothing_twice(endpoint: FakeEndpoint, tmp_path: Pa
     assert len(endpoint.requests) == 10 - answered
 
 
-def test_equal_listings_are_asked_once_and_another_prompt_asks_anew(endpoint: FakeEndpoint, tmp_path: Path) -> None:
-    same = [_listing("t") for _ in range(8)]
+def test_equal_items_are_asked_once_and_another_prompt_asks_anew(endpoint: FakeEndpoint, tmp_path: Path) -> None:
+    same = [_item("t") for _ in range(8)]
     assert len(set(_teacher(endpoint, tmp_path, concurrency=8).annotate(same))) == 1
     assert len(endpoint.requests) == 1
     _teacher(endpoint, tmp_path, prompt="Other. Title: {title}").annotate(same)
     _teacher(endpoint, tmp_path, model="n").annotate(same)
-    _teacher(endpoint, tmp_path).annotate([_listing("t", PNG + b"other")])
+    _teacher(endpoint, tmp_path).annotate([_item("t", PNG + b"other")])
     assert len(endpoint.requests) == 4
 
 
 def test_another_server_is_asked_anew_and_another_password_is_not(endpoint: FakeEndpoint, tmp_path: Path) -> None:
     def asked(base_url: str) -> Attributes | InvalidAttributes:
         config = OpenAITeacherConfig(base_url=base_url, model="m", max_retries=0)
-        (found,) = OpenAITeacher(config, max_attributes=3, cache_dir=str(tmp_path)).annotate([_listing("t")])
+        (found,) = OpenAITeacher(config, max_attributes=3, cache_dir=str(tmp_path)).annotate([_item("t")])
         return found
 
     endpoint.reply = lambda count, title: completion(f"served: {endpoint.headers[-1]['path']}")
@@ -223,7 +221,5 @@ def test_another_server_is_asked_anew_and_another_password_is_not(endpoint: Fake
 
 
 def test_a_column_teacher_takes_the_named_attributes_in_their_order():
-    listing = Listing("a", "t", {"Size": "XL", "color": "Red", "note": "x"}, lambda: b"")
-    assert ColumnTeacher(4, names=("color", "Size", "weight")).annotate([listing]) == [
-        (("color", "red"), ("size", "xl"))
-    ]
+    item = TeacherItem("a", "t", {"Size": "XL", "color": "Red", "note": "x"}, lambda: b"")
+    assert ColumnTeacher(4, names=("color", "Size", "weight")).annotate([item]) == [(("color", "red"), ("size", "xl"))]

@@ -36,4 +36,4 @@ def test_it_measures_both_steps_with_equal_gradients(tmp_path, kept):
     steps = json.loads((tmp_path / "runs/bench/agcl_gpu.json").read_text())["steps"]
     assert [(step["step"], step["pairs"]) for step in steps] == [("GradCache", 4), ("plain", 4), ("GradCache", 6)]
     assert all(step["gradient_gap"] < 1e-5 for step in steps[:2])
-    assert all(step["listings_per_second"] > 0 for step in steps)
+    assert all(step["items_per_second"] > 0 for step in steps)

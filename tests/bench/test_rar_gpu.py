@@ -39,7 +39,7 @@ def test_it_measures_both_ways_after_an_equality_check(tmp_path, adapter):
     report = json.loads((tmp_path / "runs/bench/rar_gpu.json").read_text())
     assert len(report["equality"]) == 2
     for gaps in report["equality"].values():
-        assert gaps["logprob_gap"] < 1e-5
+        assert gaps["rollout_logprob_diff"] < 1e-5
         assert gaps["gradient_gap"] < 1e-5
     updates = report["updates"]
     assert [(row["group_size"], row["checkpointing"], row["way"]) for row in updates] == [
@@ -98,6 +98,6 @@ def test_running_out_of_memory_is_a_result(script, policy):
     assert told.endswith("out of memory")
 
 
-def test_a_prompt_shorter_than_its_picture_is_refused(script):
+def test_a_prompt_shorter_than_its_image_is_refused(script):
     with pytest.raises(ValueError, match="--prompt-tokens"):
         script.make_groups(1, 1, pixels=56, prompt_tokens=6, completion=(1, 2), vocabulary=200)

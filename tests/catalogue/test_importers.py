@@ -7,21 +7,21 @@ import pytest
 
 from afmrl_ray.catalogue import open_catalogue, write_catalogue
 from afmrl_ray.catalogue.importers import import_m5product, import_rows, parse_pv
-from afmrl_ray.config.catalogue import CatalogueConfig, SideConfig
+from afmrl_ray.config.catalogue import CatalogueConfig, ItemSelector
 from afmrl_ray.errors import CatalogueError
 from tests.catalogue.test_reading import png
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    folder = tmp_path / "pictures"
+def images(tmp_path):
+    folder = tmp_path / "images"
     folder.mkdir()
     for number in range(4):
         (folder / f"{number}.jpg").write_bytes(png((number, 0, 0)))
     return folder
 
 
-def test_csv_round_trip_with_mapped_columns(tmp_path, pictures):
+def test_csv_round_trip_with_mapped_columns(tmp_path, images):
     source = tmp_path / "items.csv"
     with source.open("w", newline="") as file:
         writer = csv.DictWriter(file, ["sku", "parent", "title", "file", "price"])
@@ -31,30 +31,30 @@ def test_csv_round_trip_with_mapped_columns(tmp_path, pictures):
                 {"sku": number, "parent": number // 2, "title": "a, mug", "file": f"{number}.jpg", "price": 9}
             )
     columns = {"item_id": "sku", "product_id": "parent", "image": "file"}
-    imported = import_rows(str(source), str(pictures), columns=columns)
-    assert imported.counts == {"rows": 4, "pictures_missing": 0}
+    imported = import_rows(str(source), str(images), columns=columns)
+    assert imported.counts == {"rows": 4, "images_missing": 0}
     write_catalogue(imported.table, str(tmp_path / "c.parquet"))
     catalogue = open_catalogue(str(tmp_path / "c.parquet"))
     item = catalogue.item(2)
     assert (item.item_id, item.product_id, item.title, item.split) == ("2", "1", "a, mug", "train")
     assert item.extra == {"price": "9"}
-    assert catalogue.picture(2).getpixel((0, 0)) == (2, 0, 0)
+    assert catalogue.image(2).getpixel((0, 0)) == (2, 0, 0)
 
 
-def test_jsonl_keeps_the_order_of_attributes_and_counts_missing_pictures(tmp_path, pictures):
+def test_jsonl_keeps_the_order_of_attributes_and_counts_missing_images(tmp_path, images):
     source = tmp_path / "items.jsonl"
     common = {"attributes": {"z": "1", "a": "2"}, "split": "test"}
     rows = [{"item_id": str(n), "image": f"{n}.jpg", **common} for n in range(5)]
     source.write_text("\n".join(json.dumps(row) for row in rows))
-    imported = import_rows(str(source), str(pictures))
-    assert imported.counts["pictures_missing"] == 1
+    imported = import_rows(str(source), str(images))
+    assert imported.counts["images_missing"] == 1
     write_catalogue(imported.table, str(tmp_path / "c.parquet"))
-    catalogue = open_catalogue(str(tmp_path / "c.parquet"), config=CatalogueConfig(max_bad_share=0.5))
+    catalogue = open_catalogue(str(tmp_path / "c.parquet"), config=CatalogueConfig(max_bad_fraction=0.5))
     assert list(catalogue.item(0).attributes) == ["z", "a"]
     assert catalogue.counts["quarantined"] == {"missing_image": 1}
 
 
-def test_m5product_as_published(tmp_path, pictures):
+def test_m5product_as_published(tmp_path, images):
     pv = "颜色#:#红#;#颜色#:#蓝#;#broken#;#材质#:#棉"
     items = {str(number): {"title": f"标题{number}", "pv": pv, "label": "c1", "url": "x"} for number in range(4)}
     (tmp_path / "items.json").write_text(json.dumps(items))
@@ -63,16 +63,16 @@ def test_m5product_as_published(tmp_path, pictures):
     (tmp_path / "labels.json").write_text(json.dumps({"0": "s1", "1": "s1", "2": "s2"}))
     lists = {("test", "query"): str(tmp_path / "query.txt"), ("test", "gallery"): str(tmp_path / "gallery.txt")}
     imported = import_m5product(
-        str(tmp_path / "items.json"), str(pictures), lists=lists, labels=str(tmp_path / "labels.json")
+        str(tmp_path / "items.json"), str(images), lists=lists, labels=str(tmp_path / "labels.json")
     )
     assert imported.counts == {
-        "items": 4, "listed_but_absent": 1, "pictures_missing": 0, "test query": 1, "test gallery": 2, "train": 1,
+        "items": 4, "listed_but_absent": 1, "images_missing": 0, "test query": 1, "test gallery": 2, "train": 1,
     }  # fmt: skip
     write_catalogue(imported.table, str(tmp_path / "c.parquet"))
     catalogue = open_catalogue(str(tmp_path / "c.parquet"))
     assert catalogue.item(0).attributes == {"颜色": "红", "材质": "棉"}
     assert catalogue.item(3).product_id is None
-    assert catalogue.rows(SideConfig(role="gallery")).tolist() == [1, 2]
+    assert catalogue.rows(ItemSelector(role="gallery")).tolist() == [1, 2]
 
 
 def test_property_strings_keep_the_first_of_a_repeated_name():
@@ -80,19 +80,19 @@ def test_property_strings_keep_the_first_of_a_repeated_name():
     assert parse_pv("") == {}
 
 
-def test_what_cannot_be_read_is_named(tmp_path, pictures):
+def test_what_cannot_be_read_is_named(tmp_path, images):
     with pytest.raises(CatalogueError, match=r"gone\.csv does not exist"):
-        import_rows(str(tmp_path / "gone.csv"), str(pictures))
+        import_rows(str(tmp_path / "gone.csv"), str(images))
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"item_id": "1"}\n{oops')
     with pytest.raises(CatalogueError, match=r"bad.jsonl:2: not JSON"):
-        import_rows(str(bad), str(pictures))
+        import_rows(str(bad), str(images))
     bad.write_text('{"title": "1"}')
     with pytest.raises(CatalogueError, match="no column item_id, image"):
-        import_rows(str(bad), str(pictures))
+        import_rows(str(bad), str(images))
 
 
-def test_odd_characters_inside_fields_stay_where_they_are(tmp_path, pictures):
+def test_odd_characters_inside_fields_stay_where_they_are(tmp_path, images):
     title = "red\u2028shirt\x85\nlarge"
     (tmp_path / "a.jsonl").write_text(
         json.dumps({"item_id": "1", "image": "0.jpg", "title": title}, ensure_ascii=False)
@@ -100,12 +100,12 @@ def test_odd_characters_inside_fields_stay_where_they_are(tmp_path, pictures):
     with (tmp_path / "a.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["item_id", "image", "title"], ["1", "0.jpg", title]])
     for name in ("a.jsonl", "a.csv"):
-        assert import_rows(str(tmp_path / name), str(pictures)).table["title"].to_pylist() == [title]
+        assert import_rows(str(tmp_path / name), str(images)).table["title"].to_pylist() == [title]
 
 
-def test_a_later_row_without_a_picture_is_counted(tmp_path, pictures):
+def test_a_later_row_without_a_image_is_counted(tmp_path, images):
     (tmp_path / "a.jsonl").write_text('{"item_id": "1", "image": "0.jpg"}\n{"item_id": "2"}\n')
-    assert import_rows(str(tmp_path / "a.jsonl"), str(pictures)).counts["pictures_missing"] == 1
+    assert import_rows(str(tmp_path / "a.jsonl"), str(images)).counts["images_missing"] == 1
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_a_later_row_without_a_picture_is_counted(tmp_path, pictures):
         ("a.csv", b"item_id,image\n1,0.jpg\n", {"titel": "x"}, "--column titel: a catalogue's columns are item_id"),
     ],
 )
-def test_what_cannot_be_imported_is_named(tmp_path, pictures, name, content, columns, message):
+def test_what_cannot_be_imported_is_named(tmp_path, images, name, content, columns, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CatalogueError, match=message):
-        import_rows(str(tmp_path / name), str(pictures), columns=columns)
+        import_rows(str(tmp_path / name), str(images), columns=columns)

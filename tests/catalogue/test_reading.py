@@ -14,7 +14,7 @@ from PIL import Image
 
 from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue, check_positives, open_catalogue, stage
 from afmrl_ray.catalogue.staging import staged_path
-from afmrl_ray.config.catalogue import CatalogueConfig, SideConfig
+from afmrl_ray.config.catalogue import CatalogueConfig, ItemSelector
 from afmrl_ray.errors import CatalogueError
 
 
@@ -67,14 +67,14 @@ def test_every_kind_of_bad_row_is_put_aside_with_its_reason(tmp_path):
     content[1]["item_id"] = "i000"
     content[2]["item_id"] = None
     content[3]["image"] = None
-    content[4]["image"] = b"not a picture"
+    content[4]["image"] = b"not an image"
     content[5]["image"] = whole[: len(whole) // 2]
     content[6]["image"] = bomb()
     content[7]["attributes"] = "{broken"
     content[8].update(title=None, attributes=None, image=None)
     content[9]["image"] = png(side=300, height=1)
     path = write(tmp_path, content)
-    catalogue = open_catalogue(path, config=CatalogueConfig(max_bad_share=0.5))
+    catalogue = open_catalogue(path, config=CatalogueConfig(max_bad_fraction=0.5))
     assert catalogue.counts["quarantined"] == {
         "duplicate_item_id": 1,
         "missing_item_id": 1,
@@ -86,12 +86,12 @@ def test_every_kind_of_bad_row_is_put_aside_with_its_reason(tmp_path):
         "aspect_ratio": 1,
     }
     assert len(catalogue) == 51
-    assert catalogue.picture(1).getpixel((0, 0)) == (10, 0, 0)
+    assert catalogue.image(1).getpixel((0, 0)) == (10, 0, 0)
     target = tmp_path / "quarantine.parquet"
     catalogue.write_quarantine(str(target))
     aside = pq.read_table(target).to_pylist()
     assert {"item_id": "i006", "row": 6, "reason": "decompression_bomb"} in aside
-    with pytest.raises(CatalogueError, match=r"9 of 60 rows are bad .*more than catalogue.max_bad_share 0.05"):
+    with pytest.raises(CatalogueError, match=r"9 of 60 rows are bad .*more than catalogue.max_bad_fraction 0.05"):
         open_catalogue(path)
 
 
@@ -113,11 +113,11 @@ def test_a_missing_file_and_one_of_another_kind_are_named(tmp_path):
         open_catalogue(str(tmp_path / "text.parquet"))
 
 
-def test_pictures_by_uri_are_read_from_the_catalogues_folder(tmp_path):
+def test_images_by_uri_are_read_from_the_catalogues_folder(tmp_path):
     (tmp_path / "a.png").write_bytes(png((1, 2, 3)))
     content = [{"item_id": "a", "split": "train", "title": "x", "image_uri": "a.png"}]
     catalogue = open_catalogue(write(tmp_path, content))
-    assert catalogue.picture(0).getpixel((0, 0)) == (1, 2, 3)
+    assert catalogue.image(0).getpixel((0, 0)) == (1, 2, 3)
 
 
 def test_the_fingerprint_is_of_the_content(tmp_path):
@@ -135,36 +135,36 @@ def test_sides_select_by_split_role_and_columns(tmp_path):
     for number, row in enumerate(content):
         row["role"] = "query" if number % 2 else "gallery"
     catalogue = open_catalogue(write(tmp_path, content))
-    assert catalogue.rows(SideConfig(split=("test",), role="query")).tolist() == list(range(21, 40, 2))
-    assert catalogue.rows(SideConfig(split=("train", "test"), where={"weight_g": "7"})).tolist() == [7]
+    assert catalogue.rows(ItemSelector(split=("test",), role="query")).tolist() == list(range(21, 40, 2))
+    assert catalogue.rows(ItemSelector(split=("train", "test"), where={"weight_g": "7"})).tolist() == [7]
     with pytest.raises(CatalogueError, match="no row of split val; it has the splits: test, train"):
-        catalogue.rows(SideConfig(split=("val",)))
+        catalogue.rows(ItemSelector(split=("val",)))
     with pytest.raises(CatalogueError, match="has no column 'colour'"):
-        catalogue.rows(SideConfig(where={"colour": "red"}))
+        catalogue.rows(ItemSelector(where={"colour": "red"}))
     with pytest.raises(CatalogueError, match="has no column 'description'"):
-        catalogue.rows(SideConfig(title_columns=("title", "description")))
+        catalogue.rows(ItemSelector(title_columns=("title", "description")))
 
 
 def test_queries_without_any_positive_are_told(tmp_path):
     content = rows()
     catalogue = open_catalogue(write(tmp_path, content))
-    check_positives(catalogue, SideConfig(split=("train",)), SideConfig(split=("train",)))
+    check_positives(catalogue, ItemSelector(split=("train",)), ItemSelector(split=("train",)))
     with pytest.raises(CatalogueError, match="nothing is positive"):
-        check_positives(catalogue, SideConfig(split=("train",)), SideConfig(split=("test",)))
+        check_positives(catalogue, ItemSelector(split=("train",)), ItemSelector(split=("test",)))
 
 
 def read_in_another_process(staged: StagedCatalogue, row: int) -> tuple[str, bytes]:
-    return staged.item(row).item_id, staged.picture_bytes(row)
+    return staged.item(row).item_id, staged.image_bytes(row)
 
 
 def test_staged_rows_are_the_tables_rows_here_and_in_another_process(tmp_path):
     content = rows(600)
-    config = CatalogueConfig(staging_dir=str(tmp_path / "staging"))
+    config = CatalogueConfig(cache_dir=str(tmp_path / "staging"))
     path = write(tmp_path, content)
     staged = CatalogueRef(path, config, open_catalogue(path, config=config).fingerprint).open()
     for row in (0, 255, 256, 511, 599):
         assert staged.item(row).item_id == content[row]["item_id"]
-        assert staged.picture_bytes(row) == content[row]["image"]
+        assert staged.image_bytes(row) == content[row]["image"]
     assert staged.title(7, ("title", "product_id")) == "mug 7 p3"
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(read_in_another_process, (staged, 511)) == ("i511", content[511]["image"])
@@ -175,7 +175,7 @@ def stage_once(path: str, config: CatalogueConfig) -> str:
 
 
 def test_processes_that_stage_at_once_leave_one_whole_file(tmp_path):
-    config = CatalogueConfig(staging_dir=str(tmp_path / "staging"))
+    config = CatalogueConfig(cache_dir=str(tmp_path / "staging"))
     path = write(tmp_path, rows())
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         made = pool.starmap(stage_once, [(path, config)] * 6)
@@ -185,7 +185,7 @@ def test_processes_that_stage_at_once_leave_one_whole_file(tmp_path):
 
 
 def test_a_catalogue_that_changed_under_a_run_is_refused(tmp_path):
-    config = CatalogueConfig(staging_dir=str(tmp_path / "staging"))
+    config = CatalogueConfig(cache_dir=str(tmp_path / "staging"))
     ref = CatalogueRef(write(tmp_path, rows()), config, "0" * 64)
     with pytest.raises(CatalogueError, match="has changed while it was used"):
         ref.open()
@@ -193,7 +193,7 @@ def test_a_catalogue_that_changed_under_a_run_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("uri", ["http://nowhere/x.png", "folder", "a\x00b", "missing.png"])
-def test_a_picture_address_that_cannot_be_read_is_one_bad_row(tmp_path, uri):
+def test_a_image_address_that_cannot_be_read_is_one_bad_row(tmp_path, uri):
     content = [{name: value for name, value in row.items() if name != "image"} for row in rows(30)]
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "p.png").write_bytes(png())
@@ -202,7 +202,7 @@ def test_a_picture_address_that_cannot_be_read_is_one_bad_row(tmp_path, uri):
     content[4]["image_uri"] = uri
     catalogue = open_catalogue(write(tmp_path, content))
     assert catalogue.counts["quarantined"] == {"missing_image": 1}
-    # The folder itself, tables and pictures in it, is a catalogue too.
+    # The folder itself, tables and images in it, is a catalogue too.
     assert open_catalogue(str(tmp_path)).fingerprint == catalogue.fingerprint
 
 

@@ -15,19 +15,19 @@ from afmrl_ray.catalogue.table import CatalogueTable
 from afmrl_ray.config.catalogue import SyntheticConfig
 
 CONFIG = SyntheticConfig(
-    preset="tiny", train_products=240, val_products=12, test_products=24, picture_px=64, duplicate_share=0.2
+    preset="tiny", train_products=240, val_products=12, test_products=24, image_px=64, duplicate_fraction=0.2
 )
 
 
 @pytest.fixture(scope="module")
-def listings() -> list[dict]:
+def items() -> list[dict]:
     return make_catalogue(CONFIG).to_pylist()
 
 
 def test_it_is_a_function_of_its_config():
-    small = SyntheticConfig(preset="tiny", picture_px=48)
+    small = SyntheticConfig(preset="tiny", image_px=48)
     assert make_catalogue(small).equals(make_catalogue(small))
-    other = make_catalogue(SyntheticConfig(preset="tiny", picture_px=48, seed=8))
+    other = make_catalogue(SyntheticConfig(preset="tiny", image_px=48, seed=8))
     assert other["image"].to_pylist() != make_catalogue(small)["image"].to_pylist()
 
 
@@ -37,14 +37,14 @@ def test_bench_has_two_thousand_test_queries():
     assert PRESETS["bench"]["test_products"] >= 2000
 
 
-def test_there_are_six_categories_and_at_least_five_attributes(listings):
-    assert len({row["category"] for row in listings}) >= 6
-    assert min(len(json.loads(row["true_attributes"])) for row in listings) >= 5
+def test_there_are_six_categories_and_at_least_five_attributes(items):
+    assert len({row["category"] for row in items}) >= 6
+    assert min(len(json.loads(row["true_attributes"])) for row in items) >= 5
 
 
-def test_siblings_differ_in_exactly_one_attribute_from_one_of_their_family(listings):
+def test_siblings_differ_in_exactly_one_attribute_from_one_of_their_family(items):
     families = defaultdict(dict)
-    for row in listings:
+    for row in items:
         families[row["family_id"]][row["true_product_id"]] = json.loads(row["true_attributes"])
     assert len(families) > 40
     for members in families.values():
@@ -58,17 +58,17 @@ def test_siblings_differ_in_exactly_one_attribute_from_one_of_their_family(listi
             ]
 
 
-def test_no_family_and_no_product_is_in_two_splits(listings):
+def test_no_family_and_no_product_is_in_two_splits(items):
     for column in ("family_id", "true_attributes"):
         splits = defaultdict(set)
-        for row in listings:
+        for row in items:
             splits[row[column] + (row["category"] if column == "true_attributes" else "")].add(row["split"])
         assert all(len(found) == 1 for found in splits.values())
 
 
-def test_evaluation_has_one_query_per_product_and_the_rest_as_gallery(listings):
+def test_evaluation_has_one_query_per_product_and_the_rest_as_gallery(items):
     roles = defaultdict(list)
-    for row in listings:
+    for row in items:
         if row["split"] != "train":
             roles[row["product_id"]].append(row["role"])
         else:
@@ -76,9 +76,9 @@ def test_evaluation_has_one_query_per_product_and_the_rest_as_gallery(listings):
     assert all(sorted(found) == ["gallery", "gallery", "query"] for found in roles.values())
 
 
-def test_duplicates_share_the_truth_under_another_id(listings):
+def test_duplicates_share_the_truth_under_another_id(items):
     identities = defaultdict(set)
-    for row in listings:
+    for row in items:
         identities[row["true_product_id"]].add(row["product_id"])
     twice = [name for name, ids in identities.items() if len(ids) == 2]
     train = [name for name in identities if name.startswith("train")]
@@ -86,9 +86,9 @@ def test_duplicates_share_the_truth_under_another_id(listings):
     assert all(name.startswith("train") for name in twice)
 
 
-def test_the_teacher_errs_omits_and_babbles_at_the_set_rates(listings):
+def test_the_teacher_errs_omits_and_babbles_at_the_set_rates(items):
     right = wrong = missing = irrelevant = 0
-    for row in listings:
+    for row in items:
         truth, said = json.loads(row["true_attributes"]), json.loads(row["attributes"])
         missing += sum(name not in said for name in truth)
         wrong += sum(name in said and said[name] != value for name, value in truth.items())
@@ -97,12 +97,12 @@ def test_the_teacher_errs_omits_and_babbles_at_the_set_rates(listings):
     total = right + wrong + missing
     assert missing / total == pytest.approx(0.1, abs=0.02)
     assert wrong / (right + wrong) == pytest.approx(0.1, abs=0.02)
-    assert irrelevant / (3 * len(listings)) == pytest.approx(0.5, abs=0.04)
+    assert irrelevant / (3 * len(items)) == pytest.approx(0.5, abs=0.04)
 
 
-def test_listings_of_a_product_look_and_read_differently(listings):
+def test_items_of_a_product_look_and_read_differently(items):
     by_product = defaultdict(list)
-    for row in listings:
+    for row in items:
         by_product[row["product_id"]].append(row)
     for rows in by_product.values():
         assert len({row["image"] for row in rows}) == len(rows)
@@ -110,9 +110,9 @@ def test_listings_of_a_product_look_and_read_differently(listings):
     assert np.mean(titles) > 2.5
 
 
-def test_the_logos_box_holds_the_logos_colour(listings):
+def test_the_logos_box_holds_the_logos_colour(items):
     inside = []
-    for row in listings[::7]:
+    for row in items[::7]:
         boxes = json.loads(row["boxes"])
         for box in boxes.values():
             assert all(0 <= edge <= 1 for edge in box)
@@ -129,15 +129,15 @@ def test_the_logos_box_holds_the_logos_colour(listings):
     assert np.mean(inside) > 0.85
 
 
-def test_titles_name_only_some_attributes(listings):
+def test_titles_name_only_some_attributes(items):
     named = [
-        sum(value in row["title"].split() for value in json.loads(row["true_attributes"]).values()) for row in listings
+        sum(value in row["title"].split() for value in json.loads(row["true_attributes"]).values()) for row in items
     ]
     assert 1 < np.mean(named) < 4
 
 
-def test_a_contact_sheet_shows_every_listing(listings):
-    catalogue = CatalogueTable(make_catalogue(SyntheticConfig(preset="tiny", picture_px=48)), "synthetic", "")
+def test_a_contact_sheet_shows_every_item(items):
+    catalogue = CatalogueTable(make_catalogue(SyntheticConfig(preset="tiny", image_px=48)), "synthetic", "")
     sheet = contact_sheet(catalogue, list(range(8)), columns=4, side=60)
     pixels = np.asarray(sheet)
     for index in range(8):

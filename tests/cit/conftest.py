@@ -15,8 +15,8 @@ PICTURE = {"min_pixels": 3136, "max_pixels": 3136}
 def run_values(storage_path: Path, **changes: Any) -> dict[str, Any]:
     values: dict[str, Any] = {
         "run": {"name": "t", "storage_path": str(storage_path)},
-        "catalogue": {"staging_dir": str(storage_path / "staging")},
-        "synthetic": {"preset": "tiny", "picture_px": 56},
+        "catalogue": {"cache_dir": str(storage_path / "staging")},
+        "synthetic": {"preset": "tiny", "image_px": 56},
         "tiny": {
             "hidden_size": 64,
             "num_layers": 2,
@@ -28,8 +28,8 @@ def run_values(storage_path: Path, **changes: Any) -> dict[str, Any]:
             "pretrain_products": 30,
             "pretrain_batch_size": 16,
         },
-        "encoder": {"picture": PICTURE, "vision_cache": {"enabled": True, "folder": str(storage_path / "vision")}},
-        "generator": {"picture": PICTURE, "max_new_tokens": 64, "max_attributes": 12},
+        "encoder": {"image": PICTURE, "vision_cache": {"enabled": True, "folder": str(storage_path / "vision")}},
+        "generator": {"image": PICTURE, "max_new_tokens": 64, "max_attributes": 12},
         "distill": {
             "steps": 160,
             "batch_size": 16,
@@ -50,7 +50,7 @@ def run_values(storage_path: Path, **changes: Any) -> dict[str, Any]:
             "checkpoint_every": 1,
             "optimizer": {"learning_rate": 1e-4},
             # Scores that are a function of their request alone: the runs are compared to the last bit.
-            "reward": {"k": 5, "coalesce_ms": 0, "cached_scores": 0, "pool": {"cpus_per_worker": 0.5}},
+            "reward": {"k": 5, "batch_wait_ms": 0, "cached_scores": 0, "pool": {"cpus_per_worker": 0.5}},
             "rollout": {"pool": {"batch_size": 2, "cpus_per_worker": 0.5}},
         },
         "evaluation": {

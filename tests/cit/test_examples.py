@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from afmrl_ray.cit.examples import HITS_SHOWN, WORST, examples, failures
-from afmrl_ray.config.catalogue import SideConfig
+from afmrl_ray.config.catalogue import ItemSelector
 from afmrl_ray.config.evaluation import RetrievalProtocol
 from afmrl_ray.retrieval.evaluate import rank
 
@@ -22,10 +22,10 @@ def searched(tiny_catalogue_ref):
     vectors = np.random.default_rng(3).normal(size=(len(catalogue), 16)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
 
-    def embed(side: SideConfig, enriched: bool) -> tuple[np.ndarray, np.ndarray]:
+    def embed(side: ItemSelector, with_attributes: bool) -> tuple[np.ndarray, np.ndarray]:
         rows = catalogue.rows(side)
-        # Enriched listings stand elsewhere, so that a mixed-up side is found out.
-        return rows, vectors[rows] if enriched else vectors[rows][:, ::-1]
+        # Enriched items stand elsewhere, so that a mixed-up side is found out.
+        return rows, vectors[rows] if with_attributes else vectors[rows][:, ::-1]
 
     queries, gallery = embed(PROTOCOL.query, True), embed(PROTOCOL.gallery, True)
     return catalogue, vectors, embed, rank(catalogue, PROTOCOL.label, *queries, *gallery, depth=20)

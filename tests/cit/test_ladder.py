@@ -16,9 +16,9 @@ from tests.cit.conftest import run_values
 
 
 def ladder_config(path, **changes):
-    config = validate(run_values(path, cit={"rounds": 3, "encoder_start": "base"}, **changes))
+    config = validate(run_values(path, cit={"rounds": 3, "init_from": "base"}, **changes))
     small = {"distill.steps": 40, "agcl.steps": 2, "generator.max_new_tokens": 48, "agcl.workers.num_workers": 1}
-    return with_values(config, {"annotate.truth_column": "true_attributes", **small})
+    return with_values(config, {"annotate.ground_truth_column": "true_attributes", **small})
 
 
 def record_of(run, name: str):
@@ -33,11 +33,9 @@ def test_every_rung_is_held_against_one_that_comes_before_it():
         seen.add(rung.key)
 
 
-@pytest.mark.parametrize(
-    ("change", "named"), [({"encoder_start": "previous"}, "encoder_start"), ({"rounds": 2}, "rounds")]
-)
+@pytest.mark.parametrize(("change", "named"), [({"init_from": "previous"}, "init_from"), ({"rounds": 2}, "rounds")])
 def test_configs_whose_rungs_cannot_be_compared_are_refused(tmp_path, change, named):
-    cit = {"rounds": 3, "encoder_start": "base", **change}
+    cit = {"rounds": 3, "init_from": "base", **change}
     with pytest.raises(ConfigError, match=f"cit.{named}"):
         Ladder(FakePipeline(validate(run_values(tmp_path, cit=cit))), clip_path=None)
 
@@ -64,10 +62,10 @@ def test_rungs_share_what_they_share_and_differ_in_what_they_name(ray_local, tmp
         assert distilled["upstream"]["agcl-r0"] == oracle["upstream"]["agcl-r0"]
         assert "attributes-r0" in distilled["upstream"]
         assert "oracle" in oracle["upstream"]
-        # The loss alone: the teacher's attributes are among the inputs, and no listing shows them.
+        # The loss alone: the teacher's attributes are among the inputs, and no item shows them.
         labels = record_of(run, "agcl-labels")["inputs"]
         assert "labels" in labels["upstream"]
-        assert labels["config"]["agcl"]["enrich_query"] == labels["config"]["agcl"]["enrich_positive"] == 0
+        assert labels["config"]["agcl"]["attribute_dropout"] == {"query": 1, "positive": 1}
         assert labels["config"]["agcl"]["steps"] == record_of(run, "agcl-r0")["inputs"]["config"]["agcl"]["steps"]
         truth = read_attributes(run.committed("oracle").output("attributes"))
         item = pipeline.catalogue.item(int(pipeline.catalogue.rows(config.annotate.items)[0]))
@@ -78,6 +76,6 @@ def test_rungs_share_what_they_share_and_differ_in_what_they_name(ray_local, tmp
         ladder = Ladder(pipeline, clip_path=None)
         for key in KEYS:
             ladder.climb(key)
-        with pytest.raises(ConfigError, match="dual tower"):
+        with pytest.raises(ConfigError, match="dual encoder"):
             ladder.climb("clip")
     assert {stage.name: record_of(run, stage.name)["committed_at"] for stage in run.stages()} == first

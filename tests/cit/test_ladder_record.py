@@ -51,7 +51,7 @@ def write_run(path, seed: int, rows: list[int] | None = None, steps: int = 77) -
 @pytest.fixture
 def config():
     protocols = [{"kind": "retrieval", "name": "fine"}]
-    cit = {"rounds": 3, "encoder_start": "base"}
+    cit = {"rounds": 3, "init_from": "base"}
     return validate({"cit": cit, "evaluation": {"protocols": protocols}})
 
 

@@ -53,9 +53,9 @@ def test_a_run_commits_every_stage_skips_them_next_time_and_reruns_what_a_change
     assert set(first) == {"catalogue", "models", "labels", "distill", "floor", *ROUND}
     measured = run.committed("evaluate-r0").metrics
     assert 0 <= measured["protocols"]["fine"]["metrics"]["hit@1"]["mean"] <= 1
-    # Rounds, galleries and rewards look at the same pictures with the same frozen tower.
+    # Rounds, galleries and rewards look at the same images with the same frozen tower.
     steps = read_metrics(storage.join(run.committed("agcl-r0").directory, "log"))
-    assert steps[-1]["vision_cache_hit_share"] > 0.5
+    assert steps[-1]["vision_cache_hit_fraction"] > 0.5
     rar = run.committed("rar-r0").metrics
     assert rar["heldout_before"]["low"] <= rar["heldout_before"]["mean"] <= rar["heldout_before"]["high"]
     assert weights(run.committed("rar-r0")) != weights(run.committed("distill"))
@@ -117,7 +117,7 @@ def test_a_killed_driver_and_a_killed_learner_leave_the_numbers_of_an_undisturbe
         folder.mkdir()
         file = folder / "config.yaml"
         values = run_values(folder, ray={"num_cpus": 4, "object_store_mb": 100})
-        values["catalogue"]["staging_dir"] = str(tmp_path / "staging")
+        values["catalogue"]["cache_dir"] = str(tmp_path / "staging")
         values["rar"]["steps"] = 8
         file.write_text(dump_yaml(validate(values)))
         log = folder / "log"

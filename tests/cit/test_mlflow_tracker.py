@@ -191,7 +191,7 @@ def test_every_stage_of_an_opened_run_is_told(world, monkeypatch):
     assert {"catalogue", "evaluate-r0", "promotion-r0", "evaluate-r1", "promotion-r1"} == told
 
 
-@pytest.mark.parametrize("where", ["check_sides", "run_record", "run_cit"])
+@pytest.mark.parametrize("where", ["check_selectors", "run_record", "run_cit"])
 def test_a_job_that_fails_anywhere_has_failed_in_mlflow(world, monkeypatch, where):
     config, run, client = world
 
@@ -199,7 +199,7 @@ def test_a_job_that_fails_anywhere_has_failed_in_mlflow(world, monkeypatch, wher
         raise CatalogueError("no positives")
 
     monkeypatch.setattr(driver, "Pipeline", Stubbed)
-    monkeypatch.setattr(driver, "check_sides", lambda *_: None)
+    monkeypatch.setattr(driver, "check_selectors", lambda *_: None)
     monkeypatch.setattr(driver, where, fails)
     with pytest.raises(CatalogueError), opened(config, run, None) as pipeline:
         driver.run_cit(pipeline)

@@ -119,11 +119,13 @@ def test_a_run_ends_when_rounds_gain_nothing(tmp_path, caplog):
 
 def test_gains_are_those_of_the_protocol_that_decides(tmp_path):
     shares = {"fine": [0.5, 0.6, 0.7, 0.8], "chosen": [0.5, 0.5, 0.7, 0.8], "families": [0.5] * 4}
-    headline = make(tmp_path, shares, patience=1)
-    run_cit(headline)
-    assert headline.evaluated == [0, 1, 2, 3]
-    assert "decided_by" not in headline.promotion(1).inputs, "runs from before would be decided on again"
-    chosen = make(tmp_path, shares, patience=1, decided_by="chosen")
+    primary_protocol = make(tmp_path, shares, patience=1)
+    run_cit(primary_protocol)
+    assert primary_protocol.evaluated == [0, 1, 2, 3]
+    assert "selection_protocol" not in primary_protocol.promotion(1).inputs, (
+        "runs from before would be decided on again"
+    )
+    chosen = make(tmp_path, shares, patience=1, selection_protocol="chosen")
     run_cit(chosen)
     assert chosen.promotion(1).metrics["gain"]["mean"] == 0, "the decision of before was taken for its own"
     assert "promotion-r2" not in chosen._done

@@ -7,9 +7,9 @@ import pytest
 from afmrl_ray.config import load_config
 
 
-def decisive(*overrides: str) -> dict:
+def fingerprinted(*overrides: str) -> dict:
     config = load_config(None, overrides)
-    return {name: getattr(config, name).decisive() for name in ("distill", "agcl", "rar", "teacher", "evaluation")}
+    return {name: getattr(config, name).fingerprinted() for name in ("distill", "agcl", "rar", "teacher", "evaluation")}
 
 
 @pytest.mark.parametrize(
@@ -26,12 +26,12 @@ def decisive(*overrides: str) -> dict:
         "rar.reward.timeout_s=5",
         "rar.rollout.pool.num_workers=3",
         "rar.rollout.vllm.gpu_memory_utilization=0.5",
-        "rar.logprob_gap_limit=1",
+        "rar.rollout_logprob_diff_limit=1",
         "evaluation.pool.cpus_per_worker=2",
     ],
 )
 def test_what_changes_no_result_asks_for_nothing_again(override):
-    assert decisive(override) == decisive()
+    assert fingerprinted(override) == fingerprinted()
 
 
 @pytest.mark.parametrize(
@@ -44,10 +44,10 @@ def test_what_changes_no_result_asks_for_nothing_again(override):
         "rar.reward.k=3",
         "rar.zero_stage=2",
         "rar.rollout={engine: vllm, pool: {gpus_per_worker: 1}}",
-        "rar.task.query.inputs=picture",
+        "rar.task.query.inputs=image",
         "teacher.names=[a]",
         "evaluation.protocols=[{kind: retrieval, name: fine, map_k: 3}]",
     ],
 )
 def test_what_may_change_one_does(override):
-    assert decisive(override) != decisive()
+    assert fingerprinted(override) != fingerprinted()

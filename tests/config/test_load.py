@@ -25,7 +25,7 @@ def test_file_then_overrides_in_order(tmp_path):
 
 
 def test_the_printed_config_reads_back_as_itself(tmp_path):
-    config = load_config(None, ["evaluation.headline=x", "evaluation.protocols=[{kind: retrieval, name: x}]"])
+    config = load_config(None, ["evaluation.primary_protocol=x", "evaluation.protocols=[{kind: retrieval, name: x}]"])
     file = tmp_path / "printed.yaml"
     file.write_text(dump_yaml(config))
     assert load_config(str(file)) == config
@@ -54,10 +54,10 @@ def test_the_printed_config_reads_back_as_itself(tmp_path):
             "distill.batch_size 32 does not divide among 3 workers.*min_workers 2 allows; use a multiple of 12",
         ),
         (["rar.prompts_per_step=3", "rar.num_learners=2"], "prompts_per_step 3 does not divide"),
-        (["evaluation.headline=nothing"], "evaluation.headline 'nothing' is not a retrieval protocol"),
+        (["evaluation.primary_protocol=nothing"], "evaluation.primary_protocol 'nothing' is not a retrieval protocol"),
         (
             ["evaluation.protocols=[{kind: retrieval, name: fine, ks: [5]}]"],
-            "evaluation.protocols: ks of 'fine' lacks 1, but evaluation.headline names it",
+            "evaluation.protocols: ks of 'fine' lacks 1, but evaluation.primary_protocol names it",
         ),
         (
             [
@@ -69,11 +69,14 @@ def test_the_printed_config_reads_back_as_itself(tmp_path):
         (
             [
                 "evaluation.protocols=[{kind: retrieval, name: fine},{kind: retrieval, name: b, ks: [5]}]",
-                "cit.decided_by=b",
+                "cit.selection_protocol=b",
             ],
-            "evaluation.protocols: ks of 'b' lacks 1, but cit.decided_by names it",
+            "evaluation.protocols: ks of 'b' lacks 1, but cit.selection_protocol names it",
         ),
-        (["cit.decided_by=labels"], "cit.decided_by 'labels' is not a retrieval protocol .*there are: fine"),
+        (
+            ["cit.selection_protocol=labels"],
+            "cit.selection_protocol 'labels' is not a retrieval protocol .*there are: fine",
+        ),
         (["teacher.kind=oracle"], "teacher.*'column', 'openai', 'model'"),
         (
             ["encoder.vision_cache.enabled=true", "agcl.adapter.kind=full", "agcl.adapter.train_vision=true"],
@@ -91,7 +94,9 @@ def test_a_mistake_is_one_line_that_names_the_field(overrides, message):
 
 def test_protocols_that_decide_nothing_may_have_any_depths():
     shown = "{kind: retrieval, name: fine},{kind: retrieval, name: deep, ks: [5]},{kind: labels, name: x}"
-    config = load_config(None, [f"evaluation.protocols=[{shown}]", "cit.gate.protocols=[x]", "cit.decided_by=fine"])
+    config = load_config(
+        None, [f"evaluation.protocols=[{shown}]", "cit.gate.protocols=[x]", "cit.selection_protocol=fine"]
+    )
     assert config.evaluation.protocols[1].ks == (5,)
 
 
@@ -122,12 +127,12 @@ def test_every_field_has_a_sentence():
 
 def test_what_an_override_does_not_mention_keeps_its_default():
     default = Config()
-    config = load_config(None, ["rar.task.query.inputs=picture", "rar.rollout.pool.num_workers=3", "teacher.names=[a]"])
-    assert config.rar.task.query == default.rar.task.query.model_copy(update={"inputs": "picture"})
+    config = load_config(None, ["rar.task.query.inputs=image", "rar.rollout.pool.num_workers=3", "teacher.names=[a]"])
+    assert config.rar.task.query == default.rar.task.query.model_copy(update={"inputs": "image"})
     assert config.rar.rollout.pool.batch_size == default.rar.rollout.pool.batch_size != PoolConfig().batch_size
     assert config.teacher == ColumnTeacherConfig(names=("a",))
     assert load_config(None, ["distill.optimizer.schedule=constant"]).distill.optimizer.learning_rate == 1e-5
-    pair = load_config(None, ["agcl.pairs=[{query: {inputs: picture}}]"]).agcl.pairs[0]
+    pair = load_config(None, ["agcl.pairs=[{query: {inputs: image}}]"]).agcl.pairs[0]
     assert pair.query.split == pair.positive.split == ("train",)
     assert (
         load_config(None, ["evaluation.protocols=[{name: fine, kind: retrieval, query: {role: null}}]"])

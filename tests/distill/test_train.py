@@ -12,15 +12,15 @@ from afmrl_ray.config import validate
 from afmrl_ray.distill.train import DistillStep, labelled_rows
 from afmrl_ray.errors import CatalogueError, ConfigError
 from afmrl_ray.models.adapters import load_start
-from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.item_processor import ItemProcessor
 from afmrl_ray.models.policy import Policy
-from afmrl_ray.models.prompts import generator_row
+from afmrl_ray.models.prompts import generator_input
 from afmrl_ray.training.engine import Engine
 from tests.process_group import run_workers
 
 VALUES = {
-    "generator": {"picture": {"min_pixels": 784, "max_pixels": 3136}},
-    "distill": {"batch_size": 6, "optimizer": {"gradient_clip": 0.0}},
+    "generator": {"image": {"min_pixels": 784, "max_pixels": 3136}},
+    "distill": {"batch_size": 6, "optimizer": {"max_grad_norm": 0.0}},
 }
 LABELS = [(row, "; ".join(["color: red", "size: xl", "trim: gold"][: 1 + row % 3])) for row in range(12)]
 
@@ -33,7 +33,7 @@ def train(rank: int, world: int, ref, start: str, folder: str) -> None:
         steps=2,
         zero_stage=0,
     )
-    processor = ListingProcessor.from_pretrained(start, config.generator.picture)
+    processor = ItemProcessor.from_pretrained(start, config.generator.image)
     step = DistillStep(config, LABELS, ref.open(), processor, engine, rank=rank, world=world)
     loss = step(0)["loss"]
     losses = torch.tensor([loss])
@@ -60,11 +60,11 @@ def test_the_loss_is_the_stock_models_mean_over_completion_tokens(tiny_checkpoin
     config = validate(VALUES)
     catalogue = tiny_catalogue_ref.open()
     start = tiny_checkpoints["generator"]
-    processor = ListingProcessor.from_pretrained(start, config.generator.picture)
+    processor = ItemProcessor.from_pretrained(start, config.generator.image)
     model = load_start(start, "generator", config.distill.adapter, seed=config.run.seed)
     total, count = 0.0, 0
     for row, text in DistillStep(config, LABELS, catalogue, processor, None).batch(0):
-        prompt = generator_row(processor, catalogue, row, config=config.generator)
+        prompt = generator_input(processor, catalogue, row, config=config.generator)
         (visual,) = prompt.visuals
         completion = processor.completion_ids(text)
         ids = torch.from_numpy(np.concatenate([prompt.input_ids, completion]))[None]
@@ -85,7 +85,7 @@ def test_labels_that_cannot_be_used_are_told(tiny_checkpoints, tiny_catalogue_re
     catalogue = tiny_catalogue_ref.open()
     items = catalogue.column("item_id")
     config = validate(VALUES)
-    processor = ListingProcessor.from_pretrained(tiny_checkpoints["generator"], config.generator.picture)
+    processor = ItemProcessor.from_pretrained(tiny_checkpoints["generator"], config.generator.image)
     path = str(tmp_path / "labels.parquet")
     write_attributes(path, [AttributeRow(item, "", "empty") for item in items], fingerprint="t")
     with pytest.raises(CatalogueError, match="gave no valid attributes"):

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import pytest
 
-from tests.faults.harness import A_RUN, ROOT, Job, Outcome, Struck, started
+from tests.faults.harness import A_RUN, ROOT, InjectionResult, Job, Outcome, started
 
 TRIALS = int(os.environ.get("AFMRL_TRIALS", "1"))
 """Of each fault."""
@@ -99,7 +99,7 @@ class Trials(Protocol):
     """
 
     def __call__(
-        self, fault: str, again: Iterable[str], disturb: Callable[[Job, int, int], Struck], **options: Any
+        self, fault: str, again: Iterable[str], disturb: Callable[[Job, int, int], InjectionResult], **options: Any
     ) -> None: ...
 
 
@@ -112,7 +112,7 @@ def trials(
     note: Callable[[Outcome], None],
 ) -> Trials:
     def until_enough(
-        fault: str, again: Iterable[str], disturb: Callable[[Job, int, int], Struck], **options: Any
+        fault: str, again: Iterable[str], disturb: Callable[[Job, int, int], InjectionResult], **options: Any
     ) -> None:
         calm_s = calm(again)
         given, seed = 0, FIRST_SEED

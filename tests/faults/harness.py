@@ -85,7 +85,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Struck:
+class InjectionResult:
     """What was done to one job.
 
     Attributes:
@@ -129,7 +129,7 @@ class Job:
         self.run = RunDirectory(storage_path or str(folder), "t")
         values = run_values(folder, ray={"num_cpus": 4, "object_store_mb": 100})
         values["run"]["storage_path"] = storage_path or str(folder)
-        values["catalogue"]["staging_dir"] = str(staging)
+        values["catalogue"]["cache_dir"] = str(staging)
         values["agcl"]["steps"] = values["rar"]["steps"] = STEPS
         values["rar"]["num_learners"] = 1
         values["rar"]["cpus_per_learner"] = 0.5
@@ -248,7 +248,7 @@ class Job:
             time.sleep(1)
 
 
-class Blows(threading.Thread):
+class FaultInjector(threading.Thread):
     """Does something to a kind of process, at random moments while a job runs, until that was done `times` times.
 
     Args:
@@ -274,7 +274,7 @@ class Blows(threading.Thread):
         *,
         again: bool = False,
     ) -> None:
-        super().__init__(name=f"blows to {fault}", daemon=True)
+        super().__init__(name=f"fault injection: {fault}", daemon=True)
         self._job, self._fault, self._times, self._blow = job, fault, times, blow or kill
         self._again = again
         self._dice = random.Random(f"{fault} {seed}")
@@ -301,14 +301,14 @@ class Blows(threading.Thread):
             self.before |= before
             self.given += 1
 
-    def strike(self) -> Struck:
-        """Start the job, and see it through to its end amid the blows."""
+    def run_job(self) -> InjectionResult:
+        """Start the job, and see it through to its end while faults are injected."""
         self._job.start()
         self.start()
         resumes = finish(self._job)
         self._over.set()
         self.join()
-        return Struck(self.given, resumes, self.before)
+        return InjectionResult(self.given, resumes, self.before)
 
 
 def find_title(processes: Iterable[psutil.Process], title: str) -> list[psutil.Process]:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import pytest
 
 from tests.faults.conftest import Trials
-from tests.faults.harness import COMPARED, STAGES, Blows
+from tests.faults.harness import COMPARED, STAGES, FaultInjector
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * 3600)]
 
 
 @pytest.mark.parametrize("fault", [*STAGES, "driver"])
 def test_kills_cost_time_and_nothing_else(fault: str, trials: Trials) -> None:
-    trials(fault, STAGES.get(fault, COMPARED), lambda job, seed, times: Blows(job, fault, seed, times).strike())
+    trials(fault, STAGES.get(fault, COMPARED), lambda job, seed, times: FaultInjector(job, fault, seed, times).run())

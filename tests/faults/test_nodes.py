@@ -15,7 +15,7 @@ import pytest
 
 from tests.cluster.raylets import Cluster, leftovers
 from tests.faults.conftest import Trials
-from tests.faults.harness import COMPARED, PATIENCE_S, TITLES, Job, Struck, find_title, finish, kill
+from tests.faults.harness import COMPARED, PATIENCE_S, TITLES, InjectionResult, Job, find_title, finish, kill
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * 3600)]
 
@@ -47,7 +47,7 @@ def clusters(tmp_path: Path) -> Iterator[Callable[[], Cluster]]:
 def test_a_lost_node_costs_time_and_nothing_else(clusters: Callable[[], Cluster], trials: Trials) -> None:
     cluster = clusters()
 
-    def lose(job: Job, seed: int, times: int) -> Struck:
+    def lose(job: Job, seed: int, times: int) -> InjectionResult:
         dice = random.Random(f"node {seed}")
         before: dict[str, str] = {}
         given = resumes = 0
@@ -64,7 +64,7 @@ def test_a_lost_node_costs_time_and_nothing_else(clusters: Callable[[], Cluster]
             given += 1
             time.sleep(dice.uniform(0, 5))
             cluster.restart(1)
-        return Struck(given, resumes + finish(job), before)
+        return InjectionResult(given, resumes + finish(job), before)
 
     trials("node", COMPARED, lose, environment=cluster.environment | {"RAY_ADDRESS": cluster.gcs})
     deadline = time.monotonic() + 60
@@ -74,7 +74,7 @@ def test_a_lost_node_costs_time_and_nothing_else(clusters: Callable[[], Cluster]
 
 
 def test_a_lost_head_costs_a_resubmission(clusters: Callable[[], Cluster], trials: Trials) -> None:
-    def lose(job: Job, seed: int, times: int) -> Struck:
+    def lose(job: Job, seed: int, times: int) -> InjectionResult:
         dice = random.Random(f"head {seed}")
         before: dict[str, str] = {}
         for number in range(times):
@@ -89,7 +89,7 @@ def test_a_lost_head_costs_a_resubmission(clusters: Callable[[], Cluster], trial
             assert not alive, f"drivers outlive their cluster: {alive}"
         done = clusters().submit("last", job.config)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-        return Struck(times, times, before)
+        return InjectionResult(times, times, before)
 
     trials("head, resubmitted", COMPARED, lose)
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from afmrl_ray.attributes.text import InvalidAttributes, format_attributes, normalise_attributes, parse_attributes
 from afmrl_ray.catalogue import check_table
-from afmrl_ray.catalogue.checks import picture_fault
+from afmrl_ray.catalogue.checks import image_fault
 from afmrl_ray.cit.stages import RECORD, RunDirectory, StageOutcome
 from afmrl_ray.config import load_config
 from afmrl_ray.errors import CatalogueError, ConfigError, StorageError
@@ -54,7 +54,7 @@ def test_attribute_text(text: str, most: int) -> None:
 
 
 @functools.cache
-def pictures() -> list[bytes]:
+def images() -> list[bytes]:
     found = []
     for kind in ("JPEG", "PNG", "WEBP", "GIF"):
         target = io.BytesIO()
@@ -65,7 +65,7 @@ def pictures() -> list[bytes]:
 
 @st.composite
 def damaged(draw: Any) -> bytes:
-    data = bytearray(draw(st.sampled_from(pictures())))
+    data = bytearray(draw(st.sampled_from(images())))
     for place, value in draw(st.lists(st.tuples(st.integers(0, len(data) - 1), st.integers(0, 255)), max_size=8)):
         data[place] = value
     return bytes(data[: draw(st.integers(0, len(data)))])
@@ -74,13 +74,13 @@ def damaged(draw: Any) -> bytes:
 @fuzzed
 @given(data=st.binary(max_size=200) | damaged())
 @example(data=b"")
-def test_pictures(data: bytes) -> None:
-    for fault in (picture_fault(data, 10_000), upload_fault(data, 10_000)):
+def test_images(data: bytes) -> None:
+    for fault in (image_fault(data, 10_000), upload_fault(data, 10_000)):
         assert fault is None or isinstance(fault, str)
-    if picture_fault(data, 10_000) is None:
-        with Image.open(io.BytesIO(data)) as picture:
-            assert picture.width * picture.height <= 10_000
-            picture.load()
+    if image_fault(data, 10_000) is None:
+        with Image.open(io.BytesIO(data)) as image:
+            assert image.width * image.height <= 10_000
+            image.load()
 
 
 @fuzzed
@@ -89,7 +89,7 @@ def test_catalogue_rows(data: st.DataObject) -> None:
     cells = {
         "item_id": st.none() | texts,
         "split": st.sampled_from(["train", "test", "val", "gallery", "", "x"]) | st.none(),
-        "image": st.none() | st.binary(max_size=40) | st.sampled_from(pictures()),
+        "image": st.none() | st.binary(max_size=40) | st.sampled_from(images()),
         "image_uri": st.none() | texts,
         "title": st.none() | texts,
         "product_id": st.none() | texts,
@@ -124,7 +124,7 @@ SETTINGS = [
     "catalogue.path",
     "cit.gate",
     "rar",
-    "encoder.picture",
+    "encoder.image",
     "x.y",
     "run",
 ]

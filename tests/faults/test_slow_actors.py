@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.faults.conftest import Trials, Undisturbed
-from tests.faults.harness import Blows, Job, Outcome, Struck
+from tests.faults.harness import FaultInjector, InjectionResult, Job, Outcome
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * 3600)]
 
@@ -80,8 +80,8 @@ def test_a_runner_20_times_slower_changes_no_number(
 
 
 def test_a_hung_reward_actor_is_passed_over(trials: Trials) -> None:
-    def hang(job: Job, seed: int, times: int) -> Struck:
-        return Blows(job, "reward actor", seed, times, one_at_a_time(), again=True).strike()
+    def hang(job: Job, seed: int, times: int) -> InjectionResult:
+        return FaultInjector(job, "reward actor", seed, times, one_at_a_time(), again=True).run()
 
     trials("hung reward actor", ["rar-r0"], hang, reward=TWO)
 

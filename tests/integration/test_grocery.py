@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from afmrl_ray.catalogue import CatalogueRef, open_catalogue
-from afmrl_ray.cit.evaluation import floor_body
+from afmrl_ray.cit.evaluation import baselines_stage
 from afmrl_ray.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,12 +17,12 @@ DATA = ROOT.parent / "shared/data/grocery/products.parquet"
 @pytest.mark.skipif(not DATA.exists(), reason=f"REAL PHOTOGRAPHS NOT TESTED: no {DATA}")
 def test_pixel_baseline_and_chance_are_those_of_the_datas_readme(tmp_path):
     config = load_config(
-        str(ROOT / "jobs/configs/grocery.yaml"), [f"catalogue.path={DATA}", f"catalogue.staging_dir={tmp_path}"]
+        str(ROOT / "jobs/configs/grocery.yaml"), [f"catalogue.path={DATA}", f"catalogue.cache_dir={tmp_path}"]
     )
     catalogue = open_catalogue(str(DATA), config=config.catalogue)
     assert catalogue.counts == {"rows": 5502, "kept": 5502, "quarantined": {}}
     reference = CatalogueRef(str(DATA), config.catalogue, catalogue.fingerprint)
-    found = floor_body(config, reference, str(tmp_path / "floor")).metrics
+    found = baselines_stage(config, reference, str(tmp_path / "floor")).metrics
     published = {"G1": ((7.0, 26.3, 40.6), (1.2, 6.2, 12.3)), "G2": ((13.9, 30.1, 41.9), (1.4, 6.7, 13.0))}
     for name, (pixels, chance) in published.items():
         for k, by_pixels, by_chance in zip((1, 5, 10), pixels, chance, strict=True):

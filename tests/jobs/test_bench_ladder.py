@@ -73,8 +73,8 @@ def test_every_setting_of_the_sweep_is_a_run_of_its_own_that_changes_what_it_say
     cells = sweep.cells(base)
     assert len({config.run.name for _, _, config in cells}) == len(cells)
     told = [config.model_dump(exclude={"run"}) for _, _, config in cells]
-    headline = {"evaluation.protocols": list(base.evaluation.protocols[:1]), "cit.gate.protocols": []}
-    assert told[0] == with_values(base, headline).model_dump(exclude={"run"})
+    primary_protocol = {"evaluation.protocols": list(base.evaluation.protocols[:1]), "cit.gate.protocols": []}
+    assert told[0] == with_values(base, primary_protocol).model_dump(exclude={"run"})
     assert {len(config.evaluation.protocols) for _, _, config in cells} == {1}
     assert all(told.count(each) == 1 for each in told), "two settings are the same"
 

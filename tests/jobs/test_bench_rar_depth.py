@@ -30,8 +30,8 @@ def test_every_depth_is_measured_from_one_start_once(tmp_path: Path) -> None:
         hit = run.committed(f"depth-k{row['k']}-s0-evaluate").metrics["protocols"]["fine"]["metrics"]["hit@1"]["mean"]
         assert row["hit1_before"] + row["hit1_gain"] == pytest.approx(100 * hit)
         assert run.committed(f"depth-k{row['k']}-s0").inputs["changes"]["rar.reward.k"] == row["k"]
-    # Stages name what they stand on and what they change, so a report takes none for outdated.
-    assert collect(run).outdated == set()
+    # Stages name what they stand on and what they change, so a report takes none for stale.
+    assert collect(run).stale == set()
     before = commits(tmp_path)
     assert bench(tmp_path, "rar_depth.py", *asked).returncode == 0
     assert commits(tmp_path) == before

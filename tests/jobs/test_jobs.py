@@ -109,7 +109,7 @@ def catalogue_of(folder: Path, **changes) -> str:
 
 
 def synthetic(folder: Path) -> str:
-    write_catalogue(make_catalogue(SyntheticConfig(preset="tiny", picture_px=32)), str(folder / "c.parquet"))
+    write_catalogue(make_catalogue(SyntheticConfig(preset="tiny", image_px=32)), str(folder / "c.parquet"))
     return f"catalogue.path={folder}/c.parquet"
 
 
@@ -119,7 +119,7 @@ def without_split(folder: Path) -> str:
     return str(folder / "c.parquet")
 
 
-def bad_pictures(folder: Path) -> str:
+def bad_images(folder: Path) -> str:
     content = [{**row, "image": b"x"} for row in rows()]
     pq.write_table(pa.Table.from_pylist(content), folder / "c.parquet")
     return str(folder / "c.parquet")
@@ -133,10 +133,10 @@ def bad_pictures(folder: Path) -> str:
         (lambda at, models: ["rar.group_size=x"], "rar.group_size"),
         (lambda at, models: ["catalogue.path=/nowhere.parquet"], "/nowhere.parquet does not exist"),
         (lambda at, models: [f"catalogue.path={catalogue_without_positives(at)}"], "nothing is positive"),
-        (lambda at, models: [f"catalogue.path={bad_pictures(at)}"], "undecodable_image"),
+        (lambda at, models: [f"catalogue.path={bad_images(at)}"], "undecodable_image"),
         (lambda at, models: [f"catalogue.path={without_split(at)}"], "lacks the columns split"),
         (lambda at, models: [f"catalogue.path={catalogue_of(at, split='test')}"], "split train"),
-        (lambda at, models: [synthetic(at), "generator.title_columns=[headline]"], "headline"),
+        (lambda at, models: [synthetic(at), "generator.title_columns=[primary_protocol]"], "primary_protocol"),
         (
             lambda at, models: [
                 synthetic(at),
@@ -168,7 +168,7 @@ def test_a_mistake_is_one_line_with_exit_code_2_and_nothing_is_written(
 def test_an_encoder_alone_is_exported_for_sentence_transformers(tiny_checkpoints, tmp_path, capsys):
     def export(role, out):
         arguments = ["--model", tiny_checkpoints[role], "--role", role, "--out", str(out), "--sentence-transformers"]
-        return main_of("export")([*arguments, "encoder.picture.max_pixels=50000", "encoder.instruction=Look."])
+        return main_of("export")([*arguments, "encoder.image.max_pixels=50000", "encoder.instruction=Look."])
 
     assert export("encoder", tmp_path / "encoder") == 0
     assert capsys.readouterr().out.strip().endswith(str(tmp_path / "encoder"))
@@ -214,7 +214,7 @@ def test_an_error_stands_on_a_line_of_its_own_whatever_bars_are_about(capsys):
 def test_make_and_import_catalogue(tmp_path, capsys):
     out = tmp_path / "made.parquet"
     sheet = tmp_path / "sheet.png"
-    arguments = ["--out", str(out), "--sheet", str(sheet), "synthetic.preset=tiny", "synthetic.picture_px=48"]
+    arguments = ["--out", str(out), "--sheet", str(sheet), "synthetic.preset=tiny", "synthetic.image_px=48"]
     assert main_of("make_catalogue")(arguments) == 0
     assert pq.read_table(out).num_rows > 100
     assert sheet.read_bytes().startswith(b"\x89PNG")
@@ -224,7 +224,7 @@ def test_make_and_import_catalogue(tmp_path, capsys):
         (tmp_path / f"{row['item_id']}.jpg").write_bytes(row["image"])
     lines = [{"sku": r["item_id"], "title": r["title"], "file": f"{r['item_id']}.jpg"} for r in table]
     source.write_text("\n".join(json.dumps(line) for line in lines))
-    arguments = ["--source", str(source), "--pictures", str(tmp_path), "--out", str(tmp_path / "in.parquet")]
+    arguments = ["--source", str(source), "--images", str(tmp_path), "--out", str(tmp_path / "in.parquet")]
     assert main_of("import_catalogue")([*arguments, "--column", "item_id=sku", "--column", "image=file"]) == 0
     assert pq.read_table(tmp_path / "in.parquet").num_rows == 6
 
@@ -232,7 +232,7 @@ def test_make_and_import_catalogue(tmp_path, capsys):
 def test_an_import_over_the_threshold_leaves_nothing_behind(tmp_path, capsys):
     source = tmp_path / "items.csv"
     source.write_text("item_id,image,title\n" + "".join(f"{n},none.jpg,mug\n" for n in range(5)))
-    arguments = ["--source", str(source), "--pictures", str(tmp_path), "--out", str(tmp_path / "out.parquet")]
+    arguments = ["--source", str(source), "--images", str(tmp_path), "--out", str(tmp_path / "out.parquet")]
     assert main_of("import_catalogue")(arguments) == 2
     assert "5 of 5 rows are bad (5 missing_image)" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["items.csv"]

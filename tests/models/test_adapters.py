@@ -7,24 +7,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from afmrl_ray.config.models import AdapterConfig, PictureConfig
+from afmrl_ray.config.models import AdapterConfig, ImageConfig
 from afmrl_ray.errors import CheckpointError
 from afmrl_ray.models.adapters import ADAPTER_FILE, load_start, load_trained, make_trainable, save_trained
 from afmrl_ray.models.backbones import load_backbone
 from afmrl_ray.models.encoder import EmbeddingModel
 from afmrl_ray.models.export import export_merged
-from afmrl_ray.models.listing import ListingProcessor
-from afmrl_ray.models.rows import collate
-from tests.models.test_listing import noise
+from afmrl_ray.models.item_processor import ItemProcessor
+from afmrl_ray.models.model_input import collate
+from tests.models.test_item_processor import noise
 
 LORA = AdapterConfig(kind="lora", r=4)
 
 
 @pytest.fixture(scope="module")
 def batch(tiny_checkpoints):
-    processor = ListingProcessor.from_pretrained(
-        tiny_checkpoints["encoder"], PictureConfig(min_pixels=784, max_pixels=3136)
-    )
+    processor = ItemProcessor.from_pretrained(tiny_checkpoints["encoder"], ImageConfig(min_pixels=784, max_pixels=3136))
     rows = [processor.row(noise(60, 60, seed), "red mug " * seed) for seed in range(4)]
     return collate(rows, processor.pad_id)
 
@@ -102,7 +100,7 @@ def test_an_exported_adapter_is_an_ordinary_model_with_the_same_embeddings(adapt
     stock = Qwen2VLForConditionalGeneration.from_pretrained(out, dtype=torch.float32)
     torch.testing.assert_close(embed(stock, batch), embeddings, atol=1e-5, rtol=1e-4)
     assert not os.path.exists(os.path.join(out, "adapter_config.json"))
-    ListingProcessor.from_pretrained(out, PictureConfig())
+    ItemProcessor.from_pretrained(out, ImageConfig())
     with pytest.raises(CheckpointError, match="is not empty"):
         export_merged(path, "encoder", out)
 
@@ -149,7 +147,7 @@ def test_a_whole_model_round_trips_with_its_processor(tiny_checkpoints, tmp_path
     expected = embed(model, batch)
     save_trained(model, str(tmp_path / "model"), processor=tiny_checkpoints["encoder"])
     torch.testing.assert_close(embed(load_trained(str(tmp_path / "model"), "encoder"), batch), expected)
-    ListingProcessor.from_pretrained(str(tmp_path / "model"), PictureConfig())
+    ItemProcessor.from_pretrained(str(tmp_path / "model"), ImageConfig())
     adapter = load_start(tiny_checkpoints["encoder"], "encoder", LORA, seed=0)
     save_trained(adapter, str(tmp_path / "adapter"), processor=tiny_checkpoints["encoder"])
     with pytest.raises(CheckpointError, match=r"adapter.kind is full"):

@@ -9,14 +9,14 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from afmrl_ray.config.models import AdapterConfig, PictureConfig, VisionCacheConfig
+from afmrl_ray.config.models import AdapterConfig, ImageConfig, VisionCacheConfig
 from afmrl_ray.models.adapters import load_start
 from afmrl_ray.models.encoder import EmbeddingModel
 from afmrl_ray.models.flops import EncoderFlops, peak_tflops
-from afmrl_ray.models.listing import ListingProcessor
-from afmrl_ray.models.rows import collate
+from afmrl_ray.models.item_processor import ItemProcessor
+from afmrl_ray.models.model_input import collate
 from afmrl_ray.models.vision_cache import VisionCache
-from tests.models.test_listing import noise
+from tests.models.test_item_processor import noise
 
 ADAPTERS = {
     "tower": (AdapterConfig(kind="full", train_vision=True), 0.03),
@@ -27,19 +27,19 @@ ADAPTERS = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "pictures"),
+    ("kind", "images"),
     [pair for pair in itertools.product(ADAPTERS, ("pixels", "features", "none")) if pair != ("tower", "features")],
 )
-def test_a_step_needs_what_torch_counts(tiny_checkpoints, tmp_path, kind, pictures):
+def test_a_step_needs_what_torch_counts(tiny_checkpoints, tmp_path, kind, images):
     adapter, slack = ADAPTERS[kind]
     path = tiny_checkpoints["encoder"]
-    processor = ListingProcessor.from_pretrained(path, PictureConfig(min_pixels=784, max_pixels=20_000))
+    processor = ItemProcessor.from_pretrained(path, ImageConfig(min_pixels=784, max_pixels=20_000))
     backbone = load_start(path, "encoder", adapter, seed=0)
     model = EmbeddingModel(backbone).train()
     rows = [processor.row(noise(120, 120, seed), "blue mug " * 12) for seed in range(3)]
-    if pictures == "none":
+    if images == "none":
         rows = [processor.row(None, "blue mug " * 12) for _ in range(3)]
-    if pictures == "features":
+    if images == "features":
         cached = VisionCache(backbone, processor, VisionCacheConfig(enabled=True, folder=str(tmp_path)))
         rows = [
             processor.row(cached.visual(bytes([seed]), lambda seed=seed: noise(120, 120, seed)), "blue mug " * 12)

@@ -4,19 +4,19 @@ import numpy as np
 import pytest
 import torch
 
-from afmrl_ray.config.models import PictureConfig
+from afmrl_ray.config.models import ImageConfig
 from afmrl_ray.models.backbones import load_backbone
 from afmrl_ray.models.generation import generate
-from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.item_processor import ItemProcessor
 from afmrl_ray.models.logprobs import completion_batch, completion_logprobs, token_logprobs
 from afmrl_ray.models.shared_prefix import Decoding, use_shared_prefix
-from tests.models.test_listing import noise
+from tests.models.test_item_processor import noise
 
 
 @pytest.fixture(scope="module", params=["prompt repeated", "prompt shared"])
 def generator(request, tiny_checkpoints):
     path = tiny_checkpoints["generator"]
-    processor = ListingProcessor.from_pretrained(path, PictureConfig(min_pixels=28 * 28, max_pixels=84 * 84))
+    processor = ItemProcessor.from_pretrained(path, ImageConfig(min_pixels=28 * 28, max_pixels=84 * 84))
     model = load_backbone(path, "generator").eval()
     if request.param == "prompt shared":
         use_shared_prefix(model)
@@ -92,7 +92,7 @@ def test_groups_without_seeds_are_refused(generator, prompts):
 
 def test_a_shared_prompt_draws_the_same_tokens_without_a_copy_for_each(tiny_checkpoints, prompts, monkeypatch):
     path = tiny_checkpoints["generator"]
-    processor = ListingProcessor.from_pretrained(path, PictureConfig(min_pixels=28 * 28, max_pixels=84 * 84))
+    processor = ItemProcessor.from_pretrained(path, ImageConfig(min_pixels=28 * 28, max_pixels=84 * 84))
     model = load_backbone(path, "generator").eval()
     arguments = {"max_new_tokens": 14, "group_size": 5, "seeds": [4, 5, 6]}
     repeated = generate(model, processor, prompts, **arguments)

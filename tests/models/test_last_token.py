@@ -6,17 +6,17 @@ import pytest
 import torch
 from transformers import Qwen2VLForConditionalGeneration
 
-from afmrl_ray.config.models import AdapterConfig, PictureConfig
+from afmrl_ray.config.models import AdapterConfig, ImageConfig
 from afmrl_ray.models.adapters import make_trainable
 from afmrl_ray.models.encoder import EmbeddingModel
-from afmrl_ray.models.listing import ListingProcessor
-from afmrl_ray.models.rows import collate
-from tests.models.test_listing import noise
+from afmrl_ray.models.item_processor import ItemProcessor
+from afmrl_ray.models.model_input import collate
+from tests.models.test_item_processor import noise
 
 
 @pytest.fixture(scope="module")
-def processor(tiny_checkpoints) -> ListingProcessor:
-    return ListingProcessor.from_pretrained(tiny_checkpoints["encoder"], PictureConfig(min_pixels=784, max_pixels=6000))
+def processor(tiny_checkpoints) -> ItemProcessor:
+    return ItemProcessor.from_pretrained(tiny_checkpoints["encoder"], ImageConfig(min_pixels=784, max_pixels=6000))
 
 
 def stock(path: str, kind: str):

@@ -8,15 +8,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from afmrl_ray.config.models import EncoderConfig, PictureConfig
+from afmrl_ray.config.models import EncoderConfig, ImageConfig
 from afmrl_ray.models.backbones import load_backbone
 from afmrl_ray.models.encoder import EmbeddingModel
-from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.item_processor import ItemProcessor
+from afmrl_ray.models.model_input import collate
 from afmrl_ray.models.prefix_groups import embed_groups, group_tokens, split_at_common_prefix
-from afmrl_ray.models.rows import collate
 from afmrl_ray.models.shared_prefix import use_shared_prefix
 from afmrl_ray.retrieval.embed import Encoder, EncoderRef
-from tests.models.test_listing import noise
+from tests.models.test_item_processor import noise
 
 TEXTS = ["", "color: red", "color: red; shape: round", "color: blue", "material: steel; shape: oval; size: xl"]
 SIZES = [None, (56, 56), (140, 70)]
@@ -31,7 +31,7 @@ def loaded(tiny_checkpoints):
     return (
         plain,
         EmbeddingModel(model).eval(),
-        ListingProcessor.from_pretrained(path, PictureConfig(min_pixels=784, max_pixels=20_000)),
+        ItemProcessor.from_pretrained(path, ImageConfig(min_pixels=784, max_pixels=20_000)),
     )
 
 
@@ -48,12 +48,12 @@ def loaded(tiny_checkpoints):
     tokens=st.integers(20, 400),
 )  # fmt: skip
 def test_random_groups_have_the_embeddings_of_plain_rows(loaded, groups, tokens):
-    """Texts that are equal, one alone, listings without a picture, and cuts within a group."""
+    """Texts that are equal, one alone, items without an image, and cuts within a group."""
     plain, shared, processor = loaded
     rows = []
     for seed, (size, title, texts) in enumerate(groups):
-        picture = processor.visual(noise(*size, seed)) if size else None
-        rows.append([processor.row(picture, f"{title}\n{text}") for text in texts])
+        image = processor.visual(noise(*size, seed)) if size else None
+        rows.append([processor.row(image, f"{title}\n{text}") for text in texts])
     with torch.no_grad():
         found = embed_groups(shared, rows, processor.pad_id, tokens=tokens)
         expected = plain(**collate([row for own in rows for row in own], processor.pad_id))
@@ -62,8 +62,8 @@ def test_random_groups_have_the_embeddings_of_plain_rows(loaded, groups, tokens)
 
 def test_the_prefix_is_what_all_rows_begin_with_and_each_keeps_a_token(loaded):
     processor = loaded[2]
-    picture = processor.visual(noise(60, 60))
-    rows = [processor.row(picture, f"mug\n{text}") for text in TEXTS]
+    image = processor.visual(noise(60, 60))
+    rows = [processor.row(image, f"mug\n{text}") for text in TEXTS]
     prefix, continuations = split_at_common_prefix(rows)
     for row, ids in zip(rows, continuations, strict=True):
         np.testing.assert_array_equal(np.concatenate([prefix.input_ids, ids]), row.input_ids)
@@ -76,18 +76,18 @@ def test_the_prefix_is_what_all_rows_begin_with_and_each_keeps_a_token(loaded):
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_a_listing_is_embedded_as_without_sharing_and_its_picture_goes_through_the_tower_once(
+def test_a_item_is_embedded_as_without_sharing_and_its_image_goes_through_the_tower_once(
     tiny_checkpoints, tiny_catalogue_ref, tmp_path, monkeypatch, cached
 ):
     config = EncoderConfig(
-        picture={"min_pixels": 784, "max_pixels": 3136}, vision_cache={"enabled": cached, "folder": str(tmp_path)}
+        image={"min_pixels": 784, "max_pixels": 3136}, vision_cache={"enabled": cached, "folder": str(tmp_path)}
     )
     encoder = Encoder(EncoderRef(tiny_checkpoints["encoder"], config), tiny_catalogue_ref)
     encoder.share_prefixes()
     expected = encoder.embed([3] * 5 + [8] * 5, TEXTS * 2, inputs="both")
     tower, seen = encoder._model.backbone.model.visual, []
     tower.register_forward_hook(lambda _, __, kwargs, ___: seen.append(len(kwargs["grid_thw"])), with_kwargs=True)
-    groups = [encoder.listing_rows(row, TEXTS, inputs="both") for row in (3, 8)]
+    groups = [encoder.item_rows(row, TEXTS, inputs="both") for row in (3, 8)]
     np.testing.assert_allclose(encoder.embed_groups(groups, tokens=10_000), expected, atol=1e-5)
     assert sum(seen) == (0 if cached else 2)
     np.testing.assert_allclose(

@@ -12,25 +12,25 @@ import torch
 from PIL import Image
 from tokenizers.processors import ByteLevel
 
-from afmrl_ray.config.models import AdapterConfig, EncoderConfig, PictureConfig
+from afmrl_ray.config.models import AdapterConfig, EncoderConfig, ImageConfig
 from afmrl_ray.errors import CheckpointError, ConfigError
 from afmrl_ray.models.adapters import load_start, load_trained, save_trained
 from afmrl_ray.models.encoder import EmbeddingModel
-from afmrl_ray.models.listing import ListingProcessor
-from afmrl_ray.models.prompts import encoder_row
-from afmrl_ray.models.rows import collate
+from afmrl_ray.models.item_processor import ItemProcessor
+from afmrl_ray.models.model_input import collate
+from afmrl_ray.models.prompts import encoder_input
 from afmrl_ray.models.sentence_transformers_export import export_sentence_transformers
 from afmrl_ray.models.tiny import train_tokenizer
 
-CONFIG = EncoderConfig(picture=PictureConfig(min_pixels=1600, max_pixels=14000), max_tokens=150)
+CONFIG = EncoderConfig(image=ImageConfig(min_pixels=1600, max_pixels=14000), max_tokens=150)
 COLOURS = "color: red; pattern: striped"
 LONG = "new hot sale mug with handle " * 30
 SYSTEM = """<|im_start|>system\nYou're a "helpful" assistänt. 🛒<|im_end|>\n"""
 
 
 @dataclass(frozen=True)
-class Listing:
-    """A picture's size, none = no picture; title; attributes."""
+class TeacherItem:
+    """An image's size, none = no image; title; attributes."""
 
     size: tuple[int, int] | None
     title: str = ""
@@ -59,26 +59,26 @@ class Listing:
 
 
 LISTINGS = [
-    Listing((90, 60), "hot mug", COLOURS),
-    Listing((61, 140), "mug"),
-    Listing((300, 220), "new striped steel mug with handle", COLOURS),
-    Listing((20, 24)),
-    Listing((150, 41), attributes=COLOURS),
-    Listing(None, "hot mug", COLOURS),
-    Listing(None, "Krug für Tee, 茶 🍵\nzwei Zeilen"),
-    Listing(None, attributes=COLOURS),
-    Listing(None, LONG, COLOURS),
-    Listing((80, 80), LONG, COLOURS),
+    TeacherItem((90, 60), "hot mug", COLOURS),
+    TeacherItem((61, 140), "mug"),
+    TeacherItem((300, 220), "new striped steel mug with handle", COLOURS),
+    TeacherItem((20, 24)),
+    TeacherItem((150, 41), attributes=COLOURS),
+    TeacherItem(None, "hot mug", COLOURS),
+    TeacherItem(None, "Krug für Tee, 茶 🍵\nzwei Zeilen"),
+    TeacherItem(None, attributes=COLOURS),
+    TeacherItem(None, LONG, COLOURS),
+    TeacherItem((80, 80), LONG, COLOURS),
 ]
 
 
 class Shop:
-    """`prompts.Listings` of the listings above."""
+    """`prompts.Items` of the items above."""
 
-    def picture(self, row):
+    def image(self, row):
         return LISTINGS[row].image
 
-    def picture_bytes(self, row):
+    def image_bytes(self, row):
         raise NotImplementedError
 
     def title(self, row, columns=("title",)):
@@ -86,18 +86,18 @@ class Shop:
 
 
 def own_rows(processor):
-    def inputs(listing):
-        return "both" if listing.size else "text"
+    def inputs(item):
+        return "both" if item.size else "text"
 
     return [
-        encoder_row(processor, Shop(), n, config=CONFIG, inputs=inputs(listing), attributes=listing.attributes)
-        for n, listing in enumerate(LISTINGS)
+        encoder_input(processor, Shop(), n, config=CONFIG, inputs=inputs(item), attributes=item.attributes)
+        for n, item in enumerate(LISTINGS)
     ]
 
 
 @pytest.fixture(scope="module", params=["plain", "system"])
 def exported(request, tiny_checkpoints, tmp_path_factory):
-    """The exported folder, what our own encoder makes of the listings, and their rows.
+    """The exported folder, what our own encoder makes of the items, and their rows.
 
     `system`: a chat template that begins with a system message, as that of the published checkpoints does.
     """
@@ -111,7 +111,7 @@ def exported(request, tiny_checkpoints, tmp_path_factory):
     if request.param == "system":
         template = Path(source) / "chat_template.jinja"
         template.write_text(SYSTEM + template.read_text())
-    processor = ListingProcessor.from_pretrained(source, CONFIG.picture)
+    processor = ItemProcessor.from_pretrained(source, CONFIG.image)
     rows = own_rows(processor)
     with torch.no_grad():
         own = EmbeddingModel(load_trained(source, "encoder")).eval()(**collate(rows, processor.pad_id))
@@ -137,18 +137,18 @@ def test_the_chat_template_and_tokenizer_give_our_token_ids(exported):
 
     out, _, rows = exported
     tokenizer = AutoTokenizer.from_pretrained(out)
-    for listing, row in zip(LISTINGS, rows, strict=True):
-        if listing.size is None:
-            text = tokenizer.apply_chat_template(listing.messages, tokenize=False)
+    for item, row in zip(LISTINGS, rows, strict=True):
+        if item.size is None:
+            text = tokenizer.apply_chat_template(item.messages, tokenize=False)
             assert tokenizer(text, truncation=True)["input_ids"] == row.input_ids.tolist()
             if len(row) < CONFIG.max_tokens:
-                whole = tokenizer.apply_chat_template(listing.messages, add_generation_prompt=True, return_dict=False)
+                whole = tokenizer.apply_chat_template(item.messages, add_generation_prompt=True, return_dict=False)
                 assert whole == row.input_ids.tolist()
 
 
 def test_our_own_code_makes_the_same_rows_of_the_folder(exported):
     out, _, rows = exported
-    for again, row in zip(own_rows(ListingProcessor.from_pretrained(out, CONFIG.picture)), rows, strict=True):
+    for again, row in zip(own_rows(ItemProcessor.from_pretrained(out, CONFIG.image)), rows, strict=True):
         assert again.input_ids.tolist() == row.input_ids.tolist()
 
 
@@ -159,7 +159,7 @@ def test_stock_transformers_gives_our_inputs_and_embeddings(exported, side):
     out, own, rows = exported
     processor = AutoProcessor.from_pretrained(out, backend="pil")
     features = processor.apply_chat_template(
-        [listing.messages for listing in LISTINGS],
+        [item.messages for item in LISTINGS],
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
@@ -222,7 +222,7 @@ def loaded(exported):
 def test_stock_sentence_transformers_gives_our_embeddings(loaded, side, batch_size):
     model, own = loaded
     model[0].tokenizer.padding_side = side
-    given = [listing.given for listing in LISTINGS]
+    given = [item.given for item in LISTINGS]
     theirs = model.encode(given, batch_size=batch_size)
     assert gap(theirs, own) < 1e-5
     assert float((torch.from_numpy(theirs) * own).sum(dim=1).min()) >= 1 - 1e-6
@@ -233,7 +233,7 @@ def test_stock_sentence_transformers_gives_our_embeddings(loaded, side, batch_si
 @pytest.mark.parametrize("wrong", ["prompt", "budget", "order", "end", "pooling"])
 def test_each_part_of_the_folder_is_needed(loaded, wrong):
     model, own = loaded
-    given = [listing.given for listing in LISTINGS]
+    given = [item.given for item in LISTINGS]
     prompt = None
     if wrong == "prompt":
         prompt = "Represent the products."
@@ -256,12 +256,12 @@ def test_the_code_of_the_model_card_runs_and_gives_our_embeddings(exported, monk
     monkeypatch.chdir(tmp_path)
     found: dict = {}
     exec(code.replace('SentenceTransformer(".")', f"SentenceTransformer({out!r}, device='cpu')"), found)
-    processor = ListingProcessor.from_pretrained(out, CONFIG.picture)
-    picture = Image.open(tmp_path / "mug.jpg").convert("RGB")
+    processor = ItemProcessor.from_pretrained(out, CONFIG.image)
+    image = Image.open(tmp_path / "mug.jpg").convert("RGB")
     title, attributes = found["title"], found["attributes"]
     texts = [f"{title}\n{attributes}", title, "", title]
     rows = [
-        processor.row(picture if n < 3 else None, f"{CONFIG.instruction}\n{text}".strip(), max_tokens=CONFIG.max_tokens)
+        processor.row(image if n < 3 else None, f"{CONFIG.instruction}\n{text}".strip(), max_tokens=CONFIG.max_tokens)
         for n, text in enumerate(texts)
     ]
     with torch.no_grad():

@@ -9,30 +9,30 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from afmrl_ray.config.models import AdapterConfig, PictureConfig
+from afmrl_ray.config.models import AdapterConfig, ImageConfig
 from afmrl_ray.models.adapters import load_start
-from afmrl_ray.models.listing import ListingProcessor
+from afmrl_ray.models.item_processor import ItemProcessor
 from afmrl_ray.models.logprobs import completion_batch
+from afmrl_ray.models.model_input import collate, continuation
 from afmrl_ray.models.policy import Policy
-from afmrl_ray.models.rows import collate, continuation
 from afmrl_ray.models.shared_prefix import NAME, pack, use_shared_prefix
 
-PICTURE = PictureConfig(min_pixels=784, max_pixels=20_000)
+PICTURE = ImageConfig(min_pixels=784, max_pixels=20_000)
 WORDS = ("red", "steel mug", "new hot sale", "striped")
 
 
-def picture(draw: np.random.Generator) -> Image.Image:
+def image(draw: np.random.Generator) -> Image.Image:
     width, height = draw.integers(28, 140, size=2)
     return Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def groups(processor: ListingProcessor, seed: int, sizes: list[tuple[int, list[int]]]):
-    """Prompts with 0, 1 or 2 pictures, and completions of the given lengths."""
+def groups(processor: ItemProcessor, seed: int, sizes: list[tuple[int, list[int]]]):
+    """Prompts with 0, 1 or 2 images, and completions of the given lengths."""
     draw = np.random.default_rng(seed)
     prompts, completions = [], []
-    for pictures, lengths in sizes:
+    for images, lengths in sizes:
         text = " ".join(draw.choice(WORDS, size=draw.integers(0, 6)))
-        prompts.append(processor.row([picture(draw) for _ in range(pictures)], text))
+        prompts.append(processor.row([image(draw) for _ in range(images)], text))
         completions.append([draw.integers(20, 300, size=length) for length in lengths])
     return prompts, completions
 
@@ -46,7 +46,7 @@ def policies(path: str, role: str, kind: str) -> Policy:
     return Policy(model)
 
 
-def both_ways(policy: Policy, processor: ListingProcessor, prompts, completions):
+def both_ways(policy: Policy, processor: ItemProcessor, prompts, completions):
     """Log-probabilities and gradients of a weighted sum of them, from rows of their own and packed."""
     repeated = [prompt for prompt, own in zip(prompts, completions, strict=True) for _ in own]
     rows = completion_batch(repeated, [ids for own in completions for ids in own], processor.pad_id)
@@ -81,7 +81,7 @@ def loaded(tiny_checkpoints):
         for role in ("encoder", "generator")
         for kind in ("full", "lora")
     }
-    processors = {role: ListingProcessor.from_pretrained(tiny_checkpoints[role], PICTURE) for role in tiny_checkpoints}
+    processors = {role: ItemProcessor.from_pretrained(tiny_checkpoints[role], PICTURE) for role in tiny_checkpoints}
     return made, processors
 
 
@@ -106,7 +106,7 @@ SIZES = [(2, [5, 1, 7]), (0, [3, 3]), (1, [4, 9, 2, 6])]
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_gradient_checkpointing_changes_nothing(tiny_checkpoints, kind):
     path = tiny_checkpoints["generator"]
-    processor = ListingProcessor.from_pretrained(path, PICTURE)
+    processor = ItemProcessor.from_pretrained(path, PICTURE)
     policy = policies(path, "generator", kind).train()
     policy.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     assert_equal(both_ways(policy, processor, *groups(processor, 1, SIZES)))
@@ -138,7 +138,7 @@ def test_continuations_see_neither_each_other_nor_other_prompts(loaded):
     assert not torch.equal(first[1], second[1])
 
 
-def test_a_packed_sequence_holds_every_prompt_and_picture_once(loaded):
+def test_a_packed_sequence_holds_every_prompt_and_image_once(loaded):
     _, processors = loaded
     prompts, completions = groups(processors["generator"], 5, SIZES)
     packed = pack(prompts, completions, processors["generator"].pad_id)
@@ -152,7 +152,7 @@ def test_a_packed_sequence_holds_every_prompt_and_picture_once(loaded):
 
 def test_hidden_states_of_an_ordinary_batch_stay_as_they_were(tiny_checkpoints):
     path = tiny_checkpoints["generator"]
-    processor = ListingProcessor.from_pretrained(path, PICTURE)
+    processor = ItemProcessor.from_pretrained(path, PICTURE)
     model = load_start(path, "generator", AdapterConfig(kind="full"), seed=0).eval()
     prompts, _ = groups(processor, 6, SIZES)
     batch = collate(prompts, processor.pad_id)
@@ -164,7 +164,7 @@ def test_hidden_states_of_an_ordinary_batch_stay_as_they_were(tiny_checkpoints):
 
 def test_positions_of_a_continuation_count_on_from_the_largest_of_the_prompt(loaded):
     _, processors = loaded
-    prompt = processors["generator"].row([picture(np.random.default_rng(0))], "")
+    prompt = processors["generator"].row([image(np.random.default_rng(0))], "")
     following = continuation(prompt, np.array([5, 6]))
     assert following.positions.tolist() == [[prompt.positions.max() + 1, prompt.positions.max() + 2]] * 3
 

@@ -1,4 +1,4 @@
-"""Pictures of equal size at once give what stock transformers gives one by one."""
+"""Images of equal size at once give what stock transformers gives one by one."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
 
-from afmrl_ray.config.models import PictureConfig
+from afmrl_ray.config.models import ImageConfig
 from afmrl_ray.models.backbones import load_backbone
-from afmrl_ray.models.listing import ListingProcessor
-from afmrl_ray.models.rows import collate
+from afmrl_ray.models.item_processor import ItemProcessor
+from afmrl_ray.models.model_input import collate
 from afmrl_ray.models.vision_attention import NAME
-from tests.models.test_listing import noise
+from tests.models.test_item_processor import noise
 
 STOCK = {"encoder": Qwen2VLForConditionalGeneration, "generator": Qwen2_5_VLForConditionalGeneration}
 SIZES = {"equal": [(60, 60)] * 3, "mixed": [(60, 60), (120, 60), (60, 60), (200, 130), (60, 120)]}
@@ -24,7 +24,7 @@ SIZES = {"equal": [(60, 60)] * 3, "mixed": [(60, 60), (120, 60), (60, 60), (200,
 @pytest.mark.parametrize("sizes", ["equal", "mixed"])
 def test_hidden_states_and_gradients_equal_those_of_stock_transformers(tiny_checkpoints, role, sizes):
     path = tiny_checkpoints[role]
-    processor = ListingProcessor.from_pretrained(path, PictureConfig(min_pixels=784, max_pixels=40_000))
+    processor = ItemProcessor.from_pretrained(path, ImageConfig(min_pixels=784, max_pixels=40_000))
     rows = [processor.row(noise(*size, seed), "mug") for seed, size in enumerate(SIZES[sizes])]
     batch = collate(rows, processor.pad_id)
     assert len({row.visuals[0].grid for row in rows}) == (1 if sizes == "equal" else 4)

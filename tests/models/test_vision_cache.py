@@ -1,4 +1,4 @@
-"""A picture goes through the frozen tower once, and what was kept gives the same embeddings, gradients and bits."""
+"""An image goes through the frozen tower once, and what was kept gives the same embeddings, gradients and bits."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from PIL import Image
 from afmrl_ray.agcl.prepare import Preparer
 from afmrl_ray.agcl.step import AGCLStep
 from afmrl_ray.config import validate
-from afmrl_ray.config.models import AdapterConfig, EncoderConfig, PictureConfig, VisionCacheConfig
+from afmrl_ray.config.models import AdapterConfig, EncoderConfig, ImageConfig, VisionCacheConfig
 from afmrl_ray.errors import ConfigError
 from afmrl_ray.models.adapters import load_start
 from afmrl_ray.models.backbones import load_backbone
 from afmrl_ray.models.encoder import EmbeddingModel
-from afmrl_ray.models.listing import ListingProcessor
-from afmrl_ray.models.rows import collate
+from afmrl_ray.models.item_processor import ItemProcessor
+from afmrl_ray.models.model_input import collate
 from afmrl_ray.models.vision_cache import VisionCache, fingerprint
 from afmrl_ray.retrieval.embed import Encoder, EncoderRef
-from tests.models.test_listing import noise
+from tests.models.test_item_processor import noise
 
-PICTURE = PictureConfig(min_pixels=784, max_pixels=6000)
+PICTURE = ImageConfig(min_pixels=784, max_pixels=6000)
 SIZES = [(60, 60), (120, 60), (60, 60), (200, 130)]
 
 
@@ -40,8 +40,8 @@ def decoded(data: bytes) -> Image.Image:
 
 
 @pytest.fixture
-def processor(tiny_checkpoints) -> ListingProcessor:
-    return ListingProcessor.from_pretrained(tiny_checkpoints["encoder"], PICTURE)
+def processor(tiny_checkpoints) -> ItemProcessor:
+    return ItemProcessor.from_pretrained(tiny_checkpoints["encoder"], PICTURE)
 
 
 @pytest.fixture
@@ -59,13 +59,13 @@ def files(folder: Path) -> list[Path]:
 
 def test_embeddings_from_the_cache_equal_those_from_pixels(frozen, processor, tmp_path):
     cache = VisionCache(frozen, processor, config(tmp_path))
-    pictures = [encoded(seed) for seed in range(4)]
+    images = [encoded(seed) for seed in range(4)]
     texts = [f"mug {seed}" for seed in range(4)]
     model = EmbeddingModel(frozen).eval()
-    pixels = [processor.row(decoded(data), text) for data, text in zip(pictures, texts, strict=True)]
+    pixels = [processor.row(decoded(data), text) for data, text in zip(images, texts, strict=True)]
     kept = [
         processor.row(cache.visual(data, lambda data=data: decoded(data)), text)
-        for data, text in zip(pictures, texts, strict=True)
+        for data, text in zip(images, texts, strict=True)
     ]
     wanted = model(**collate([*pixels, processor.row(None, "bag")], processor.pad_id))
     found = model(**collate([*kept, processor.row(None, "bag")], processor.pad_id))
@@ -74,14 +74,14 @@ def test_embeddings_from_the_cache_equal_those_from_pixels(frozen, processor, tm
     torch.testing.assert_close(swapped, wanted[[1, 0]], rtol=1e-5, atol=1e-6)
 
 
-def test_a_picture_is_decoded_and_sent_through_the_tower_once(frozen, processor, tmp_path):
+def test_a_image_is_decoded_and_sent_through_the_tower_once(frozen, processor, tmp_path):
     runs = []
     frozen.model.visual.register_forward_hook(lambda *_: runs.append(1))
-    pictures = [encoded(seed) for seed in range(3)]
+    images = [encoded(seed) for seed in range(3)]
     first = VisionCache(frozen, processor, config(tmp_path))
-    made = [first.visual(data, lambda data=data: decoded(data)).features for data in pictures]
+    made = [first.visual(data, lambda data=data: decoded(data)).features for data in images]
     second = VisionCache(frozen, processor, config(tmp_path))
-    found = [second.visual(data, lambda: pytest.fail("decoded again")).features for data in pictures]
+    found = [second.visual(data, lambda: pytest.fail("decoded again")).features for data in images]
     assert len(runs) == 3
     assert (first.hits, first.misses, second.hits, second.misses) == (0, 3, 3, 0)
     for mine, theirs in zip(made, found, strict=True):
@@ -91,9 +91,7 @@ def test_a_picture_is_decoded_and_sent_through_the_tower_once(frozen, processor,
 def test_another_tower_or_pixel_budget_looks_elsewhere(frozen, processor, tiny_checkpoints, tmp_path):
     data = encoded(0)
     VisionCache(frozen, processor, config(tmp_path)).visual(data, lambda: decoded(data))
-    smaller = ListingProcessor.from_pretrained(
-        tiny_checkpoints["encoder"], PictureConfig(min_pixels=784, max_pixels=800)
-    )
+    smaller = ItemProcessor.from_pretrained(tiny_checkpoints["encoder"], ImageConfig(min_pixels=784, max_pixels=800))
     other = VisionCache(frozen, smaller, config(tmp_path))
     assert other.visual(data, lambda: decoded(data)).grid == (1, 2, 2)
     before = fingerprint(frozen.model.visual, processor)
@@ -106,21 +104,21 @@ def test_another_tower_or_pixel_budget_looks_elsewhere(frozen, processor, tiny_c
 
 def test_above_the_limit_those_go_first_that_were_not_read_for_the_longest_time(frozen, processor, tmp_path):
     cache = VisionCache(frozen, processor, config(tmp_path))
-    pictures = [encoded(4 * seed) for seed in range(12)]
+    images = [encoded(4 * seed) for seed in range(12)]
     known: set[Path] = set()
-    for place, data in enumerate(pictures):
+    for place, data in enumerate(images):
         cache.visual(data, lambda data=data: decoded(data))
         (path,) = set(files(tmp_path)) - known
         known.add(path)
         os.utime(path, (place + 1, place + 1))
     size = files(tmp_path)[0].stat().st_size
-    cache.visual(pictures[0], lambda: pytest.fail("it is there"))  # the oldest is read, and so the youngest
+    cache.visual(images[0], lambda: pytest.fail("it is there"))  # the oldest is read, and so the youngest
     small = VisionCache(frozen, processor, config(tmp_path, max_gb=6 * size / 1e9))
     extra = encoded(400)
     small.visual(extra, lambda: decoded(extra))
     assert len(files(tmp_path)) == 5 + 1  # 0.9 of six, then the new one
     again = VisionCache(frozen, processor, config(tmp_path))
-    for data in [pictures[0], *pictures[-4:]]:
+    for data in [images[0], *images[-4:]]:
         again.visual(data, lambda: pytest.fail("a young one is gone"))
 
 
@@ -175,7 +173,7 @@ def test_a_step_of_agcl_has_the_same_loss_and_gradient(tiny_checkpoints, tiny_ca
     whole = validate(
         {
             "encoder": {
-                "picture": PICTURE.model_dump(),
+                "image": PICTURE.model_dump(),
                 "vision_cache": {"enabled": True, "folder": str(tmp_path)},
             },
             "agcl": {"batch_size": 6, "adapter": {"kind": kind}, "tokens_per_microbatch": budget},
@@ -185,7 +183,7 @@ def test_a_step_of_agcl_has_the_same_loss_and_gradient(tiny_checkpoints, tiny_ca
     found = []
     for cached in (False, True, True):
         model = load_start(base, "encoder", whole.agcl.adapter, seed=0)
-        processor = ListingProcessor.from_pretrained(base, whole.encoder.picture)
+        processor = ItemProcessor.from_pretrained(base, whole.encoder.image)
         cache = VisionCache(model, processor, whole.encoder.vision_cache) if cached else None
         engine = Engine(EmbeddingModel(model).train())
         preparer = Preparer(whole, tiny_catalogue_ref.open(), processor, None, cache=cache)
@@ -197,12 +195,12 @@ def test_a_step_of_agcl_has_the_same_loss_and_gradient(tiny_checkpoints, tiny_ca
         assert len(gradients) == len(found[0][1]) > 0
         for mine, theirs in zip(gradients, found[0][1], strict=True):
             assert (mine - theirs).norm() <= 1e-5 * theirs.norm() + 1e-8
-    assert [stats.get("vision_cache_hit_share") for stats, _ in found] == [None, 0.0, 1.0]
+    assert [stats.get("vision_cache_hit_fraction") for stats, _ in found] == [None, 0.0, 1.0]
 
 
-def test_evaluation_finds_the_pictures_of_the_training(tiny_checkpoints, tiny_catalogue_ref, tmp_path):
-    plain = EncoderConfig(picture=PICTURE)
-    cached = EncoderConfig(picture=PICTURE, vision_cache=config(tmp_path))
+def test_evaluation_finds_the_images_of_the_training(tiny_checkpoints, tiny_catalogue_ref, tmp_path):
+    plain = EncoderConfig(image=PICTURE)
+    cached = EncoderConfig(image=PICTURE, vision_cache=config(tmp_path))
     rows, texts = [3, 1, 7], ["color: red", "", "size: small"]
     wanted = Encoder(EncoderRef(tiny_checkpoints["encoder"], plain), tiny_catalogue_ref).embed(
         rows, texts, inputs="both"

@@ -10,7 +10,7 @@ import pytest
 from afmrl_ray.attributes.text import parse_attributes
 from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue
 from afmrl_ray.config import validate
-from afmrl_ray.config.catalogue import SideConfig
+from afmrl_ray.config.catalogue import ItemSelector
 from afmrl_ray.config.models import AdapterConfig, EncoderConfig, GeneratorConfig
 from afmrl_ray.config.train import RewardConfig
 from afmrl_ray.models.annotate import GeneratorRef
@@ -26,7 +26,7 @@ PICTURE = {"min_pixels": 784, "max_pixels": 3136}
 def policy_spec(tiny_checkpoints, tiny_catalogue_ref) -> PolicySpec:
     return PolicySpec(
         start=tiny_checkpoints["generator"],
-        generator=GeneratorConfig(picture=PICTURE, max_new_tokens=10, max_attributes=12),
+        generator=GeneratorConfig(image=PICTURE, max_new_tokens=10, max_attributes=12),
         adapter=AdapterConfig(kind="full"),
         catalogue=tiny_catalogue_ref,
         temperature=1.0,
@@ -68,15 +68,15 @@ class RewardFixture:
 
 @pytest.fixture(scope="session")
 def reward(ray_local, tiny_checkpoints, tiny_catalogue_ref) -> RewardFixture:
-    ref = EncoderRef(tiny_checkpoints["encoder"], EncoderConfig(picture=PICTURE))
+    ref = EncoderRef(tiny_checkpoints["encoder"], EncoderConfig(image=PICTURE))
     catalogue = tiny_catalogue_ref.open()
-    rows = catalogue.rows(SideConfig())
+    rows = catalogue.rows(ItemSelector())
     encoder = Encoder(ref, tiny_catalogue_ref)
     embeddings = encoder.embed(rows.tolist(), [""] * len(rows), inputs="both")
     spec = RewardSpec(
         encoder=ref,
         catalogue=tiny_catalogue_ref,
-        queries={"train": SideConfig()},
+        queries={"train": ItemSelector()},
         galleries={"train": Gallery.put(catalogue, rows, embeddings)},
         version="v1",
     )
@@ -99,7 +99,7 @@ def small_trainer(checkpoints: dict[str, str], catalogue_ref: CatalogueRef, fold
     """A trainer with two prompts of three completions a step, in `folder`."""
     config = validate(
         {
-            "generator": {"picture": PICTURE, "max_new_tokens": 6},
+            "generator": {"image": PICTURE, "max_new_tokens": 6},
             "rar": {
                 "prompts_per_step": 2,
                 "group_size": 3,
@@ -113,7 +113,7 @@ def small_trainer(checkpoints: dict[str, str], catalogue_ref: CatalogueRef, fold
             },
         }
     )
-    encoder = EncoderRef(checkpoints["encoder"], EncoderConfig(picture=PICTURE))
+    encoder = EncoderRef(checkpoints["encoder"], EncoderConfig(image=PICTURE))
     folder.mkdir(parents=True, exist_ok=True)
     gallery = str(folder / "gallery.safetensors")
     rows = np.arange(len(catalogue_ref.open()))

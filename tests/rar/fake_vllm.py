@@ -86,7 +86,7 @@ class LLM:
 
         self.options = options
         self._base = load_backbone(model, "generator", dtype=options["dtype"]).eval()
-        self._pictures = AutoImageProcessor.from_pretrained(model, backend="pil")
+        self._images = AutoImageProcessor.from_pretrained(model, backend="pil")
         self.llm_engine = LLMEngine(self._base)
         self.prefix_resets = 0
         self.resets = True
@@ -123,10 +123,10 @@ class LLM:
             if token in params.stop_token_ids:
                 reason = "stop"
                 break
-        ids, pictures = self._expanded(prompt)
+        ids, images = self._expanded(prompt)
         full = torch.tensor([[*ids, *tokens]])
         types = (full == model.config.image_token_id).long()
-        logits = model(input_ids=full, mm_token_type_ids=types, **pictures).logits[0, len(ids) - 1 : -1].float()
+        logits = model(input_ids=full, mm_token_type_ids=types, **images).logits[0, len(ids) - 1 : -1].float()
         for token, bias in params.logit_bias.items():
             logits[:, token] += bias
         logp = torch.log_softmax(logits / params.temperature, -1)
@@ -135,15 +135,15 @@ class LLM:
         return SimpleNamespace(prompt_token_ids=ids, outputs=[completion])
 
     def _expanded(self, prompt: dict[str, Any]) -> tuple[list[int], dict[str, torch.Tensor]]:
-        """Token ids with every placeholder repeated, and what the model takes of the pictures."""
+        """Token ids with every placeholder repeated, and what the model takes of the images."""
         ids: list[int] = prompt["prompt_token_ids"]
         images: list[Image.Image] = prompt.get("multi_modal_data", {}).get("image", [])
         if not images:
             return ids, {}
         budget = self.options["mm_processor_kwargs"]
         size = {"shortest_edge": budget["min_pixels"], "longest_edge": budget["max_pixels"]}
-        found = self._pictures(images=images, size=size, return_tensors="pt")
-        counts = iter(np.prod(found["image_grid_thw"].numpy(), axis=1) // self._pictures.merge_size**2)
+        found = self._images(images=images, size=size, return_tensors="pt")
+        counts = iter(np.prod(found["image_grid_thw"].numpy(), axis=1) // self._images.merge_size**2)
         image = self._base.config.image_token_id
         return [token for one in ids for token in [one] * (next(counts) if one == image else 1)], dict(found)
 

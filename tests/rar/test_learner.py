@@ -23,7 +23,7 @@ from afmrl_ray.rar.weights import trained_tensors, weights_fingerprint
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 GROUP = 2
 REWARDS = np.array([[1.0, 0.0], [0.5, 0.25], [0.0, 1.0], [0.75, 0.75]])
-OPTIMIZER = OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_share=0.0, gradient_clip=0.0)
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_ratio=0.0, max_grad_norm=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def assert_same_direction(policy_spec, ours, theirs):
 
 def test_fresh_rollouts_have_the_learners_own_logprobs(whole):
     _, stats = whole
-    assert stats["logprob_gap"] < 1e-5
+    assert stats["rollout_logprob_diff"] < 1e-5
     assert stats["ratio_max"] == pytest.approx(1.0, abs=1e-4)
     assert stats["kl"] == pytest.approx(0.0, abs=1e-6)
     assert stats["microbatches"] == 1
@@ -98,7 +98,7 @@ def test_the_cut_into_microbatches_changes_nothing(policy_spec, columns, whole):
 def test_a_shared_prompt_changes_nothing(policy_spec, columns, whole):
     tensors, stats = update(policy_spec, columns, num_learners=0, tokens_per_microbatch=10**6, shared_prompt="off")
     assert (stats["shared_prompt"], whole[1]["shared_prompt"]) == (0, 1)
-    for name in ("loss", "policy_loss", "kl", "gradient_norm", "logprob_gap"):
+    for name in ("loss", "policy_loss", "kl", "gradient_norm", "rollout_logprob_diff"):
         assert stats[name] == pytest.approx(whole[1][name], rel=1e-4, abs=1e-6)
     assert_same_direction(policy_spec, tensors, whole[0])
 
@@ -141,7 +141,7 @@ def test_a_kl_in_the_reward_is_the_update_of_rewards_made_by_hand(policy_spec, c
     off = columns | {"old_logp": (columns["old_logp"] + gap).astype(np.float32)}
     rewards = REWARDS - 0.1 * gap.sum(1).reshape(REWARDS.shape)
     by_hand = group_advantages(torch.from_numpy(rewards), scale="batch").numpy()
-    settings = {"advantage_scale": "batch", "num_learners": 0}
+    settings = {"scale_rewards": "batch", "num_learners": 0}
     theirs, their_stats = update(
         policy_spec, off | {"advantage": by_hand.reshape(-1).astype(np.float32)}, kl_coef=0.0, **settings
     )
@@ -160,7 +160,7 @@ def test_the_update_moves_the_policy_and_the_kl_to_the_start_with_it(policy_spec
     start = trained_tensors(policy_spec.load_policy())
     assert any(not torch.equal(tensors[name], start[name]) for name in start)
     assert stats["kl"] > 1e-6
-    assert stats["logprob_gap"] > 1e-4
+    assert stats["rollout_logprob_diff"] > 1e-4
 
 
 @pytest.mark.parametrize("zero_stage", [pytest.param(0, marks=pytest.mark.slow), 2])

@@ -15,7 +15,7 @@ from afmrl_ray.rar.loss import group_advantages, grpo_loss
 torch.set_num_threads(1)
 NAN = float("nan")
 B, C = 6, 5
-CLIPS: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.28}
+CLIPS: dict[str, Any] = {"epsilon": 0.2, "epsilon_high": 0.28}
 
 
 def _rows(rewards: Tensor, scale: str, eps: float) -> list[list[float]]:
@@ -81,7 +81,7 @@ def _reference(batch: dict[str, Tensor], kl_coef: float, denominator: float) -> 
                 continue
             new, old, ref = (batch[name][b, c].item() for name in ("logp", "old_logp", "ref_logp"))
             ratio = math.exp(new - old)
-            bounded = min(max(ratio, 1 - CLIPS["clip_low"]), 1 + CLIPS["clip_high"])
+            bounded = min(max(ratio, 1 - CLIPS["epsilon"]), 1 + CLIPS["epsilon_high"])
             total += -min(ratio * gain, bounded * gain) + kl_coef * (math.exp(ref - new) - (ref - new) - 1)
             through = ratio * gain <= bounded * gain
             grads[b][c] = ((-ratio * gain if through else 0.0) + kl_coef * (1 - math.exp(ref - new))) / denominator
@@ -167,8 +167,8 @@ def test_stats_count_the_tokens_whose_gradient_is_clipped_away() -> None:
     loss.backward()
     assert logp.grad is not None
     assert (logp.grad == 0).tolist() == [[True, False, False, True], [False, True, False, False]]
-    assert stats["clip_high"].item() == pytest.approx(1 / 7)
-    assert stats["clip_low"].item() == pytest.approx(1 / 7)
+    assert stats["epsilon_high"].item() == pytest.approx(1 / 7)
+    assert stats["epsilon"].item() == pytest.approx(1 / 7)
     assert stats["ratio"].item() == pytest.approx((3.5 + 4.5) / 7)
     assert stats["ratio_max"].item() == pytest.approx(2.0)
 

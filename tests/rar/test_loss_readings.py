@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from afmrl_ray.rar.loss import group_advantages, grpo_loss, importance_weights, token_weights
 
 NAN = float("nan")
-CLIPS: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.28}
+CLIPS: dict[str, Any] = {"epsilon": 0.2, "epsilon_high": 0.28}
 
 
 def batch(seed: int, lengths: list[int]) -> dict[str, torch.Tensor]:
@@ -81,11 +81,13 @@ lengths_of = st.lists(st.integers(1, 6), min_size=2, max_size=8)
 
 
 @given(lengths_of, st.integers(0, 999), st.sampled_from(["token", "sequence", "constant"]), st.integers(1, 7))
-def test_a_cut_changes_no_mean(lengths, seed, aggregation, cut):
+def test_a_cut_changes_no_mean(lengths, seed, loss_aggregation, cut):
     given = batch(seed, lengths)
     counted = torch.rand(len(lengths), generator=torch.Generator().manual_seed(seed)) < 0.8
-    weights, denominator = token_weights(torch.tensor(lengths), counted, aggregation=aggregation, max_tokens=6)
-    how: dict[str, Any] = {**CLIPS, "kl_coef": 0.1, "denominator": denominator, "ratio_level": "sequence"}
+    weights, denominator = token_weights(
+        torch.tensor(lengths), counted, loss_aggregation=loss_aggregation, max_tokens=6
+    )
+    how: dict[str, Any] = {**CLIPS, "kl_coef": 0.1, "denominator": denominator, "importance_sampling_level": "sequence"}
     whole, _ = grpo_loss(**given, weights=weights, **how)
     parts = [slice(0, cut), slice(cut, None)]
     cut_up = [
@@ -107,8 +109,8 @@ def test_means_are_what_they_are_called(lengths, seed):
         "sequence": -gains.mean(),
         "constant": -(gains * sizes).sum() / (6 * len(lengths)),
     }
-    for aggregation, expected in wanted.items():
-        weights, denominator = token_weights(sizes, counted, aggregation=aggregation, max_tokens=6)
+    for loss_aggregation, expected in wanted.items():
+        weights, denominator = token_weights(sizes, counted, loss_aggregation=loss_aggregation, max_tokens=6)
         found, _ = grpo_loss(**on_policy, weights=weights, **CLIPS, kl_coef=0.0, denominator=denominator)
         assert found.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-6)
 
@@ -118,6 +120,7 @@ def test_a_completion_of_equal_ratios_has_one_ratio(lengths, seed, shift):
     given = batch(seed, lengths)
     given["old_logp"] = given["logp"] - shift
     token, sequence = (
-        grpo_loss(**given, **CLIPS, kl_coef=0.0, denominator=1, ratio_level=level)[0] for level in ("token", "sequence")
+        grpo_loss(**given, **CLIPS, kl_coef=0.0, denominator=1, importance_sampling_level=level)[0]
+        for level in ("token", "sequence")
     )
     assert token.item() == pytest.approx(sequence.item(), rel=1e-4, abs=1e-6)

@@ -5,7 +5,7 @@ import pytest
 
 from afmrl_ray.rar.checkpoint import Checkpoints
 from afmrl_ray.rar.heldout import compare, summarise
-from afmrl_ray.rar.messages import Group
+from afmrl_ray.rar.messages import PromptGroup
 from afmrl_ray.rar.prompts import batch_columns, group_seeds, prompts_of_step
 
 
@@ -24,10 +24,10 @@ def test_seeds_differ_between_groups_and_steps():
     assert group_seeds(0, 3, 8) == group_seeds(0, 3, 8)
 
 
-def group(row: int, lengths: list[int], width: int) -> Group:
+def group(row: int, lengths: list[int], width: int) -> PromptGroup:
     mask = np.arange(width) < np.array(lengths)[:, None]
     ids = np.where(mask, row, 0)
-    return Group(row, 0, ids, mask, np.where(mask, -1.0, 0.0).astype(np.float32), [("", True)] * len(lengths))
+    return PromptGroup(row, 0, ids, mask, np.where(mask, -1.0, 0.0).astype(np.float32), [("", True)] * len(lengths))
 
 
 def test_columns_are_aligned_by_completion_and_share_the_steps_denominator():

@@ -9,7 +9,7 @@ QUERIES = st.lists(st.tuples(st.integers(0, 30), st.sampled_from("abcdef")), min
 
 
 @given(QUERIES, st.integers(1, 5), st.integers(1, 12))
-def test_every_query_is_sent_once_and_a_listing_is_cut_only_where_it_must_be(queries, actors, size):
+def test_every_query_is_sent_once_and_a_item_is_cut_only_where_it_must_be(queries, actors, size):
     requests = spread(queries, actors=actors, size=size)
     sent = [query for request in requests for query in request.queries]
     assert sorted(sent) == sorted(set(queries))
@@ -22,14 +22,14 @@ def test_every_query_is_sent_once_and_a_listing_is_cut_only_where_it_must_be(que
 
 
 @given(QUERIES, st.integers(1, 5))
-def test_no_actor_gets_more_than_its_share_and_a_listing(queries, actors):
+def test_no_actor_gets_more_than_its_share_and_a_item(queries, actors):
     loads = [0] * actors
     for request in spread(queries, actors=actors, size=1000):
         loads[request.actor] += len(request.queries)
     assert max(loads) <= -(-len(set(queries)) // actors) + 6
 
 
-def test_a_listing_goes_to_the_same_actor_whoever_asks():
+def test_a_item_goes_to_the_same_actor_whoever_asks():
     first = spread([(4, "a"), (5, "a")], actors=2, size=10)
     second = spread([(5, "b"), (8, "a")], actors=2, size=10)
     assert [(request.actor, request.queries) for request in first] == [(0, [(4, "a")]), (1, [(5, "a")])]

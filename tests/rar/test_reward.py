@@ -32,7 +32,7 @@ KIND = "recall"
 @pytest.fixture(scope="module")
 def pool(reward) -> Iterator[RewardPool]:
     """Two actors over the whole gallery."""
-    made = RewardPool(reward.spec, reward_config(coalesce_ms=0), name="test-whole")
+    made = RewardPool(reward.spec, reward_config(batch_wait_ms=0), name="test-whole")
     made.wait_until_ready()
     yield made
     made.close()
@@ -42,7 +42,7 @@ def pool(reward) -> Iterator[RewardPool]:
 def coalescing(reward) -> Iterator[RewardPool]:
     """One actor that works on two requests at once, and waits long for the second."""
     one = {"num_workers": 1, "cpus_per_worker": 0.5, "batch_size": 1}
-    made = RewardPool(reward.spec, reward_config(pool=one, coalesce_ms=400, max_in_flight=2), name="test-coalescing")
+    made = RewardPool(reward.spec, reward_config(pool=one, batch_wait_ms=400, max_in_flight=2), name="test-coalescing")
     made.wait_until_ready()
     yield made
     made.close()
@@ -52,9 +52,9 @@ def pids(pool: RewardPool) -> list[int]:
     return ray.get([actor.pid.remote() for actor in pool._actors])
 
 
-def queries_of(reward, mark: str, listings: int = 5) -> list[tuple[int, str]]:
+def queries_of(reward, mark: str, items: int = 5) -> list[tuple[int, str]]:
     """Queries that no other test asks."""
-    return [(int(row), text) for row in reward.rows[:listings] for text in (mark, f"color: red; {mark}")]
+    return [(int(row), text) for row in reward.rows[:items] for text in (mark, f"color: red; {mark}")]
 
 
 def counted(pool: RewardClient) -> ServiceStats:
@@ -122,7 +122,7 @@ def test_an_actor_that_fails_to_begin_tells_why_at_once(reward, monkeypatch):
 def test_sharded_galleries_give_exactly_the_same_also_after_an_actor_was_killed(reward, pool):
     queries = queries_of(reward, "a: part", 8)
     whole = pool.submit("train", queries).result()
-    config = reward_config(coalesce_ms=0, cached_scores=0, gallery_placement="sharded")
+    config = reward_config(batch_wait_ms=0, cached_scores=0, gallery_placement="sharded")
     sharded = RewardPool(reward.gallery(2), config, name="test-sharded")
     sharded.wait_until_ready()
     for killed in (False, True):
@@ -301,7 +301,7 @@ def test_an_answer_about_another_gallery_is_refused(broken):
 
 def test_what_the_service_lost_is_nan_and_counted_by_its_cause(broken):
     queries = [(place, {4: "large", 7: "deadly"}.get(place, "")) for place in range(12)]
-    with client_of(broken["v1"], max_retries=0, max_failed_share=0.9) as client:
+    with client_of(broken["v1"], max_retries=0, max_failed_fraction=0.9) as client:
         found = client.score("train", queries)
         assert np.isnan(found[[4, 7]]).all()
         assert (found[[6, 8, 10]] == 1).all()

@@ -28,7 +28,7 @@ def test_every_kind_is_that_of_a_full_sort(reward, shared, k):
 
 
 @pytest.mark.ray
-def test_queries_of_one_listing_share_its_prefix_whoever_asked(reward, monkeypatch):
+def test_queries_of_one_item_share_its_prefix_whoever_asked(reward, monkeypatch):
     scorer = Scorer(reward.spec, reward_config(), part=0, threads=1)
     row, other = (int(row) for row in reward.rows[:2])
     asked = [scorer.prepare("train", queries) for queries in ([(row, "a: b")], [(other, ""), (row, "a: c")])]

@@ -87,7 +87,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(make, tmp_path, lag
     assert len(rest) == 2, "it goes on from the checkpoint of step 2"
     assert weights(str(tmp_path / "stopped")) == weights(str(tmp_path / "whole"))
     for found, expected in zip(rest, whole[2:], strict=True):
-        for name in ("reward_mean", "loss", "gradient_norm", "logprob_gap", "staleness"):
+        for name in ("reward_mean", "loss", "gradient_norm", "rollout_logprob_diff", "staleness"):
             assert found[name] == expected[name], name
     logged = read_metrics(str(tmp_path / "stopped" / "log"))
     assert [row["step"] for row in logged] == list(range(STEPS))
@@ -112,8 +112,8 @@ def test_rollouts_lag_one_update_behind_and_are_weighted_for_it(make, tmp_path):
     fresh, late = (run(make(str(lag), max_staleness=lag)) for lag in (0, 1))
     assert [values["staleness"] for values in fresh] == [0] * STEPS
     assert [values["staleness"] for values in late] == [0, 1, 1, 1]
-    assert max(values["logprob_gap"] for values in fresh) < 1e-4
-    assert min(values["logprob_gap"] for values in late[1:]) > 1e-4
+    assert max(values["rollout_logprob_diff"] for values in fresh) < 1e-4
+    assert min(values["rollout_logprob_diff"] for values in late[1:]) > 1e-4
     assert "importance" not in fresh[0]
     assert late[0]["importance"] == pytest.approx(1, abs=1e-4)
     assert any(abs(values["importance"] - 1) > 1e-4 for values in late[1:])

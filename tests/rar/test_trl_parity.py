@@ -22,7 +22,7 @@ def ours(golden: dict) -> tuple[float, torch.Tensor]:
     weights, denominator = token_weights(
         mask.sum(1) * ended,
         torch.ones_like(complete),
-        aggregation=AGGREGATIONS[golden["loss_type"]],
+        loss_aggregation=AGGREGATIONS[golden["loss_type"]],
         max_tokens=RECORD["max_tokens"],
     )
     loss, _ = grpo_loss(
@@ -31,13 +31,13 @@ def ours(golden: dict) -> tuple[float, torch.Tensor]:
         GIVEN["ref_logp"],
         GIVEN["advantages"],
         mask & ended[:, None],
-        clip_low=RECORD["epsilon"],
-        clip_high=golden["epsilon_high"],
+        epsilon=RECORD["epsilon"],
+        epsilon_high=golden["epsilon_high"],
         kl_coef=golden["beta"],
         denominator=denominator,
         weights=weights,
-        ratio_level=golden["importance_sampling_level"],
-        ratio_cap=golden["delta"],
+        importance_sampling_level=golden["importance_sampling_level"],
+        delta=golden["delta"],
         kl_times_ratio=golden["use_bias_correction_kl"],
     )
     loss.backward()

@@ -11,7 +11,7 @@ import torch
 from afmrl_ray.config.models import AdapterConfig, TinyConfig
 from afmrl_ray.config.train import RolloutConfig
 from afmrl_ray.models.logprobs import completion_batch
-from afmrl_ray.models.prompts import generator_row
+from afmrl_ray.models.prompts import generator_input
 from afmrl_ray.models.tiny import build_generator, save_checkpoint, train_tokenizer
 from afmrl_ray.rar.engine import engine_class
 from afmrl_ray.rar.messages import Weights
@@ -64,7 +64,7 @@ def test_logprobs_are_those_of_the_policy_whose_weights_were_pushed(ray_local, p
     for group in groups:
         assert len({ids.tobytes() for ids in group.ids}) > 1
         assert not set(group.ids[group.mask].tolist()) & set(processor.forbidden_ids)
-        prompt = generator_row(processor, catalogue, group.row, config=spec.generator)
+        prompt = generator_input(processor, catalogue, group.row, config=spec.generator)
         completions = [ids[keep] for ids, keep in zip(group.ids, group.mask, strict=True)]
         batch, mask = completion_batch([prompt] * GROUP, completions, processor.pad_id)
         with torch.no_grad():

@@ -15,7 +15,7 @@ from afmrl_ray.config import load_config
 from afmrl_ray.config.models import AdapterConfig
 from afmrl_ray.config.train import RolloutConfig
 from afmrl_ray.errors import CheckpointError, ConfigError, WeightSyncError
-from afmrl_ray.models.prompts import generator_row
+from afmrl_ray.models.prompts import generator_input
 from afmrl_ray.rar.engine import TransformersEngine, engine_class
 from afmrl_ray.rar.messages import Weights
 from afmrl_ray.rar.rollout import RolloutPool
@@ -124,18 +124,18 @@ def test_what_vllm_is_started_with(ray_local, spec, vllm_engine):
         assert not Path(first.lora_path).exists()
 
 
-def test_the_picture_of_a_prompt_is_the_one_the_tower_is_shown(policy_spec):
+def test_the_image_of_a_prompt_is_the_one_the_tower_is_shown(policy_spec):
     processor, catalogue = policy_spec.load_processor(), policy_spec.catalogue.open()
-    row = generator_row(processor, catalogue, 0, config=policy_spec.generator)
+    row = generator_input(processor, catalogue, 0, config=policy_spec.generator)
     prompt = prompt_of(row, processor.merge_size)
-    (picture,) = prompt["multi_modal_data"]["image"]
-    again = processor.visual(picture)
+    (image,) = prompt["multi_modal_data"]["image"]
+    again = processor.visual(image)
     assert again.grid == row.visuals[0].grid
     np.testing.assert_array_equal(again.patches, row.visuals[0].patches)
     dropped = int(row.token_types.sum()) - 1
     assert dropped > 0
     assert len(prompt["prompt_token_ids"]) == len(row) - dropped
-    two = processor.row([picture, picture], "mug")
+    two = processor.row([image, image], "mug")
     placeholders = prompt_of(two, processor.merge_size)["prompt_token_ids"]
     assert placeholders.count(int(row.input_ids[row.token_types == 1][0])) == 2
     assert prompt_of(processor.row(None, "mug"), processor.merge_size).keys() == {"prompt_token_ids"}
@@ -162,7 +162,7 @@ def test_a_prompt_that_vllm_reads_otherwise_is_an_error(ray_local, policy_spec, 
     engine.set_weights(moved(policy_spec, 0))
     fake_vllm.SCRIPT[completion_seeds(1, 1)[0]] = [7]
     engine._llm.options["mm_processor_kwargs"] = {"min_pixels": 6272, "max_pixels": 12544}
-    with pytest.raises(RuntimeError, match="its processor makes other visual tokens of the picture"):
+    with pytest.raises(RuntimeError, match="its processor makes other visual tokens of the image"):
         engine.sample([0], [1], group_size=1, version=0)
 
 

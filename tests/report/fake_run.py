@@ -15,21 +15,21 @@ from afmrl_ray.cit.stages import RunDirectory, Stage, StageOutcome
 CONFIG = {
     "run": {"name": "fake", "seed": 0},
     "agcl": {"steps": 60},
-    "evaluation": {"headline": "fine"},
+    "evaluation": {"primary_protocol": "fine"},
     "teacher": {"base_url": "https://user:secret@teacher.example/v1"},
 }
 STEPS = 60
 
 
-class FakeListings:
+class FakeItems:
     """Coloured shapes in place of a catalogue."""
 
-    def picture(self, row: int) -> Image.Image:
+    def image(self, row: int) -> Image.Image:
         draw = random.Random(row)
-        picture = Image.new("RGB", (224, 224), tuple(draw.randrange(190, 245) for _ in range(3)))
+        image = Image.new("RGB", (224, 224), tuple(draw.randrange(190, 245) for _ in range(3)))
         colour = tuple(draw.randrange(20, 200) for _ in range(3))
-        getattr(ImageDraw.Draw(picture), draw.choice(["ellipse", "rectangle"]))((50, 40, 180, 190), fill=colour)
-        return picture
+        getattr(ImageDraw.Draw(image), draw.choice(["ellipse", "rectangle"]))((50, 40, 180, 190), fill=colour)
+        return image
 
 
 class FakeRun:
@@ -69,7 +69,7 @@ class FakeRun:
         self.stage("distill", {"loss": 0.81}, log=["loss"])
         self.stage("floor", {"pixels": self.floor(0.09, pixels=True), "chance": self.floor(0.004, pixels=False)})
         if baseline:
-            self.stage("baseline", {"loss": 2.2, "accuracy": 0.31}, log=["loss", "accuracy", "masked_share"])
+            self.stage("baseline", {"loss": 2.2, "accuracy": 0.31}, log=["loss", "accuracy", "masked_fraction"])
             self.stage("evaluate-baseline", {"protocols": self.protocols(0.31)}, "baseline", examples=True)
         for number in range(rounds):
             self.round(number)
@@ -80,7 +80,7 @@ class FakeRun:
         n = number
         weights = ["weight_p10", "weight_p50", "weight_p90"]
         self.stage(f"attributes-r{n}", self.sizes(8.3 - n))
-        agcl_keys = ["loss", "accuracy", "masked_share", "positive_similarity", *weights]
+        agcl_keys = ["loss", "accuracy", "masked_fraction", "positive_similarity", *weights]
         self.stage(f"agcl-r{n}", {"loss": 1.9 - 0.1 * n, "accuracy": 0.4}, f"attributes-r{n}", log=agcl_keys)
         self.stage(f"gallery-r{n}", {"gallery": 300}, f"agcl-r{n}")
         before = 0.42 + 0.07 * n
@@ -89,12 +89,19 @@ class FakeRun:
             "heldout_after": interval(before + 0.051, 0.02),
             "heldout_gain": interval(0.051, 0.013),
             "reward_mean": 0.457 + 0.07 * n,
-            "invalid_share": 0.012,
+            "invalid_fraction": 0.012,
             "prompts": 512,
             "dropped_prompts": 3,
-            "logprob_gap": math.nan,
+            "rollout_logprob_diff": math.nan,
         }
-        keys = ["reward_mean", "kl", "invalid_share", "zero_variance_share", "attribute_pairs", "logprob_gap"]
+        keys = [
+            "reward_mean",
+            "kl",
+            "invalid_fraction",
+            "zero_variance_fraction",
+            "attribute_pairs",
+            "rollout_logprob_diff",
+        ]
         keys += [f"name_share/{name}" for name in ("color", "size", "material", "neckline")]
         self.stage(f"rar-r{n}", rar, f"gallery-r{n}", log=keys)
         self.stage(f"attributes-r{n + 1}", self.sizes(7.3 - n))
@@ -186,7 +193,7 @@ class FakeRun:
             name: {"written": words / 10 - shift, "source": 1.0} for name, shift in (("size", 0.3), ("color", 0.01))
         }
         quality = {"precision": words / 11, "recall": words / 13, "f1": words / 12, "names": names}
-        return {"mean_words": words, "mean_pairs": words / 2.1, "invalid_share": words / 300, "quality": quality}
+        return {"mean_words": words, "mean_pairs": words / 2.1, "invalid_fraction": words / 300, "quality": quality}
 
 
 def interval(mean: float, half: float) -> dict[str, float]:

@@ -30,11 +30,11 @@ def test_every_stage_record_is_found_again(tmp_path: Path) -> None:
         assert each.rar.keys() == rar.metrics.keys()
         assert vars(each.reward("heldout_gain") or Estimate(None)) == rar.metrics["heldout_gain"]
         assert [record["step"] for record in each.rar_log] == list(range(STEPS))
-        assert "masked_share" in each.agcl_log[0]
+        assert "masked_fraction" in each.agcl_log[0]
     assert [(stage.name, stage.seconds, stage.peak_memory_mb) for stage in summary.stages] == [
         (stage.name, stage.seconds, stage.peak_memory_mb) for stage in run.stages()
     ]
-    assert summary.outdated == set()
+    assert summary.stale == set()
 
 
 def test_credentials_in_addresses_are_not_passed_on(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_credentials_in_addresses_are_not_passed_on(tmp_path: Path) -> None:
 def test_a_stage_that_was_made_with_credentials_is_not_outdated_by_leaving_them_out(tmp_path: Path) -> None:
     fake = FakeRun(str(tmp_path))
     fake.run.run_stage("labels", {"config": {"teacher": CONFIG["teacher"]}}, lambda directory: StageOutcome({}, {}))
-    assert collect(fake.run).outdated == set()
+    assert collect(fake.run).stale == set()
 
 
 def test_values_that_are_not_finite_count_as_not_measured() -> None:
@@ -67,10 +67,10 @@ def test_stages_with_other_settings_or_changed_foundations_are_outdated(tmp_path
     fake = FakeRun(str(tmp_path))
     run = fake.everything(rounds=1, baseline=False)
     fake.stage("attributes-r0", fake.sizes(5.0), "distill")
-    assert collect(run).outdated == {"agcl-r0", "gallery-r0", "rar-r0", "evaluate-r0", "promotion-r0"}
+    assert collect(run).stale == {"agcl-r0", "gallery-r0", "rar-r0", "evaluate-r0", "promotion-r0"}
     record = run.read_run()
     run.write_run({**record, "config": {**record["config"], "agcl": {"steps": 61}}})
-    assert collect(run).outdated == {stage.name for stage in run.stages()}
+    assert collect(run).stale == {stage.name for stage in run.stages()}
 
 
 def test_a_changed_seed_outdates_only_what_reads_it(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_changed_seed_outdates_only_what_reads_it(tmp_path: Path) -> None:
     fake.run.run_stage("catalogue", {"synthetic": {"seed": 7}}, lambda directory: StageOutcome({}, {}))
     record = fake.run.read_run()
     fake.run.write_run({**record, "config": {**record["config"], "run": {"seed": 5}}})
-    assert collect(fake.run).outdated == {"distill"}
+    assert collect(fake.run).stale == {"distill"}
 
 
 @pytest.mark.parametrize(("promoted", "result"), [(None, 1), (True, 1), (False, 0)])

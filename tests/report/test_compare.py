@@ -45,7 +45,7 @@ def measured(
     """
     run = RunDirectory(str(folder), name)
     run.create()
-    evaluation = {"headline": "fine", "protocols": list(protocols)}
+    evaluation = {"primary_protocol": "fine", "protocols": list(protocols)}
     config = {"run": {"name": name, "seed": 0}, "agcl": {"steps": steps}, "evaluation": evaluation}
     run.write_run(
         {"name": name, "config": config, "versions": {"ray": "2.60.0"}, "catalogue": {"fingerprint": catalogue}}
@@ -94,11 +94,11 @@ def test_only_what_differs_is_listed(tmp_path: Path) -> None:
         ({"rows": ROWS + 1}, "the runs do not answer the same queries of fine"),
         ({"catalogue": "0"}, "the runs are of different catalogues"),
         ({"by_query": False}, "right kept no numbers by query of fine"),
-        ({"protocols": [{"name": "fine", "enriched": "query"}]}, "the runs differ in the settings of fine"),
+        ({"protocols": [{"name": "fine", "with_attributes": "query"}]}, "the runs differ in the settings of fine"),
     ],
 )
 def test_what_cannot_be_paired_has_no_interval_and_says_why(tmp_path: Path, change: Any, why: str) -> None:
-    same = [{"name": "fine", "enriched": "both"}]
+    same = [{"name": "fine", "with_attributes": "both"}]
     left = measured(tmp_path, HITS, protocols=same)
     found = compare(left, measured(tmp_path, HITS + 0.1, name="right", **{"protocols": same, **change}))
     assert found.differences[0].change.mean == pytest.approx(0.1)

@@ -14,7 +14,7 @@ from afmrl_ray.report import write_report
 from afmrl_ray.report.collect import collect
 from afmrl_ray.report.examples import PairChange, pair_changes
 from afmrl_ray.report.gallery import make_gallery
-from tests.report.fake_run import FakeListings, FakeRun
+from tests.report.fake_run import FakeItems, FakeRun
 
 ITEM = "item-00000"
 ROUNDS = ("color: blue; size: small; cap: red", "color: blue; size: large", "color: blue; size: large; logo: star")
@@ -71,7 +71,7 @@ def run(tmp_path: Path) -> RunDirectory:
 
 
 def test_a_query_shows_what_every_generator_wrote_and_what_it_changed(run: RunDirectory) -> None:
-    gallery = make_gallery(collect(run), FakeListings())
+    gallery = make_gallery(collect(run), FakeItems())
     assert gallery is not None
     (example,) = gallery.examples
     assert [label for label, _ in example.attributes] == ["distilled", "after RAR, round 0", "after RAR, round 1"]
@@ -82,7 +82,7 @@ def test_a_query_shows_what_every_generator_wrote_and_what_it_changed(run: RunDi
 
 
 def test_failures_stand_in_a_section_of_their_own_with_the_positive_that_was_missed(run: RunDirectory) -> None:
-    page = Path(write_report(run, listings=FakeListings())).read_text("utf-8")
+    page = Path(write_report(run, items=FakeItems())).read_text("utf-8")
     examples, failures = page.split("<h2>Worst failures</h2>")
     assert "drawn" in examples
     assert "failed 77" not in examples

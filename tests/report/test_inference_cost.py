@@ -29,7 +29,7 @@ def cost(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("inference_cost")
 
 
-def bench_of(cost: Any, enriched: str = "both") -> Any:
+def bench_of(cost: Any, with_attributes: str = "both") -> Any:
     bench = cost.Bench.__new__(cost.Bench)
     bench.queries, bench.gallery = np.array([0, 1]), np.array([2])
     bench.encoder = SimpleNamespace(items=ITEMS)
@@ -37,8 +37,8 @@ def bench_of(cost: Any, enriched: str = "both") -> Any:
     bench.annotator = SimpleNamespace(
         annotate=lambda rows, max_pairs=None: [(WRITTEN[ITEMS[row], max_pairs], "") for row in rows]
     )
-    bench.catalogue = SimpleNamespace(title=lambda row, columns: ITEMS[row], picture_bytes=lambda row: b"")
-    bench.protocol = RetrievalProtocol(name="fine", enriched=enriched)
+    bench.catalogue = SimpleNamespace(title=lambda row, columns: ITEMS[row], image_bytes=lambda row: b"")
+    bench.protocol = RetrievalProtocol(name="fine", with_attributes=with_attributes)
     bench.config = SimpleNamespace(
         generator=SimpleNamespace(title_columns=()),
         evaluation=EvaluationConfig(bootstrap_samples=10),
@@ -70,11 +70,11 @@ def test_a_way_that_gives_other_attributes_than_are_searched_with_is_found_out(
         bench.check(ways, [0, 1])
 
 
-@pytest.mark.parametrize(("enriched", "shown"), [("both", STORED["gallery"]), ("query", "")])
+@pytest.mark.parametrize(("with_attributes", "shown"), [("both", STORED["gallery"]), ("query", "")])
 def test_the_gallery_has_attributes_only_where_the_protocol_shows_them(
-    cost: Any, monkeypatch: pytest.MonkeyPatch, enriched: str, shown: str
+    cost: Any, monkeypatch: pytest.MonkeyPatch, with_attributes: str, shown: str
 ) -> None:
-    bench = bench_of(cost, enriched)
+    bench = bench_of(cost, with_attributes)
     embedded: list[list[str]] = []
     monkeypatch.setattr(bench, "_embed", lambda rows, texts, side: embedded.append(texts) or np.zeros((len(rows), 2)))
     monkeypatch.setattr(cost, "rank", lambda *args, **more: None)

@@ -47,14 +47,14 @@ def rung(key: str, level: float, below: str | None, gain: dict[str, Any] | None,
 
 
 ATTRIBUTES = {
-    "mean_pairs": value(4.2), "mean_words": value(9.1), "invalid_share": value(0.125),
+    "mean_pairs": value(4.2), "mean_words": value(9.1), "invalid_fraction": value(0.125),
     "precision": value(0.61), "recall": value(0.52), "f1": value(0.56),
     "names": {"color": value(0.981), "cap": value(0.07)},
 }  # fmt: skip
 
 RECORD = {
     "title": "by hand",
-    "headline": "fine",
+    "primary_protocol": "fine",
     "protocols": ["families", "fine"],
     "seeds": 3,
     "floor": {"chance": {"fine": {"hit@1": value(0.002, None)}}, "pixels": {"fine": {"hit@1": value(0.139, 0.014)}}},
@@ -80,8 +80,8 @@ def test_the_headline_holds_every_number_where_it_belongs() -> None:
         ["(<ceiling>)", "70.0 ± 1.0", "+33.9 [+31.9, +35.9]", "<unsure>", "100", "61 ± 2", "2"],
     ]
     assert [table.title for table in tables] == [
-        "The ladder", "fine", "families", "Attributes that the listings are searched with",
-        "Listings that have the attribute, %",
+        "The ladder", "fine", "families", "Attributes that the items are searched with",
+        "Items that have the attribute, %",
     ]  # fmt: skip
     assert tables[1].columns == ["fine", "hit@1 %", "hit@5 %", "gain in hit@1"]
     assert tables[2].rows[1] == ["<sure>", "17.7 ± 1.0", ""]
@@ -97,9 +97,9 @@ def test_catalogues_without_the_truth_leave_its_columns_empty() -> None:
     for name in ("precision", "recall", "f1", "names"):
         del record["rungs"][2]["attributes"][name]  # type: ignore[index]
     tables = {table.title: table for table in ladder_tables(read_ladder(record))}
-    rows = tables["Attributes that the listings are searched with"].rows
+    rows = tables["Attributes that the items are searched with"].rows
     assert rows == [["<unsure>", "4.2 ± 0.0", "9.1 ± 0.0", "12.5 ± 1.0", "", "", ""]]
-    assert "Listings that have the attribute, %" not in tables
+    assert "Items that have the attribute, %" not in tables
 
 
 def test_markdown_says_what_no_gain_is() -> None:

@@ -36,12 +36,12 @@ def test_a_run_without_its_record_is_told_in_one_line(tmp_path: Path, capsys: py
     assert last_line(capsys).startswith(f"error: {run.path}: no run.json")
 
 
-def test_a_setting_that_is_no_more_costs_the_pictures_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_setting_that_is_no_more_costs_the_images_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fake = FakeRun(str(tmp_path))
     fake.stage("catalogue", {"fingerprint": "f" * 64})
     fake.run.write_run({**fake.run.read_run(), "config": {"gone": {"by": "now"}}})
     assert main(["--run", fake.run.path]) == 0
-    assert "no pictures in the report: unknown config key 'gone" in capsys.readouterr().err
+    assert "no images in the report: unknown config key 'gone" in capsys.readouterr().err
     assert Path(fake.run.path, "report", "index.html").exists()
 
 

@@ -68,7 +68,7 @@ def test_every_cell_is_the_number_of_its_stage(whole: RunDirectory) -> None:
     assert found["attributes"]["words"][3:] == [f"{a['mean_words']:.1f} -> {b['mean_words']:.1f}" for a, b in sizes]
     assert found["attributes"]["pairs"][3:] == [f"{a['mean_pairs']:.1f} -> {b['mean_pairs']:.1f}" for a, b in sizes]
     assert found["attributes"]["invalid %"][3:] == [
-        f"{percent(a['invalid_share'])} -> {percent(b['invalid_share'])}" for a, b in sizes
+        f"{percent(a['invalid_fraction'])} -> {percent(b['invalid_fraction'])}" for a, b in sizes
     ]
     for name, label in (("precision", "precision %"), ("recall", "recall %"), ("f1", "F1 %")):
         pairs = [[percent(each["quality"][name]) for each in both] for both in sizes]
@@ -137,7 +137,7 @@ def test_outdated_columns_and_stages_are_marked(tmp_path: Path) -> None:
 def test_a_promotion_names_the_protocol_that_decided_it(tmp_path: Path) -> None:
     fake = FakeRun(str(tmp_path))
     run = fake.everything()
-    config = {**run.read_run()["config"], "cit": {"decided_by": "coarse"}}
+    config = {**run.read_run()["config"], "cit": {"selection_protocol": "coarse"}}
     run.write_run({**run.read_run(), "config": config})
     promotion = cells(run_table(run).split("\n\n")[0].split("\n", 1)[1])["promotion"]
     assert promotion["gain in hit@1 of coarse, points"][-1] == "+6.0"

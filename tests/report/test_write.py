@@ -23,7 +23,7 @@ from afmrl_ray.report.ladder import LADDER, read_ladder
 from afmrl_ray.report.plots import DARK, LIGHT, draw_png, plot_panels
 from afmrl_ray.report.table import format_stages
 from afmrl_ray.report.write import report_record
-from tests.report.fake_run import FakeListings, FakeRun
+from tests.report.fake_run import FakeItems, FakeRun
 from tests.report.test_ladder import RECORD
 
 HOSTILE_TITLE = "<script>alert('title')</script> \"onload=alert(1)"
@@ -61,7 +61,7 @@ class Page(HTMLParser):
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     fake = FakeRun(str(tmp_path_factory.mktemp("runs")), title=HOSTILE_TITLE, attributes=HOSTILE_ATTRIBUTES)
     run = fake.everything()
-    index = Path(write_report(run, listings=FakeListings()))
+    index = Path(write_report(run, items=FakeItems()))
     return {"run": run, "folder": index.parent, "page": Page(index.read_text("utf-8")), "index": index}
 
 
@@ -72,12 +72,12 @@ def test_the_report_lies_below_the_run(report: dict[str, Any]) -> None:
     }
 
 
-def test_plots_are_pictures_of_something(report: dict[str, Any]) -> None:
+def test_plots_are_images_of_something(report: dict[str, Any]) -> None:
     for path in report["folder"].glob("*.png"):
-        with Image.open(path) as picture:
-            assert picture.format == "PNG"
-            assert min(picture.size) > 250
-            pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+        with Image.open(path) as image:
+            assert image.format == "PNG"
+            assert min(image.size) > 250
+            pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
         coloured = (np.ptp(pixels.astype(int), axis=1) > 60).mean()
         assert coloured > 0.002, f"{path.name} shows no data"
 
@@ -96,8 +96,8 @@ def test_panels_follow_the_logged_keys(report: dict[str, Any]) -> None:
         "share of completions that name it, round 1",
     ]
     assert "masked negatives, share" in [panel.title for panel in panels["agcl"]]
-    pictures = [Image.open(io.BytesIO(draw_png(panels["rar"][:1], theme))) for theme in (LIGHT, DARK)]
-    light, dark = (float(np.median(np.asarray(picture.convert("L")))) for picture in pictures)
+    images = [Image.open(io.BytesIO(draw_png(panels["rar"][:1], theme))) for theme in (LIGHT, DARK)]
+    light, dark = (float(np.median(np.asarray(image.convert("L")))) for image in images)
     assert light > 240
     assert dark < 60
 
@@ -114,9 +114,9 @@ def test_the_page_needs_nothing_from_elsewhere(report: dict[str, Any]) -> None:
             else:
                 assert not ADDRESS.search(value or ""), f"{tag} {name}={value}"
                 assert not name.startswith("on")
-    pictures = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert all(attributes["alt"] for attributes in pictures)
-    assert sum(attributes["src"].startswith("data:image/jpeg") for attributes in pictures) == 3 * 6
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert all(attributes["alt"] for attributes in images)
+    assert sum(attributes["src"].startswith("data:image/jpeg") for attributes in images) == 3 * 6
 
 
 def test_hostile_titles_and_attributes_stay_text(report: dict[str, Any]) -> None:
@@ -160,7 +160,7 @@ def test_report_json_round_trips(report: dict[str, Any]) -> None:
     }
     rar = report["run"].committed("rar-r0").metrics
     assert record["rounds"][0]["rar"]["heldout_gain"] == rar["heldout_gain"]
-    assert record["rounds"][0]["rar"]["logprob_gap"] is None
+    assert record["rounds"][0]["rar"]["rollout_logprob_diff"] is None
     assert record["rounds"][0]["promotion"] == {"promoted": True, "why": [], "gain": None}
     refused = report["run"].committed("promotion-r1").metrics
     assert record["rounds"][1]["promotion"] == refused
@@ -217,7 +217,7 @@ def test_peak_memory_that_was_not_measured_is_left_out(report: dict[str, Any]) -
     assert report_record(none)["stages"][0]["peak_memory_mb"] is None
     assert [line.split()[-1] for line in format_stages(none).splitlines()[1:]] == ["-", "-"]
     assert key_figures(none)[-1].note == ""
-    page = re.sub(r"\s+", "", render(none, listings=None))
+    page = re.sub(r"\s+", "", render(none, items=None))
     assert f"<td>{first.seconds:,.1f}</td><td>–</td>" in page
     figure = Figure()
     (panel,) = plot_panels(some)["stages"]
@@ -259,7 +259,7 @@ def test_a_plot_without_data_any_more_is_removed(tmp_path: Path) -> None:
     assert not (folder / "agcl.png").exists()
 
 
-def test_without_listings_examples_are_text(tmp_path: Path) -> None:
+def test_without_items_examples_are_text(tmp_path: Path) -> None:
     fake = FakeRun(str(tmp_path), title="Blue mug")
     fake.stage("evaluate-r0", {"protocols": {}}, examples=True)
     source = Path(write_report(fake.run)).read_text()

@@ -24,13 +24,13 @@ def test_embeddings_of_several_views_come_in_the_order_asked_for_with_the_stored
     items = tiny_catalogue_ref.open().column("item_id")
     store = str(tmp_path / "attributes.parquet")
     write_attributes(store, [AttributeRow(items[row], f"color: red; size: {row}") for row in ROWS[:5]], fingerprint="g")
-    encoder = EncoderRef(tiny_checkpoints["encoder"], EncoderConfig(picture=PICTURE))
-    enriched, bare, pictures = (
-        View("both", ("title",), True), View("both", ("title",), False), View("picture", ("title",), False)
+    encoder = EncoderRef(tiny_checkpoints["encoder"], EncoderConfig(image=PICTURE))
+    with_attributes, bare, images = (
+        View("both", ("title",), True), View("both", ("title",), False), View("image", ("title",), False)
     )  # fmt: skip
-    wanted = {enriched: ROWS, pictures: ROWS[2:5], bare: ROWS[::-1]}
+    wanted = {with_attributes: ROWS, images: ROWS[2:5], bare: ROWS[::-1]}
     embedded = embed_rows(wanted, encoder, tiny_catalogue_ref, attributes=store, pool=POOL)
-    found = embedded[enriched]
+    found = embedded[with_attributes]
     texts = [f"color: red; size: {row}" if index < 5 else "" for index, row in enumerate(ROWS)]
     plain = Encoder(encoder, tiny_catalogue_ref)
     expected = plain.embed(ROWS.tolist(), texts, inputs="both")
@@ -38,8 +38,8 @@ def test_embeddings_of_several_views_come_in_the_order_asked_for_with_the_stored
     without = plain.embed(ROWS[::-1].tolist(), [""] * len(ROWS), inputs="both")
     np.testing.assert_allclose(embedded[bare], without, atol=1e-5)
     assert np.abs(without[::-1][:5] - expected[:5]).max() > 1e-3
-    seen = plain.embed(ROWS[2:5].tolist(), [""] * 3, inputs="picture")
-    np.testing.assert_allclose(embedded[pictures], seen, atol=1e-5)
+    seen = plain.embed(ROWS[2:5].tolist(), [""] * 3, inputs="image")
+    np.testing.assert_allclose(embedded[images], seen, atol=1e-5)
     save_embeddings(str(tmp_path / "e.safetensors"), ROWS, found)
     rows, embeddings = load_embeddings(str(tmp_path / "e.safetensors"))
     np.testing.assert_array_equal(rows, ROWS)
@@ -49,7 +49,7 @@ def test_embeddings_of_several_views_come_in_the_order_asked_for_with_the_stored
 @pytest.mark.ray
 @pytest.mark.timeout(180)
 def test_annotations_come_in_the_order_asked_for(ray_local, tiny_checkpoints, tiny_catalogue_ref):
-    config = GeneratorConfig(picture=PICTURE, max_new_tokens=6)
+    config = GeneratorConfig(image=PICTURE, max_new_tokens=6)
     generator = GeneratorRef(tiny_checkpoints["generator"], config)
     found = annotate_rows(ROWS, generator, tiny_catalogue_ref, pool=POOL)
     assert found == Annotator(generator, tiny_catalogue_ref).annotate(ROWS.tolist())
@@ -57,13 +57,13 @@ def test_annotations_come_in_the_order_asked_for(ray_local, tiny_checkpoints, ti
 
 
 def test_prompts_that_are_too_long_are_told_not_cut(tiny_checkpoints, tiny_catalogue_ref):
-    config = GeneratorConfig(picture=PICTURE, max_new_tokens=4, max_prompt_tokens=20)
+    config = GeneratorConfig(image=PICTURE, max_new_tokens=4, max_prompt_tokens=20)
     generator = GeneratorRef(tiny_checkpoints["generator"], config)
     found = Annotator(generator, tiny_catalogue_ref).annotate(ROWS.tolist())
     assert [reason for _, reason in found] == ["prompt_too_long"] * len(ROWS)
 
 
 def test_enriched_views_need_attributes(tiny_checkpoints, tiny_catalogue_ref):
-    encoder = EncoderRef(tiny_checkpoints["encoder"], EncoderConfig(picture=PICTURE))
+    encoder = EncoderRef(tiny_checkpoints["encoder"], EncoderConfig(image=PICTURE))
     with pytest.raises(ValueError, match="needs attributes"):
         embed_rows({View("both", ("title",), True): ROWS}, encoder, tiny_catalogue_ref, attributes=None, pool=POOL)

@@ -3,9 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from afmrl_ray.config.catalogue import SideConfig
+from afmrl_ray.config.catalogue import ItemSelector
 from afmrl_ray.config.evaluation import EvaluationConfig, LabelProtocol, RetrievalProtocol
 from afmrl_ray.errors import CatalogueError
+from afmrl_ray.retrieval.baselines import chance, hit_by_chance, pixel_embeddings
 from afmrl_ray.retrieval.evaluate import (
     evaluate,
     interval,
@@ -14,7 +15,6 @@ from afmrl_ray.retrieval.evaluate import (
     paired_gain,
     retrieval_protocol,
 )
-from afmrl_ray.retrieval.floor import chance, hit_by_chance, pixel_embeddings
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +30,8 @@ def perfect(catalogue, column: str, noise: float = 0.01):
     base /= np.linalg.norm(base, axis=1, keepdims=True)
     asked = []
 
-    def embed(side: SideConfig, enriched: bool):
-        asked.append((side.role, enriched))
+    def embed(side: ItemSelector, with_attributes: bool):
+        asked.append((side.role, with_attributes))
         rows = catalogue.rows(side)
         return rows, base[rows]
 
@@ -51,18 +51,18 @@ def test_an_encoder_that_knows_the_product_is_right_everywhere(catalogue):
 
 
 @pytest.mark.parametrize(
-    ("enriched", "sides"), [("none", (False, False)), ("query", (True, False)), ("both", (True, True))]
+    ("with_attributes", "sides"), [("none", (False, False)), ("query", (True, False)), ("both", (True, True))]
 )
-def test_enrichment_is_asked_for_on_the_sides_that_the_protocol_names(catalogue, enriched, sides):
+def test_enrichment_is_asked_for_on_the_sides_that_the_protocol_names(catalogue, with_attributes, sides):
     embed, asked = perfect(catalogue, "product_id")
-    protocol = RetrievalProtocol(name="fine", enriched=enriched)
+    protocol = RetrievalProtocol(name="fine", with_attributes=with_attributes)
     retrieval_protocol(protocol, catalogue, embed, samples=5, seed=0)
     assert asked == [("query", sides[0]), ("gallery", sides[1])]
 
 
 def test_an_encoder_that_knows_the_family_clusters_by_it(catalogue):
     embed, _ = perfect(catalogue, "family_id")
-    test = SideConfig(split=("train",))
+    test = ItemSelector(split=("train",))
     protocol = LabelProtocol(name="f", label="family_id", fit=test, test=test)
     found = label_protocol(protocol, catalogue, embed, samples=5, seed=0)
     result = found.record
@@ -78,7 +78,7 @@ def test_an_encoder_that_knows_the_family_clusters_by_it(catalogue):
 
 def test_classes_that_never_meet_are_told(catalogue):
     embed, _ = perfect(catalogue, "family_id")
-    protocol = LabelProtocol(name="f", label="family_id", fit=SideConfig(split=("train",)), test=SideConfig())
+    protocol = LabelProtocol(name="f", label="family_id", fit=ItemSelector(split=("train",)), test=ItemSelector())
     with pytest.raises(CatalogueError, match="no class of the test side occurs on the fit side"):
         label_protocol(protocol, catalogue, embed, samples=5, seed=0)
 
@@ -128,7 +128,7 @@ def test_chance_of_a_protocol_counts_its_candidates(catalogue):
     assert values["hit@1"]["mean"] == pytest.approx(2 / 24)
 
 
-def test_pixels_tell_pictures_apart(catalogue):
+def test_pixels_tell_images_apart(catalogue):
     everything = pixel_embeddings(catalogue)
     assert everything.shape == (len(catalogue), 192)
     embeddings = everything[:6]

@@ -36,12 +36,12 @@ from afmrl_ray.serving.uploads import Upload
 PICTURE = {"min_pixels": 3136, "max_pixels": 3136}
 
 
-def picture_bytes(colour: str = "red", size: tuple[int, int] = (56, 56), kind: str = "PNG") -> bytes:
+def image_bytes(colour: str = "red", size: tuple[int, int] = (56, 56), kind: str = "PNG") -> bytes:
     """A disc on white."""
-    picture = Image.new("RGB", size, "white")
-    ImageDraw.Draw(picture).ellipse((8, 8, size[0] - 8, size[1] - 8), fill=colour)
+    image = Image.new("RGB", size, "white")
+    ImageDraw.Draw(image).ellipse((8, 8, size[0] - 8, size[1] - 8), fill=colour)
     target = io.BytesIO()
-    picture.save(target, kind)
+    image.save(target, kind)
     return target.getvalue()
 
 
@@ -49,12 +49,12 @@ def served_config(storage_path: Path) -> Config:
     return validate(
         {
             "run": {"name": "served", "storage_path": str(storage_path)},
-            "catalogue": {"staging_dir": str(storage_path / "staging")},
-            "synthetic": {"preset": "tiny", "picture_px": 56},
-            "encoder": {"picture": PICTURE},
-            "generator": {"picture": PICTURE, "max_new_tokens": 24},
+            "catalogue": {"cache_dir": str(storage_path / "staging")},
+            "synthetic": {"preset": "tiny", "image_px": 56},
+            "encoder": {"image": PICTURE},
+            "generator": {"image": PICTURE, "max_new_tokens": 24},
             "index": {"gallery": {"split": ["test"], "role": "gallery"}},
-            "evaluation": {"protocols": [{"kind": "retrieval", "name": "fine"}], "headline": "fine"},
+            "evaluation": {"protocols": [{"kind": "retrieval", "name": "fine"}], "primary_protocol": "fine"},
         }
     )
 
@@ -152,7 +152,7 @@ class PlainIndex:
     """`service.IndexPort` without Ray."""
 
     def __init__(self, state_dir: str, bundle: Bundle, **settings: Any) -> None:
-        self.live = LiveIndex(state_dir, bundle, **{"rounds_kept": 2, "merge_above": 1000, **settings})
+        self.live = LiveIndex(state_dir, bundle, **{"rounds_kept": 2, "max_delta_items": 1000, **settings})
 
     async def state(self):
         return self.live.state
@@ -160,13 +160,13 @@ class PlainIndex:
     async def search(self, key, vector, k, filters):
         return self.live.search(key, vector, k, filters)
 
-    async def put(self, item, embedded):
-        return self.live.write(lambda store: store.put(item, embedded))
+    async def upsert(self, item, embedded):
+        return self.live.write(lambda store: store.upsert(item, embedded))
 
-    async def take_out(self, item_id):
+    async def delete(self, item_id):
         there = self.live.current().get(item_id) is not None
         if there:
-            self.live.write(lambda store: store.take_out(item_id))
+            self.live.write(lambda store: store.delete(item_id))
         return there
 
     async def get(self, item_id):
@@ -178,8 +178,8 @@ class PlainIndex:
     async def prepare(self, bundle):
         self.live.prepare(bundle)
 
-    async def begin_rollover(self, bundle):
-        self.live.write(lambda store: store.begin_rollover(bundle))
+    async def begin_switch(self, bundle):
+        self.live.write(lambda store: store.begin_switch(bundle))
 
     async def lacking(self, key, limit):
         return self.live.store.lacking(key, limit)
@@ -187,8 +187,8 @@ class PlainIndex:
     async def add_vector(self, item, key, embedded):
         self.live.write(lambda store: store.add_vector(item, key, embedded))
 
-    async def finish_rollover(self, key):
-        return self.live.write(lambda store: store.finish_rollover(key))
+    async def finish_switch(self, key):
+        return self.live.write(lambda store: store.finish_switch(key))
 
 
 class Application:

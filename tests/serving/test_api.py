@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from afmrl_ray.serving.uploads import Upload
-from tests.serving.conftest import Application, picture_bytes
+from tests.serving.conftest import Application, image_bytes
 
 
 def encoded(data: bytes) -> str:
@@ -20,14 +20,14 @@ def encoded(data: bytes) -> str:
 
 
 def gallery_item(client) -> dict:
-    hits = client.post("/v1/search", json={"title": "mug", "enrich": "none", "k": 1}).json()["hits"]
+    hits = client.post("/v1/search", json={"title": "mug", "attributes_source": "none", "k": 1}).json()["hits"]
     return client.get(f"/v1/items/{hits[0]['item_id']}").json()
 
 
 def test_form_and_json_give_the_same_answer(client) -> None:
-    picture = picture_bytes()
-    as_json = client.post("/v1/search", json={"picture": encoded(picture), "title": "Red disc", "k": 5}).json()
-    files = {"picture": ("p.png", picture, "image/png")}
+    image = image_bytes()
+    as_json = client.post("/v1/search", json={"image": encoded(image), "title": "Red disc", "k": 5}).json()
+    files = {"image": ("p.png", image, "image/png")}
     as_form = client.post("/v1/search", data={"title": "Red  disc", "k": "5"}, files=files).json()
     assert len(as_json["hits"]) == 5
     for answer in (as_json, as_form):
@@ -39,7 +39,7 @@ def test_form_and_json_give_the_same_answer(client) -> None:
 
 
 def test_hits_are_those_of_exact_search_over_the_gallery(client, application: Application) -> None:
-    answer = client.post("/v1/search", json={"title": "blue mug", "enrich": "none", "k": 100}).json()
+    answer = client.post("/v1/search", json={"title": "blue mug", "attributes_source": "none", "k": 100}).json()
     (query,) = client.post("/v1/embeddings", json={"input": "blue mug"}).json()["data"]
     live = application.index.live.current()
     vectors = live._index.reconstruct_n(0, live._index.ntotal)
@@ -58,13 +58,13 @@ def test_an_indexed_item_is_found_by_what_it_was_indexed_with(client, tiny_catal
     found = gallery_item(client)
     row = catalogue.column("item_id").index(found["item_id"])
     body = {
-        "picture": encoded(catalogue.picture_bytes(row)),
+        "image": encoded(catalogue.image_bytes(row)),
         "title": catalogue.title(row),
         "attributes": found["attributes"],
         "k": 1,
     }
     answer = client.post("/v1/search", json=body).json()
-    assert answer["enrich"] == "given"
+    assert answer["attributes_source"] == "given"
     assert answer["hits"][0]["item_id"] == found["item_id"]
     assert answer["hits"][0]["score"] == pytest.approx(1, abs=1e-5)
 
@@ -73,7 +73,7 @@ def test_attributes_of_the_query_move_the_hits(client) -> None:
     def scores(**more) -> list[float]:
         return [hit["score"] for hit in client.post("/v1/search", json={"title": "mug", **more}).json()["hits"]]
 
-    none, given, written = scores(enrich="none"), scores(attributes={"shape": "round"}), scores()
+    none, given, written = scores(attributes_source="none"), scores(attributes={"shape": "round"}), scores()
     assert none != given
     assert none != written
 
@@ -95,12 +95,12 @@ def test_filters_leave_out_everything_else(client, tiny_catalogue_ref) -> None:
 
 
 def test_items_that_are_put_in_are_found_and_filtered_and_gone_when_deleted(client) -> None:
-    item = {"item_id": "new:1", "title": "Green disc", "picture": encoded(picture_bytes("green")), "category": "discs"}
+    item = {"item_id": "new:1", "title": "Green disc", "image": encoded(image_bytes("green")), "category": "discs"}
     before = client.get("/v1/model").json()["items"]
     put = client.post("/v1/items", json=item)
     assert put.status_code == 200
     assert put.json()["attributes"] == {"color": "red", "round": "1", "size": "10"}
-    search = {"title": item["title"], "picture": item["picture"], "k": 3}
+    search = {"title": item["title"], "image": item["image"], "k": 3}
     hit = client.post("/v1/search", json=search).json()["hits"][0]
     assert (hit["item_id"], hit["score"]) == ("new:1", pytest.approx(1, abs=1e-5))
     assert client.get(hit["thumbnail"]).headers["content-type"] == "image/jpeg"
@@ -124,22 +124,22 @@ def test_an_item_of_the_gallery_can_be_replaced_and_deleted(client) -> None:
     found = gallery_item(client)
     before = client.get("/v1/model").json()["items"]
     client.post("/v1/items", json={"item_id": found["item_id"], "title": "other", "attributes": {}})
-    hits = client.post("/v1/search", json={"title": "other", "enrich": "none", "k": 100}).json()["hits"]
+    hits = client.post("/v1/search", json={"title": "other", "attributes_source": "none", "k": 100}).json()["hits"]
     assert [hit["title"] for hit in hits if hit["item_id"] == found["item_id"]] == ["other"]
     assert client.get("/v1/model").json()["items"] == before
     assert client.delete(f"/v1/items/{found['item_id']}").status_code == 204
     assert client.get("/v1/model").json()["items"] == before - 1
-    hits = client.post("/v1/search", json={"title": "other", "enrich": "none", "k": 100}).json()["hits"]
+    hits = client.post("/v1/search", json={"title": "other", "attributes_source": "none", "k": 100}).json()["hits"]
     assert found["item_id"] not in {hit["item_id"] for hit in hits}
 
 
-def test_attributes_are_written_once_for_a_picture_and_title(client, application: Application) -> None:
-    body = {"picture": encoded(picture_bytes()), "title": "Red disc"}
+def test_attributes_are_written_once_for_a_image_and_title(client, application: Application) -> None:
+    body = {"image": encoded(image_bytes()), "title": "Red disc"}
     first, again = (client.post("/v1/attributes", json=body).json() for _ in range(2))
     assert (first["cached"], again["cached"]) == (False, True)
     assert first["attributes"] == again["attributes"]
     assert application.generator.calls == 1
-    for other in ({**body, "title": "Red Disc"}, {**body, "picture": encoded(picture_bytes("blue"))}):
+    for other in ({**body, "title": "Red Disc"}, {**body, "image": encoded(image_bytes("blue"))}):
         assert not client.post("/v1/attributes", json=other).json()["cached"]
     text = client.get("/metrics").text
     assert 'afmrl_serving_attribute_cache_total{replica="test",result="hit"} 1.0' in text
@@ -148,7 +148,7 @@ def test_attributes_are_written_once_for_a_picture_and_title(client, application
 
 def test_a_generator_that_fails_is_told_and_the_search_goes_on(client) -> None:
     answer = client.post("/v1/search", json={"title": "unreadable"}).json()
-    assert (answer["attributes"], answer["enrich"], answer["reason"]) == ({}, "none", "no_pair")
+    assert (answer["attributes"], answer["attributes_source"], answer["reason"]) == ({}, "none", "no_pair")
     assert len(answer["hits"]) == 10
 
 
@@ -164,9 +164,9 @@ def test_embeddings_in_both_encodings(client) -> None:
         assert np.linalg.norm(a["embedding"]) == pytest.approx(1, abs=1e-5)
     single = client.post("/v1/embeddings", json={"input": texts[0]}).json()
     assert single["data"][0]["embedding"] == pytest.approx(plain["data"][0]["embedding"], abs=1e-6)
-    listing = {"picture": encoded(picture_bytes()), "title": texts[0]}
-    pictured = client.post("/v1/embeddings", json={"input": [listing, {**listing, "enrich": "generated"}]}).json()
-    vectors = [tuple(each["embedding"]) for each in (*pictured["data"], single["data"][0])]
+    item = {"image": encoded(image_bytes()), "title": texts[0]}
+    imaged = client.post("/v1/embeddings", json={"input": [item, {**item, "attributes_source": "generated"}]}).json()
+    vectors = [tuple(each["embedding"]) for each in (*imaged["data"], single["data"][0])]
     assert len(set(vectors)) == 3
 
 
@@ -179,20 +179,20 @@ def test_embeddings_in_both_encodings(client) -> None:
         ("search", {"title": "x", "k": 101}, 422, "k: at most 100"),
         ("search", {"title": "x" * 2001}, 422, "title: longer than 2000"),
         ("search", {"title": "x", "extra": 1}, 422, "extra"),
-        ("search", {"title": "x", "enrich": "given"}, 422, "attributes: missing"),
+        ("search", {"title": "x", "attributes_source": "given"}, 422, "attributes: missing"),
         ("search", {"title": "x", "attributes": {str(n): "a" for n in range(33)}}, 422, "more than 32 pairs"),
-        ("search", {"picture": "%%%"}, 422, "no base64"),
-        ("search", {"picture": encoded(b"GIF89a")}, 422, "no JPEG, PNG or WebP"),
-        ("search", {"picture": encoded(picture_bytes(kind="GIF"))}, 422, "no JPEG, PNG or WebP"),
-        ("search", {"picture": encoded(picture_bytes()[:-40])}, 422, "damaged or cut off"),
-        ("search", {"picture": encoded(picture_bytes(size=(4001, 4000)))}, 422, "more pixels"),
-        ("search", {"picture": encoded(picture_bytes(size=(17, 3420)))}, 422, "longer than 200 times"),
+        ("search", {"image": "%%%"}, 422, "no base64"),
+        ("search", {"image": encoded(b"GIF89a")}, 422, "no JPEG, PNG or WebP"),
+        ("search", {"image": encoded(image_bytes(kind="GIF"))}, 422, "no JPEG, PNG or WebP"),
+        ("search", {"image": encoded(image_bytes()[:-40])}, 422, "damaged or cut off"),
+        ("search", {"image": encoded(image_bytes(size=(4001, 4000)))}, 422, "more pixels"),
+        ("search", {"image": encoded(image_bytes(size=(17, 3420)))}, 422, "longer than 200 times"),
         ("search", [1], 422, ""),
         ("attributes", {"title": 3}, 422, "title"),
         ("embeddings", {"input": []}, 422, "1 to 32"),
         ("embeddings", {"input": ["x"] * 33}, 422, "1 to 32"),
         ("embeddings", {"input": [1, 2]}, 422, "input"),
-        ("embeddings", {"input": [""]}, 422, "input[0].picture"),
+        ("embeddings", {"input": [""]}, 422, "input[0].image"),
         ("embeddings", {"input": "x", "model": "gpt"}, 404, "model"),
         ("embeddings", {"input": "x", "dimensions": 7}, 422, "dimensions"),
         ("items", {"item_id": "a/b", "title": "x"}, 422, "item_id"),

@@ -1,4 +1,4 @@
-"""The application on a real Ray Serve: existing clients, kills, rollover under load, durability across restarts."""
+"""The application on a real Ray Serve: existing clients, kills, switch under load, durability across restarts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from afmrl_ray.cit.stages import RunDirectory
 from afmrl_ray.config.serving import ServingConfig
 from afmrl_ray.errors import ConfigError
 from afmrl_ray.serving import app_builder
-from tests.serving.conftest import picture_bytes
+from tests.serving.conftest import image_bytes
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -50,7 +50,7 @@ class Server:
         return requests.request(method, self.address + path, json=body, timeout=60)
 
     def search(self, title: str, **more: Any) -> requests.Response:
-        return self.ask("POST", "/v1/search", {"title": title, "k": 3, "enrich": "none", **more})
+        return self.ask("POST", "/v1/search", {"title": title, "k": 3, "attributes_source": "none", **more})
 
     def kill(self, deployment: str) -> int:
         """Kill -9 a replica and wait until another one answers; its process id."""
@@ -115,7 +115,7 @@ class Load:
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            answer = self._server.search("red mug", enrich="generated")
+            answer = self._server.search("red mug", attributes_source="generated")
             self.answers.append((answer.status_code, answer.json()))
 
     def __enter__(self) -> Load:
@@ -148,15 +148,15 @@ def test_the_official_openai_client_works(server: Server) -> None:
 
 def test_documentation_health_and_metrics(server: Server) -> None:
     paths = server.ask("GET", "/openapi.json").json()["paths"]
-    assert {"/v1/search", "/v1/attributes", "/v1/embeddings", "/v1/items", "/v1/model", "/admin/rollover"} <= set(paths)
+    assert {"/v1/search", "/v1/attributes", "/v1/embeddings", "/v1/items", "/v1/model", "/admin/switch"} <= set(paths)
     assert server.ask("GET", "/docs").status_code == 200
     assert server.ask("GET", "/healthz").text == "ok"
     assert "afmrl_serving_requests_total" in server.ask("GET", "/metrics").text
 
 
-def test_a_picture_is_enriched_embedded_and_searched(server: Server) -> None:
-    picture = base64.b64encode(picture_bytes()).decode()
-    answer = server.search("", picture=picture, enrich="generated").json()
+def test_a_image_is_enriched_embedded_and_searched(server: Server) -> None:
+    image = base64.b64encode(image_bytes()).decode()
+    answer = server.search("", image=image, attributes_source="generated").json()
     assert len(answer["hits"]) == 3
     assert set(answer["milliseconds"]) == {"attributes", "embedding", "index"}
     assert answer["reason"] or answer["attributes"]
@@ -167,13 +167,15 @@ def test_a_picture_is_enriched_embedded_and_searched(server: Server) -> None:
 )
 def test_items_survive_the_death_of_replicas(server: Server, deployments: tuple[str, ...]) -> None:
     gone = next(hit["item_id"] for hit in server.search("mug").json()["hits"] if hit["item_id"] != "kept")
-    picture = base64.b64encode(picture_bytes("green")).decode()
-    item = {"item_id": "kept", "title": "kept item", "picture": picture, "attributes": {"color": "green"}}
+    image = base64.b64encode(image_bytes("green")).decode()
+    item = {"item_id": "kept", "title": "kept item", "image": image, "attributes": {"color": "green"}}
     assert server.ask("POST", "/v1/items", item).status_code == 200
     assert server.ask("DELETE", f"/v1/items/{gone}").status_code == 204
     for deployment in deployments:
         server.kill(deployment)
-    answer = server.search("kept item", picture=picture, attributes={"color": "green"}, enrich="given", k=100).json()
+    answer = server.search(
+        "kept item", image=image, attributes={"color": "green"}, attributes_source="given", k=100
+    ).json()
     assert answer["hits"][0]["item_id"] == "kept"
     assert answer["hits"][0]["score"] == pytest.approx(1, abs=1e-5)
     assert gone not in {hit["item_id"] for hit in answer["hits"]}
@@ -181,7 +183,7 @@ def test_items_survive_the_death_of_replicas(server: Server, deployments: tuple[
 
 @pytest.mark.slow
 def test_kills_under_load_cost_no_answer(server: Server) -> None:
-    wanted = server.search("red mug", enrich="generated").json()["hits"]
+    wanted = server.search("red mug", attributes_source="generated").json()["hits"]
     with Load(server) as load:
         for deployment in ("Encoder", "Index", "Generator"):
             server.kill(deployment)
@@ -193,20 +195,20 @@ def test_kills_under_load_cost_no_answer(server: Server) -> None:
 
 def test_rollover_under_load_fails_no_request_and_mixes_no_rounds(server: Server, bundles) -> None:
     def hits(number: int) -> Any:
-        assert server.ask("POST", "/admin/rollover", {"round": number}).status_code == 200
-        return server.search("red mug", enrich="generated").json()["hits"]
+        assert server.ask("POST", "/admin/switch", {"round": number}).status_code == 200
+        return server.search("red mug", attributes_source="generated").json()["hits"]
 
     wanted = {number: hits(number) for number in (1, 0)}
     assert wanted[0] != wanted[1]
     with Load(server) as load:
         for number in (1, 0, 1):
             time.sleep(0.5)
-            moved = server.ask("POST", "/admin/rollover", {"round": number}).json()
+            moved = server.ask("POST", "/admin/switch", {"round": number}).json()
             assert moved["served"] == bundles[number].key
     assert Counter(status for status, _ in load.answers).keys() == {200}
     assert {body["round"] for _, body in load.answers} == {0, 1}
     assert all(body["hits"] == wanted[body["round"]] for _, body in load.answers)
-    refused = server.ask("POST", "/admin/rollover", {"round": 7})
+    refused = server.ask("POST", "/admin/switch", {"round": 7})
     assert refused.status_code == 409
     assert "jobs/build_index.py --round 7" in refused.json()["detail"]
 

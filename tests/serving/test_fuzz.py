@@ -29,7 +29,7 @@ def test_no_hostile_request_is_a_fault_of_the_server(client: Any, barrage: Calla
     assert found["faults"] == []
     # The barrage reaches what it means to: refusals of each kind, and requests that are answered.
     assert {"200", "404", "405", "415", "422"} <= set(found["statuses"])
-    assert client.post("/v1/search", json={"title": "red mug", "k": 3, "enrich": "none"}).status_code == 200
+    assert client.post("/v1/search", json={"title": "red mug", "k": 3, "attributes_source": "none"}).status_code == 200
 
 
 def test_the_barrage_sees_a_fault(barrage: Callable[..., dict[str, Any]], client: Any) -> None:

@@ -17,7 +17,7 @@ import uvicorn
 
 from afmrl_ray.cit.stages import RunDirectory
 from afmrl_ray.serving.security import new_key
-from tests.serving.conftest import Application, picture_bytes
+from tests.serving.conftest import Application, image_bytes
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -88,17 +88,17 @@ class Tab:
             assert time.monotonic() < deadline, f"never: {condition}"
             time.sleep(0.05)
 
-    def search(self, title: str, picture: Path | None = None) -> list[str]:
-        if picture is not None:
-            self.page.set_input_files("#file", str(picture))
+    def search(self, title: str, image: Path | None = None) -> list[str]:
+        if image is not None:
+            self.page.set_input_files("#file", str(image))
         self.page.fill("#title", title)
         self.page.click("button[type=submit]")
         return self.hits()
 
     def hits(self) -> list[str]:
-        """Items in the order shown, once the search under way has ended and every picture is there."""
+        """Items in the order shown, once the search under way has ended and every image is there."""
         self.until("document.getElementById('status').textContent.endsWith('results')")
-        self.until("[...document.querySelectorAll('#hits .picture')].every((one) => one.src && one.naturalWidth > 0)")
+        self.until("[...document.querySelectorAll('#hits .image')].every((one) => one.src && one.naturalWidth > 0)")
         return [entry.get_attribute("data-item") for entry in self.page.query_selector_all("#hits li")]
 
     def chips(self) -> list[str]:
@@ -108,7 +108,7 @@ class Tab:
 @pytest.fixture
 def upload(tmp_path: Path) -> Path:
     path = tmp_path / "disc.png"
-    path.write_bytes(picture_bytes("green"))
+    path.write_bytes(image_bytes("green"))
     return path
 
 
@@ -128,8 +128,8 @@ def test_upload_search_and_remove_a_chip(browser: Any, site: Site, upload: Path)
     assert after != before
     wanted = requests.post(
         site.address + "/v1/search",
-        files={"picture": upload.read_bytes()},
-        data={"title": "red mug", "k": 12, "enrich": "given", "attributes": '{"round": "1", "size": "7"}'},
+        files={"image": upload.read_bytes()},
+        data={"title": "red mug", "k": 12, "attributes_source": "given", "attributes": '{"round": "1", "size": "7"}'},
         timeout=30,
     ).json()
     assert after == [hit["item_id"] for hit in wanted["hits"]]
@@ -176,7 +176,7 @@ def test_the_page_asks_its_own_server_only(browser: Any, site: Site, upload: Pat
 
 def test_hostile_text_is_shown_and_not_run(browser: Any, site: Site) -> None:
     item = {"item_id": "hostile", "title": HOSTILE, "category": "hostile", "attributes": {"color": "<b>x</b>"}}
-    item["picture"] = base64.b64encode(picture_bytes()).decode()
+    item["image"] = base64.b64encode(image_bytes()).decode()
     assert requests.post(site.address + "/v1/items", json=item, timeout=30).status_code == 200
     tab = Tab(browser, site)
     tab.page.fill("#category", "hostile")

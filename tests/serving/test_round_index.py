@@ -16,17 +16,17 @@ from tests.serving.conftest import unit
 
 
 def item(item_id: str, title: str = "t", category: str | None = "c") -> StoredItem:
-    return StoredItem(item_id, title, category, None, None, b"picture", b"thumbnail")
+    return StoredItem(item_id, title, category, None, None, b"image", b"thumbnail")
 
 
-def put(live: LiveIndex, stored: StoredItem, vector: np.ndarray, text: str = "color: red") -> None:
+def upsert(live: LiveIndex, stored: StoredItem, vector: np.ndarray, text: str = "color: red") -> None:
     bundle = live.state.current
-    missing = live.write(lambda store: store.put(stored, {bundle.key: Embedded(text, vector)}))
+    missing = live.write(lambda store: store.upsert(stored, {bundle.key: Embedded(text, vector)}))
     assert missing is None
 
 
 def opened(folder: Path, bundle: Bundle, **more) -> LiveIndex:
-    return LiveIndex(str(folder), bundle, **{"rounds_kept": 2, "merge_above": 1000, **more})
+    return LiveIndex(str(folder), bundle, **{"rounds_kept": 2, "max_delta_items": 1000, **more})
 
 
 def found(live: LiveIndex, vector: np.ndarray, k: int = 5, filters: Filters = Filters()) -> list[str]:  # noqa: B008
@@ -39,7 +39,7 @@ VECTORS = {name: unit(*values) for name, values in (("a", (1, 0)), ("b", (0.9, 0
 NAMES = ("new-1", "new-2", "new-3")
 CHANGES = st.lists(
     st.one_of(
-        st.tuples(st.just("put"), st.integers(0, 5), st.sampled_from(sorted(VECTORS)), st.sampled_from(["x", "y"])),
+        st.tuples(st.just("upsert"), st.integers(0, 5), st.sampled_from(sorted(VECTORS)), st.sampled_from(["x", "y"])),
         st.tuples(st.just("out"), st.integers(0, 5), st.just(""), st.just("")),
         st.tuples(st.sampled_from(["merge", "restart"]), st.just(0), st.just(""), st.just("")),
     ),
@@ -58,11 +58,11 @@ def test_search_equals_a_plain_recomputation(bundles, tmp_path_factory, changes,
     vectors = index._index.reconstruct_n(0, len(base))
     wanted = {record.item_id: (vectors[row], record.category) for row, record in enumerate(base)}
     for kind, which, vector, of_category in changes:
-        if kind == "put":
-            put(live, item(names[which], category=of_category), VECTORS[vector])
+        if kind == "upsert":
+            upsert(live, item(names[which], category=of_category), VECTORS[vector])
             wanted[names[which]] = VECTORS[vector], of_category
         elif kind == "out":
-            live.write(lambda store, name=names[which]: store.take_out(name))
+            live.write(lambda store, name=names[which]: store.delete(name))
             wanted.pop(names[which], None)
         elif kind == "merge":
             assert merge(str(folder), bundle) is not None
@@ -87,14 +87,14 @@ def test_search_equals_a_plain_recomputation(bundles, tmp_path_factory, changes,
 def test_another_replica_sees_a_change_at_once(bundles, tmp_path: Path) -> None:
     one, other = opened(tmp_path, bundles[1]), opened(tmp_path, bundles[1])
     assert "new" not in found(other, VECTORS["a"])
-    put(one, item("new"), VECTORS["a"])
+    upsert(one, item("new"), VECTORS["a"])
     assert found(other, VECTORS["a"])[0] == "new"
-    other.write(lambda store: store.take_out("new"))
+    other.write(lambda store: store.delete("new"))
     assert "new" not in found(one, VECTORS["a"])
 
 
 def test_what_was_put_in_is_found_by_a_process_that_starts_later(bundles, tmp_path: Path) -> None:
-    put(opened(tmp_path, bundles[1]), item("new", title="kept"), VECTORS["a"])
+    upsert(opened(tmp_path, bundles[1]), item("new", title="kept"), VECTORS["a"])
     later = opened(tmp_path, bundles[1])
     assert found(later, VECTORS["a"])[0] == "new"
     record = later.current().get("new")
@@ -103,11 +103,11 @@ def test_what_was_put_in_is_found_by_a_process_that_starts_later(bundles, tmp_pa
 
 
 def test_merging_keeps_everything_and_searches_the_new_index(bundles, tmp_path: Path) -> None:
-    live = opened(tmp_path, bundles[1], merge_above=1)
+    live = opened(tmp_path, bundles[1], max_delta_items=1)
     for name, vector in VECTORS.items():
-        put(live, item(f"new-{name}"), vector, text=f"color: {name}")
+        upsert(live, item(f"new-{name}"), vector, text=f"color: {name}")
     gone = found(live, VECTORS["c"], k=9)[-1]
-    live.write(lambda store: store.take_out(gone))
+    live.write(lambda store: store.delete(gone))
     assert live.merge_is_due
     before = live.search(bundles[1].key, VECTORS["b"], 50, Filters())
     assert merge(str(tmp_path), bundles[1]) is not None
@@ -121,14 +121,14 @@ def test_merging_keeps_everything_and_searches_the_new_index(bundles, tmp_path: 
     assert record is not None
     assert record.thumbnail == b"thumbnail"
     assert live.current().get(gone) is None
-    put(live, item("new-a", title="changed"), VECTORS["d"])
+    upsert(live, item("new-a", title="changed"), VECTORS["d"])
     assert found(live, VECTORS["d"], k=2) == ["new-d", "new-a"] or found(live, VECTORS["d"], k=2) == ["new-a", "new-d"]
 
 
 def test_one_replica_merges_at_a_time(bundles, tmp_path: Path) -> None:
     live = opened(tmp_path, bundles[1])
-    put(live, item("new"), VECTORS["a"])
-    assert live.store.lease("merge", 60)
+    upsert(live, item("new"), VECTORS["a"])
+    assert live.store.acquire_lock("merge", 60)
     assert merge(str(tmp_path), bundles[1]) is None
     live.store.release("merge")
     assert merge(str(tmp_path), bundles[1]) is not None
@@ -142,12 +142,12 @@ def test_a_vector_of_another_round_finds_nothing(bundles, tmp_path: Path) -> Non
 def test_an_item_needs_a_vector_of_every_round_that_is_or_will_be_served(bundles, tmp_path: Path) -> None:
     store = ItemStore(str(tmp_path))
     store.start(bundles[0])
-    store.begin_rollover(bundles[1])
+    store.begin_switch(bundles[1])
     one, both = {bundles[0].key: Embedded("", VECTORS["a"])}, {b.key: Embedded("", VECTORS["a"]) for b in bundles}
-    assert store.put(item("new"), one) == {bundles[1].key: bundles[1]}
+    assert store.upsert(item("new"), one) == {bundles[1].key: bundles[1]}
     assert store.known("new") is None
-    assert store.put(item("new"), both) is None
-    assert store.finish_rollover(bundles[1].key)
+    assert store.upsert(item("new"), both) is None
+    assert store.finish_switch(bundles[1].key)
     state = store.state()
     assert state is not None
     assert (state.current, state.rolling, state.history) == (bundles[1], None, (bundles[0],))
@@ -157,24 +157,24 @@ def test_a_rollover_waits_for_items_without_a_vector(bundles, tmp_path: Path) ->
     store = ItemStore(str(tmp_path))
     store.start(bundles[0])
     stored = item("new")
-    store.put(stored, {bundles[0].key: Embedded("", VECTORS["a"])})
-    store.begin_rollover(bundles[1])
+    store.upsert(stored, {bundles[0].key: Embedded("", VECTORS["a"])})
+    store.begin_switch(bundles[1])
     assert store.lacking(bundles[1].key, 5) == [stored]
-    assert not store.finish_rollover(bundles[1].key)
+    assert not store.finish_switch(bundles[1].key)
     changed = item("new", title="changed")
-    store.put(changed, {b.key: Embedded("", VECTORS["b"]) for b in bundles})
-    # The rollover's own embedding of the item as it was comes too late.
+    store.upsert(changed, {b.key: Embedded("", VECTORS["b"]) for b in bundles})
+    # The switch's own embedding of the item as it was comes too late.
     store.add_vector(stored, bundles[1].key, Embedded("", VECTORS["d"]))
     (news,) = store.news(bundles[1].key, 0)
-    assert news.put is not None
-    assert np.array_equal(news.put.vector, VECTORS["b"])
-    assert store.finish_rollover(bundles[1].key)
+    assert news.upsert is not None
+    assert np.array_equal(news.upsert.vector, VECTORS["b"])
+    assert store.finish_switch(bundles[1].key)
 
 
 def test_a_write_that_fails_leaves_nothing(bundles, tmp_path: Path) -> None:
     store = ItemStore(str(tmp_path))
     store.start(bundles[0])
     with pytest.raises(AttributeError):
-        store.put(item("new"), {bundles[0].key: None})  # type: ignore[dict-item]
+        store.upsert(item("new"), {bundles[0].key: None})  # type: ignore[dict-item]
     assert store.known("new") is None
     assert store.news(bundles[0].key, 0) == []

@@ -33,10 +33,10 @@ def test_roles(served_run, tmp_path, keys_file) -> None:
         for headers, search, put in (({}, 401, 401), (bearer("no"), 401, 401), (bearer(user), 200, 403)):
             assert client.post("/v1/search", json={"title": "x"}, headers=headers).status_code == search
             assert client.post("/v1/items", json=item, headers=headers).status_code == put
-            assert client.post("/admin/rollover", json={}, headers=headers).status_code == put
+            assert client.post("/admin/switch", json={}, headers=headers).status_code == put
             assert client.delete("/v1/items/a", headers=headers).status_code == put
         assert client.post("/v1/items", json=item, headers=bearer(admin)).status_code == 200
-        assert client.post("/admin/rollover", json={"round": 1}, headers=bearer(admin)).status_code == 200
+        assert client.post("/admin/switch", json={"round": 1}, headers=bearer(admin)).status_code == 200
         assert client.get("/metrics").status_code == 401
         assert client.get("/healthz").text == "ok"
         assert client.get("/").status_code == 200

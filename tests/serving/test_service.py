@@ -1,4 +1,4 @@
-"""Rollover: no request mixes rounds, nothing that was put in is lost, and the way back works."""
+"""Switch: no request mixes rounds, nothing that was put in is lost, and the way back works."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from afmrl_ray.serving.bundle import Bundle
+from afmrl_ray.serving.errors import Problem
 from afmrl_ray.serving.models import Embedding, EncoderInput
-from afmrl_ray.serving.problems import Problem
 from afmrl_ray.serving.round_index import Filters
-from afmrl_ray.serving.service import Found
+from afmrl_ray.serving.service import SearchResult
 from afmrl_ray.serving.store import StoredItem
 from afmrl_ray.serving.uploads import Upload
 from tests.serving.conftest import Application
@@ -24,7 +24,7 @@ def at_round_0(served_run, tmp_path) -> Application:
 
 
 def search(application: Application, title: str = "mug", **more: Any) -> Any:
-    given = {"k": 3, "filters": Filters(), "enrich": "generated", "given": "", **more}
+    given = {"k": 3, "filters": Filters(), "attributes_source": "generated", "given": "", **more}
     return application.service.search(Upload(title), **given)
 
 
@@ -45,10 +45,10 @@ def test_a_search_in_flight_starts_again_when_another_round_takes_over(at_round_
 
     application.encoder.embed = held
 
-    async def run() -> tuple[Found, Found]:
+    async def run() -> tuple[SearchResult, SearchResult]:
         flight = asyncio.create_task(search(application, "held"))
         await reached.wait()
-        await application.service.rollover(bundles[1])
+        await application.service.switch(bundles[1])
         go.set()
         return await flight, await search(application, "held")
 
@@ -62,18 +62,18 @@ def test_what_was_put_in_goes_along_and_comes_back(at_round_0, bundles) -> None:
     application = at_round_0
 
     async def run() -> None:
-        await application.service.put(new_item("a"))
-        await application.service.put(new_item("b", given="shape: round"))
-        moved = await application.service.rollover(bundles[1])
+        await application.service.upsert(new_item("a"))
+        await application.service.upsert(new_item("b", given="shape: round"))
+        moved = await application.service.switch(bundles[1])
         assert moved == {"served": bundles[1].key, "before": bundles[0].key, "embedded": 2}
         a, b = await application.service.get("a"), await application.service.get("b")
         assert (a.attributes, b.attributes) == ("color: red; round: 1; size: 10", "shape: round")
-        await application.service.put(new_item("c"))
-        assert await application.service.take_out("b")
-        back = await application.service.rollover(bundles[0])
+        await application.service.upsert(new_item("c"))
+        assert await application.service.delete("b")
+        back = await application.service.switch(bundles[0])
         assert back["embedded"] == 1
         for name, there in (("a", True), ("b", False), ("c", True)):
-            found = await search(application, f"title of {name}", enrich="generated")
+            found = await search(application, f"title of {name}", attributes_source="generated")
             assert (found.hits[0].item_id == name) == there
             assert found.bundle == bundles[0]
             if there:
@@ -94,12 +94,12 @@ def test_an_item_put_in_while_rounds_change_is_found_afterwards(at_round_0, bund
 
     application.encoder.prepare = slow
 
-    async def run() -> Found:
-        moving = asyncio.create_task(application.service.rollover(bundles[1]))
+    async def run() -> SearchResult:
+        moving = asyncio.create_task(application.service.switch(bundles[1]))
         await reached.wait()
-        await application.service.put(new_item("during"))
+        await application.service.upsert(new_item("during"))
         with pytest.raises(Problem, match="under way") as refused:
-            await application.service.rollover(bundles[1])
+            await application.service.switch(bundles[1])
         assert refused.value.status == 409
         assert (await search(application, "title of during")).bundle == bundles[0]
         go.set()
@@ -118,11 +118,11 @@ def test_a_rollover_that_another_one_replaced_gives_way(at_round_0, bundles) -> 
 
     async def replaced(bundle: Bundle) -> None:
         await prepare(bundle)
-        await application.index.begin_rollover(third)
+        await application.index.begin_switch(third)
 
     application.encoder.prepare = replaced
     with pytest.raises(Problem, match="gave way"):
-        asyncio.run(application.service.rollover(bundles[1]))
+        asyncio.run(application.service.switch(bundles[1]))
     assert application.index.live.state.current == bundles[0]
 
 
@@ -136,7 +136,7 @@ def test_a_request_that_is_cancelled_does_not_break_another_that_waits_for_the_s
 
     application.generator.write = slow
 
-    async def run() -> Found:
+    async def run() -> SearchResult:
         first = asyncio.create_task(search(application))
         await asyncio.sleep(0.05)
         second = asyncio.create_task(search(application))

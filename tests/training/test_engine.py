@@ -9,7 +9,7 @@ from afmrl_ray.config.models import OptimizerConfig
 from afmrl_ray.training.engine import Engine, schedule_factor
 from tests.process_group import run_workers
 
-OPTIMIZER = OptimizerConfig(learning_rate=0.05, schedule="linear", warmup_share=0.25, gradient_clip=0.5)
+OPTIMIZER = OptimizerConfig(learning_rate=0.05, schedule="linear", warmup_ratio=0.25, max_grad_norm=0.5)
 
 
 def model() -> nn.Module:
@@ -88,7 +88,7 @@ SAVED_AFTER = 3
 
 
 def train_by_tiny_steps(rank: int, world: int, stage: int, folder: str) -> None:
-    constant = OptimizerConfig(learning_rate=TINY_STEP, schedule="constant", warmup_share=0.0, gradient_clip=0.0)
+    constant = OptimizerConfig(learning_rate=TINY_STEP, schedule="constant", warmup_ratio=0.0, max_grad_norm=0.0)
 
     def fresh() -> tuple[Scaled, Engine]:
         net = Scaled().bfloat16()
@@ -126,11 +126,11 @@ def test_in_bfloat16_steps_below_its_resolution_add_up_and_survive_a_checkpoint(
 
 
 def test_schedules():
-    linear = schedule_factor(OptimizerConfig(schedule="linear", warmup_share=0.2), 10)
+    linear = schedule_factor(OptimizerConfig(schedule="linear", warmup_ratio=0.2), 10)
     assert [linear(step) for step in range(3)] == [0.5, 1.0, 1.0]
     assert linear(9) == pytest.approx(1 / 8)
-    cosine = schedule_factor(OptimizerConfig(schedule="cosine", warmup_share=0.0), 10)
+    cosine = schedule_factor(OptimizerConfig(schedule="cosine", warmup_ratio=0.0), 10)
     assert cosine(0) == 1.0
     assert cosine(5) == pytest.approx(0.5)
-    constant = schedule_factor(OptimizerConfig(schedule="constant", warmup_share=0.5), 4)
+    constant = schedule_factor(OptimizerConfig(schedule="constant", warmup_ratio=0.5), 4)
     assert [constant(step) for step in range(4)] == [0.5, 1.0, 1.0, 1.0]

@@ -49,7 +49,7 @@ def test_no_log_reads_as_nothing(tmp_path):
 
 
 def test_what_depends_on_the_machine_is_no_result():
-    values = {"loss": 0.5, "tflop": 1.0, "seconds_step": 2.0, "mfu": 0.4, "vision_cache_hit_share": 1.0, "text": "x"}
+    values = {"loss": 0.5, "tflop": 1.0, "seconds_step": 2.0, "mfu": 0.4, "vision_cache_hit_fraction": 1.0, "text": "x"}
     assert results_of({**values, "tflops_per_second": 0.5, "peak_memory_mb": 9.0}) == {"loss": 0.5, "tflop": 1.0}
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from afmrl_ray.config.cluster import PlacementConfig, PoolConfig
 from afmrl_ray.errors import ResourceError
-from afmrl_ray.training.placement import Room
+from afmrl_ray.training.placement import ActorPlacement
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
 
@@ -29,7 +29,7 @@ def test_actors_run_in_the_room_and_it_is_given_back(ray_local: None) -> None:
         def room(self) -> str:
             return ray.util.get_current_placement_group().id.hex()
 
-    room = Room("rar.reward.pool", pool(2, strategy="pack"))
+    room = ActorPlacement("rar.reward.pool", pool(2, strategy="pack"))
     assert groups() == ["rar.reward.pool"]
     actors = [ray.remote(**room.options(index))(Actor).remote() for index in range(2)]
     assert len(set(ray.get([actor.room.remote() for actor in actors]))) == 1
@@ -41,7 +41,7 @@ def test_actors_run_in_the_room_and_it_is_given_back(ray_local: None) -> None:
 
 def test_too_little_room_is_told_with_what_is_there(ray_local: None) -> None:
     with pytest.raises(ResourceError) as error:
-        Room("rar.reward.pool", pool(2, strategy="strict_spread", labels={"afmrl/role": "reward"}))
+        ActorPlacement("rar.reward.pool", pool(2, strategy="strict_spread", labels={"afmrl/role": "reward"}))
     told = str(error.value)
     assert "rar.reward.pool: no room for 2 actors with 0.2 CPU each on nodes labelled afmrl/role=reward" in told
     assert "strict_spread, within placement.timeout_s 2 s" in told
@@ -50,7 +50,7 @@ def test_too_little_room_is_told_with_what_is_there(ray_local: None) -> None:
 
 
 def test_without_a_strategy_labels_and_resources_go_to_ray_as_they_are() -> None:
-    options = Room("pool", pool(1, labels={"afmrl/role": "data"}, resources={"reward_slot": 1})).options(0)
+    options = ActorPlacement("pool", pool(1, labels={"afmrl/role": "data"}, resources={"reward_slot": 1})).options(0)
     assert options == {
         "num_cpus": 0.2,
         "num_gpus": 0,

@@ -12,11 +12,11 @@ from torch import nn
 from afmrl_ray import storage
 from afmrl_ray.config.models import OptimizerConfig
 from afmrl_ray.errors import CheckpointError
+from afmrl_ray.training.checksums import write_checksums
 from afmrl_ray.training.engine import Engine, schedule_factor
-from afmrl_ray.training.seal import seal
 from tests.process_group import run_workers
 
-OPTIMIZER = OptimizerConfig(learning_rate=0.05, schedule="linear", warmup_share=0.25, gradient_clip=0.5)
+OPTIMIZER = OptimizerConfig(learning_rate=0.05, schedule="linear", warmup_ratio=0.25, max_grad_norm=0.5)
 WORLDS = (3, 1, 2)
 STEPS = 2 * len(WORLDS)
 CASES = list(itertools.product(range(4), ("frozen", "full")))
@@ -113,7 +113,7 @@ def test_what_cannot_be_loaded_is_told_in_one_line_and_costs_nothing(trained, tm
     for stage, folder in damaged.items():
         storage.copy_dir(f"{trained}/{stage}-full-2", str(folder))
         (folder / "engine" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
-        seal(str(folder), rank=1)
+        write_checksums(str(folder), rank=1)
     files = [list(storage.list_files(str(folder))) for folder in damaged.values()]
     asked = [(f"{trained}/1-full-2", 2), *((str(folder), stage) for stage, folder in damaged.items())]
     told = str(tmp_path / "told.json")

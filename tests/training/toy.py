@@ -21,7 +21,7 @@ from afmrl_ray.errors import UserError
 from afmrl_ray.training.engine import Engine
 from afmrl_ray.training.fit import fit, run_steps, worker_threads
 
-OPTIMIZER = OptimizerConfig(learning_rate=0.05, schedule="linear", warmup_share=0.25, gradient_clip=0.5)
+OPTIMIZER = OptimizerConfig(learning_rate=0.05, schedule="linear", warmup_ratio=0.25, max_grad_norm=0.5)
 EVERY = 2
 STEPS = 8
 

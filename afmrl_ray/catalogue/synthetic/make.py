@@ -15,9 +15,9 @@ from afmrl_ray.catalogue.synthetic.texts import teacher_attributes, title
 from afmrl_ray.config.catalogue import SyntheticConfig
 
 PRESETS: dict[str, dict[str, int]] = {
-    "tiny": {"train_products": 24, "val_products": 8, "test_products": 12, "listings_per_product": 3},
-    "demo": {"train_products": 900, "val_products": 100, "test_products": 400, "listings_per_product": 3},
-    "bench": {"train_products": 2400, "val_products": 200, "test_products": 2100, "listings_per_product": 3},
+    "tiny": {"train_products": 24, "val_products": 8, "test_products": 12, "items_per_product": 3},
+    "demo": {"train_products": 900, "val_products": 100, "test_products": 400, "items_per_product": 3},
+    "bench": {"train_products": 2400, "val_products": 200, "test_products": 2100, "items_per_product": 3},
 }
 SCHEMA = pa.schema(
     [
@@ -38,15 +38,15 @@ SCHEMA = pa.schema(
 
 
 def make_catalogue(config: SyntheticConfig) -> pa.Table:
-    """Make all listings.
+    """Make all items.
 
     Beyond the columns of DESIGN 4.1: `family_id`, `true_product_id` (the identity before duplicates were listed under
     another product_id), `true_attributes` and `boxes` (JSON). `attributes` are the teacher's.
     """
-    return pa.Table.from_pylist(list(_listings(config)), schema=SCHEMA)
+    return pa.Table.from_pylist(list(_items(config)), schema=SCHEMA)
 
 
-def _listings(config: SyntheticConfig) -> Iterator[dict[str, Any]]:
+def _items(config: SyntheticConfig) -> Iterator[dict[str, Any]]:
     size = {name: getattr(config, name) or value for name, value in PRESETS[config.preset].items()}
     draw = np.random.default_rng([config.seed, 0])
     seen: set[Product] = set()
@@ -58,30 +58,30 @@ def _listings(config: SyntheticConfig) -> Iterator[dict[str, Any]]:
                 identity = f"{split}-{number:05d}"
                 number += 1
                 copies = [identity]
-                if split == "train" and draw.random() < config.duplicate_share:
+                if split == "train" and draw.random() < config.duplicate_fraction:
                     copies.append(f"{identity}-again")
                 for listed in copies:
-                    for copy in range(size["listings_per_product"]):
-                        yield _listing(config, product, listed, identity, f"{split}-f{index:04d}", split, copy)
+                    for copy in range(size["items_per_product"]):
+                        yield _item(config, product, listed, identity, f"{split}-f{index:04d}", split, copy)
 
 
-def _listing(
+def _item(
     config: SyntheticConfig, product: Product, listed: str, identity: str, family: str, split: str, copy: int
 ) -> dict[str, Any]:
     item = f"{listed}-{copy}"
     draw = np.random.default_rng([config.seed, 1, *item.encode()])
-    picture = render(product, draw, config.picture_px)
+    image = render(product, draw, config.image_px)
     return {
         "item_id": item,
         "product_id": listed,
         "category": product.category,
         "title": title(product, draw, config),
-        "attributes": json.dumps(teacher_attributes(product, picture.background, draw, config)),
-        "image": picture.data,
+        "attributes": json.dumps(teacher_attributes(product, image.background, draw, config)),
+        "image": image.data,
         "split": split,
         "role": None if split == "train" else "query" if copy == 0 else "gallery",
         "family_id": family,
         "true_product_id": identity,
         "true_attributes": json.dumps(product.attributes()),
-        "boxes": json.dumps(picture.boxes),
+        "boxes": json.dumps(image.boxes),
     }

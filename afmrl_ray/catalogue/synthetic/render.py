@@ -1,4 +1,4 @@
-"""Pictures of the synthetic catalogue: a product drawn on a seller's background."""
+"""Images of the synthetic catalogue: a product drawn on a seller's background."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _OVERSAMPLING = 2
 
 @dataclass(frozen=True)
 class Rendering:
-    """An encoded picture and where its visible parts are.
+    """An encoded image and where its visible parts are.
 
     Attributes:
         data: JPEG bytes.
         background: name of the background.
-        boxes: part to (left, top, right, bottom), shares of the picture's sides.
+        boxes: part to (left, top, right, bottom), shares of the image's sides.
     """
 
     data: bytes
@@ -111,10 +111,10 @@ class _Canvas:
 
 
 def render(product: Product, draw: np.random.Generator, size: int) -> Rendering:
-    """Draw one listing of a product: background, light, position, scale, crop and noise are the listing's own.
+    """Draw one item of a product: background, light, position, scale, crop and noise are the item's own.
 
     Args:
-        size: side of the picture, pixels.
+        size: side of the image, pixels.
     """
     name = str(draw.choice(list(BACKGROUNDS)))
     x, y = draw.uniform(-0.1, 0.1, size=2)

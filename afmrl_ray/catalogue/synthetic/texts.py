@@ -46,7 +46,7 @@ def title(product: Product, draw: np.random.Generator, config: SyntheticConfig) 
 def teacher_attributes(
     product: Product, background: str, draw: np.random.Generator, config: SyntheticConfig
 ) -> dict[str, str]:
-    """What a teacher says of a listing: true attributes, some wrong, some missing, and irrelevant ones between them."""
+    """What a teacher says of an item: true attributes, some wrong, some missing, and irrelevant ones between them."""
     pairs: list[tuple[str, str]] = []
     for (name, value), field in zip(product.attributes().items(), (*VISIBLE, *HIDDEN), strict=True):
         if draw.random() < config.teacher_missing_rate:

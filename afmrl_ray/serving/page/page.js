@@ -1,7 +1,7 @@
 "use strict";
 
 const at = (id) => document.getElementById(id);
-const state = { picture: null, attributes: null, asked: 0, addresses: [] };
+const state = { image: null, attributes: null, asked: 0, addresses: [] };
 
 function headers() {
   const key = sessionStorage.getItem("key");
@@ -24,8 +24,8 @@ async function asked(path, options = {}) {
   throw new Error(problem.detail || response.statusText);
 }
 
-function setPicture(file) {
-  state.picture = file;
+function setImage(file) {
+  state.image = file;
   state.attributes = null;
   const preview = at("preview");
   if (preview.src) URL.revokeObjectURL(preview.src);
@@ -33,7 +33,7 @@ function setPicture(file) {
   at("hint").hidden = Boolean(file);
   if (file) {
     preview.src = URL.createObjectURL(file);
-    preview.alt = `The picture ${file.name}`;
+    preview.alt = `The image ${file.name}`;
   } else {
     preview.removeAttribute("src");
     at("file").value = "";
@@ -42,14 +42,14 @@ function setPicture(file) {
 
 function body() {
   const form = new FormData();
-  if (state.picture) form.append("picture", state.picture);
+  if (state.image) form.append("image", state.image);
   form.append("title", at("title").value);
   form.append("k", "12");
   if (state.attributes !== null) {
-    form.append("enrich", "given");
+    form.append("attributes_source", "given");
     form.append("attributes", JSON.stringify(state.attributes));
   } else {
-    form.append("enrich", at("enrich").value);
+    form.append("attributes_source", at("attributes_source").value);
   }
   const category = at("category").value.trim();
   if (category) form.append("filters", JSON.stringify({ category }));
@@ -71,7 +71,7 @@ async function search() {
 }
 
 function show(answer) {
-  state.attributes = answer.enrich === "none" ? null : answer.attributes;
+  state.attributes = answer.attributes_source === "none" ? null : answer.attributes;
   showChips(answer);
   for (const address of state.addresses) URL.revokeObjectURL(address);
   state.addresses = [];
@@ -117,9 +117,9 @@ async function removePair(name) {
 function hitOf(hit) {
   const entry = document.createElement("li");
   entry.dataset.item = hit.item_id;
-  const picture = document.createElement("img");
-  picture.className = "picture";
-  picture.alt = hit.title || hit.item_id;
+  const image = document.createElement("img");
+  image.className = "image";
+  image.alt = hit.title || hit.item_id;
   const score = document.createElement("p");
   score.className = "score";
   score.textContent = hit.score.toFixed(4);
@@ -129,15 +129,15 @@ function hitOf(hit) {
   const pairs = document.createElement("p");
   pairs.className = "pairs";
   pairs.textContent = Object.entries(hit.attributes).map(([name, value]) => `${name}: ${value}`).join("; ");
-  entry.append(picture, score, title, pairs);
+  entry.append(image, score, title, pairs);
   asked(hit.thumbnail)
     .then((response) => response.blob())
     .then((blob) => {
       const address = URL.createObjectURL(blob);
       state.addresses.push(address);
-      picture.src = address;
+      image.src = address;
     })
-    .catch(() => picture.removeAttribute("src"));
+    .catch(() => image.removeAttribute("src"));
   return entry;
 }
 
@@ -149,7 +149,7 @@ at("form").addEventListener("submit", (event) => {
 });
 at("clear").addEventListener("click", () => {
   state.asked++;
-  setPicture(null);
+  setImage(null);
   for (const id of ["title", "category"]) at(id).value = "";
   at("hits").replaceChildren();
   for (const id of ["times", "served"]) at(id).textContent = "";
@@ -158,7 +158,7 @@ at("clear").addEventListener("click", () => {
   at("title").focus();
 });
 at("file").addEventListener("change", () => {
-  if (at("file").files.length) setPicture(at("file").files[0]);
+  if (at("file").files.length) setImage(at("file").files[0]);
 });
 for (const kind of ["dragenter", "dragover"]) {
   at("drop").addEventListener(kind, (event) => {
@@ -174,5 +174,5 @@ for (const kind of ["dragleave", "drop"]) {
 }
 at("drop").addEventListener("drop", (event) => {
   const [file] = event.dataTransfer.files;
-  if (file) setPicture(file);
+  if (file) setImage(file);
 });

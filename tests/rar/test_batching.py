@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afmrl_ray.rar.coalesce import Answers, Coalescer, Once
+from afmrl_ray.rar.batching import Answers, DynamicBatcher, SingleFlightCache
 
 
 def coalesced(items: list[int], *, budget: int, wait_s: float, fails: int | None = None, pause: float = 0.0):
@@ -22,7 +22,7 @@ def coalesced(items: list[int], *, budget: int, wait_s: float, fails: int | None
         return [-item for item in batch]
 
     async def main():
-        made = Coalescer(run, cost=lambda item: item, budget=budget, wait_s=wait_s)
+        made = DynamicBatcher(run, cost=lambda item: item, budget=budget, wait_s=wait_s)
         return await asyncio.gather(*(made.submit(item) for item in items), return_exceptions=True)
 
     return asyncio.run(main()), batches
@@ -64,7 +64,7 @@ def test_items_gather_while_a_batch_runs():
             return batch
 
         gate = asyncio.Event()
-        made = Coalescer(run, cost=lambda item: 1, budget=3, wait_s=1e-4)
+        made = DynamicBatcher(run, cost=lambda item: 1, budget=3, wait_s=1e-4)
         calls = [asyncio.ensure_future(made.submit(0))]
         while not batches:
             await asyncio.sleep(0)
@@ -99,7 +99,7 @@ class Asked:
 def test_equal_keys_are_computed_once_also_while_they_are_computed():
     async def main():
         asked = Asked(open_=False)
-        once = Once(asked, size=10)
+        once = SingleFlightCache(asked, size=10)
         calls = [asyncio.ensure_future(once.get(keys)) for keys in (["a", "b", "a"], ["b", "c"], ["a"])]
         await asyncio.sleep(0.01)
         asked.gate.set()
@@ -115,7 +115,7 @@ def test_equal_keys_are_computed_once_also_while_they_are_computed():
 def test_the_longest_unused_answers_are_forgotten():
     async def main():
         asked = Asked()
-        once = Once(asked, size=2)
+        once = SingleFlightCache(asked, size=2)
         for keys in (["a"], ["b"], ["a"], ["c"], ["a"], ["b"]):
             await once.get(keys)
         assert asked.asked == ["a", "b", "c", "b"]
@@ -127,7 +127,7 @@ def test_the_longest_unused_answers_are_forgotten():
 def test_without_a_size_nothing_is_shared():
     async def main():
         asked = Asked(open_=False)
-        once = Once(asked, size=0)
+        once = SingleFlightCache(asked, size=0)
         calls = [asyncio.ensure_future(once.get(["a", "a"])) for _ in range(2)]
         await asyncio.sleep(0)
         asked.gate.set()
@@ -140,7 +140,7 @@ def test_without_a_size_nothing_is_shared():
 def test_a_caller_that_is_cancelled_takes_nothing_from_the_others_and_a_failure_is_not_kept():
     async def main():
         asked = Asked(open_=False)
-        once = Once(asked, size=10)
+        once = SingleFlightCache(asked, size=10)
         first = asyncio.ensure_future(once.get(["a"]))
         second = asyncio.ensure_future(once.get(["a"]))
         await asyncio.sleep(0.01)

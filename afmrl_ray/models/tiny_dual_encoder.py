@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from afmrl_ray.config.models import PictureConfig, TinyConfig
+from afmrl_ray.config.models import ImageConfig, TinyConfig
 
 BEGIN, END, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
 _LONGEST = 77
@@ -39,12 +39,12 @@ def train_dual_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
     )
 
 
-def build_dual_tower(config: TinyConfig, picture: PictureConfig, tokenizer: Any, seed: int) -> Any:
-    """A CLIP model with random weights: a text tower of the language model's size, a picture tower of the other one's.
+def build_dual_encoder(config: TinyConfig, image: ImageConfig, tokenizer: Any, seed: int) -> Any:
+    """A CLIP model with random weights: a text tower of the language model's size, an image tower of the other one's.
 
     Args:
         config: sizes.
-        picture: its largest number of pixels, cut to whole patches of a square, is what the picture tower sees.
+        image: its largest number of pixels, cut to whole patches of a square, is what the image tower sees.
         tokenizer: whose ids the text tower reads.
         seed: of the weights.
     """
@@ -68,18 +68,18 @@ def build_dual_tower(config: TinyConfig, picture: PictureConfig, tokenizer: Any,
         "num_hidden_layers": config.vision_depth,
         "num_attention_heads": 4,
         "patch_size": config.patch_px,
-        "image_size": side_px(config, picture),
+        "image_size": side_px(config, image),
     }
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=config.hidden_size))
 
 
-def side_px(config: TinyConfig, picture: PictureConfig) -> int:
-    """Side of the square that the picture tower sees, pixels."""
-    return max(1, math.isqrt(picture.max_pixels) // config.patch_px) * config.patch_px
+def side_px(config: TinyConfig, image: ImageConfig) -> int:
+    """Side of the square that the image tower sees, pixels."""
+    return max(1, math.isqrt(image.max_pixels) // config.patch_px) * config.patch_px
 
 
-def save_dual_tower(model: Any, tokenizer: Any, path: str) -> None:
-    """Save model, tokenizer and picture processor as an ordinary Hugging Face folder."""
+def save_dual_encoder(model: Any, tokenizer: Any, path: str) -> None:
+    """Save model, tokenizer and image processor as an ordinary Hugging Face folder."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     Path(path).mkdir(parents=True, exist_ok=True)

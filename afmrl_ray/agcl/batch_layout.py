@@ -1,4 +1,4 @@
-"""Where each listing of a step stands: which rows and columns a worker's share of the loss has."""
+"""Where each item of a step stands: which rows and columns a worker's share of the loss has."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from afmrl_ray.agcl.batches import Pair, Shown
+from afmrl_ray.agcl.batches import Pair, SampledItem
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Direction:
 
 
 class Batch:
-    """The listings of a step: everybody's, and those that this worker embeds.
+    """The items of a step: everybody's, and those that this worker embeds.
 
     Columns are all positives, those of a pair side by side, then all curated negatives.
 
@@ -51,7 +51,7 @@ class Batch:
         negatives = [(place, shown) for place, pair in enumerate(pairs) for shown in pair.negatives]
         # Every worker embeds as many; what fills up the last share belongs to no pair.
         filling = -len(negatives) % world
-        self.negatives: list[tuple[int, Shown]] = [*negatives, *[(-1, pairs[0].query)] * filling]
+        self.negatives: list[tuple[int, SampledItem]] = [*negatives, *[(-1, pairs[0].query)] * filling]
         each = len(self.negatives) // world
         self._local_negatives = self.negatives[rank * each : (rank + 1) * each]
         self._per_query = len(pairs[0].positives)
@@ -61,15 +61,15 @@ class Batch:
         """Queries, positives and negatives that this worker embeds, in this order."""
         return [len(self._local), len(self._local) * self._per_query, len(self._local_negatives)]
 
-    def local_listings(self) -> list[tuple[Shown, int, bool]]:
-        """What this worker embeds: the listing, the entry of `agcl.pairs`, and whether it is shown as a query."""
+    def local_items(self) -> list[tuple[SampledItem, int, bool]]:
+        """What this worker embeds: the item, the entry of `agcl.pairs`, and whether it is shown as a query."""
         return [
             *((pair.query, pair.source, True) for pair in self._local),
             *((shown, pair.source, False) for pair in self._local for shown in pair.positives),
             *((shown, self.pairs[place].source, False) for place, shown in self._local_negatives),
         ]
 
-    def forward(self, text: Callable[[int], str]) -> Direction:
+    def query_to_positive(self, text: Callable[[int], str]) -> Direction:
         """Queries look for their positives."""
         columns = [shown for pair in self.pairs for shown in pair.positives]
         columns += [shown for _, shown in self.negatives]
@@ -86,7 +86,7 @@ class Batch:
         owner[len(columns) - len(self.negatives) :] = torch.tensor([place for place, _ in self.negatives])
         return replace(direction, exempt=owner[None] == torch.tensor(places)[:, None], valid=owner != -1)
 
-    def backward(self, text: Callable[[int], str]) -> Direction:
+    def positive_to_query(self, text: Callable[[int], str]) -> Direction:
         """Positives look for their query."""
         places = [self._first + place for place in range(len(self._local)) for _ in range(self._per_query)]
         return Direction(

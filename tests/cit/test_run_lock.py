@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from afmrl_ray.cit.lease import FILE, Lease
+from afmrl_ray.cit.run_lock import FILE, RunLock
 from afmrl_ray.errors import StorageError
 
 BEAT = 0.1
@@ -25,8 +25,8 @@ def left_by(folder: Path, **changes: object) -> None:
 def held_by_another_process(folder: Path) -> subprocess.Popen[str]:
     code = (
         "import sys, time\n"
-        "from afmrl_ray.cit.lease import Lease\n"
-        f"with Lease({str(folder)!r}, beat_s={BEAT}):\n"
+        "from afmrl_ray.cit.run_lock import RunLock\n"
+        f"with RunLock({str(folder)!r}, beat_s={BEAT}):\n"
         "    print('held', flush=True)\n"
         "    time.sleep(60)\n"
     )
@@ -38,25 +38,25 @@ def held_by_another_process(folder: Path) -> subprocess.Popen[str]:
 
 def test_a_second_driver_refuses_and_follows_once_the_first_is_killed(tmp_path: Path) -> None:
     first = held_by_another_process(tmp_path)
-    with pytest.raises(StorageError, match=f"process {first.pid} on .* works on this run"), Lease(str(tmp_path)):
+    with pytest.raises(StorageError, match=f"process {first.pid} on .* works on this run"), RunLock(str(tmp_path)):
         pass
     first.kill()
     first.wait()
     assert (tmp_path / FILE).exists()
-    with Lease(str(tmp_path)):
+    with RunLock(str(tmp_path)):
         assert json.loads((tmp_path / FILE).read_text())["pid"] != first.pid
     assert not (tmp_path / FILE).exists()
 
 
 def test_a_driver_elsewhere_is_judged_by_its_count_alone(tmp_path: Path) -> None:
     left_by(tmp_path, started=time.time() + 1e6)
-    with Lease(str(tmp_path), beat_s=BEAT):
+    with RunLock(str(tmp_path), beat_s=BEAT):
         pass
     # It has a minute to show a sign of life, which no busy machine makes it miss.
     left_by(tmp_path, beat_s=20.0)
     moving = threading.Timer(BEAT, left_by, (tmp_path,), {"count": 8, "beat_s": 20.0})
     moving.start()
-    with pytest.raises(StorageError, match="on elsewhere, works on this run"), Lease(str(tmp_path), beat_s=BEAT):
+    with pytest.raises(StorageError, match="on elsewhere, works on this run"), RunLock(str(tmp_path), beat_s=BEAT):
         pass
 
 
@@ -64,19 +64,19 @@ def test_a_process_of_the_same_number_that_began_at_another_time_is_another_one(
     import socket
 
     left_by(tmp_path, host=socket.gethostname(), pid=1, started=1.0)
-    with Lease(str(tmp_path), beat_s=BEAT):
+    with RunLock(str(tmp_path), beat_s=BEAT):
         pass
 
 
 def test_a_driver_that_lost_its_run_notices(tmp_path: Path) -> None:
-    with Lease(str(tmp_path), beat_s=BEAT) as lease:
-        lease.check()
+    with RunLock(str(tmp_path), beat_s=BEAT) as run_lock:
+        run_lock.check()
         left_by(tmp_path)
         deadline = time.monotonic() + 20
-        while lease.lost is None and time.monotonic() < deadline:
+        while run_lock.lost is None and time.monotonic() < deadline:
             time.sleep(BEAT)
         with pytest.raises(StorageError, match="process 1 on elsewhere took the run over"):
-            lease.check()
+            run_lock.check()
     # What belongs to the other one is left to it.
     assert (tmp_path / FILE).exists()
 
@@ -84,5 +84,5 @@ def test_a_driver_that_lost_its_run_notices(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "{", '{"token"'])
 def test_a_file_that_was_cut_off_holds_nobody_up(tmp_path: Path, content: str) -> None:
     (tmp_path / FILE).write_text(content)
-    with Lease(str(tmp_path), beat_s=BEAT):
+    with RunLock(str(tmp_path), beat_s=BEAT):
         pass

@@ -24,7 +24,7 @@ class Problem(Exception):
         self.status, self.detail, self.headers = status, detail, headers or {}
 
 
-class Busy(Problem):
+class Overloaded(Problem):
     """All queues are full, or what is needed is being started again: to be asked again soon."""
 
     def __init__(self, detail: str, retry_after_s: int = 1) -> None:

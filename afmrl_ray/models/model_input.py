@@ -12,12 +12,12 @@ import torch
 
 @dataclass(frozen=True)
 class PixelFormat:
-    """How stored pixels become the tower's input; a still picture is one frame, which the tower sees several times.
+    """How stored pixels become the tower's input; a still image is one frame, which the tower sees several times.
 
     Attributes:
         scale: of each channel.
         shift: of each channel.
-        frames: times that a picture is repeated.
+        frames: times that an image is repeated.
     """
 
     scale: tuple[float, ...]
@@ -26,7 +26,7 @@ class PixelFormat:
 
     @classmethod
     def of(cls, image_processor: Any) -> PixelFormat:
-        """What the checkpoint's picture processor would do to pixels from 0 to 255."""
+        """What the checkpoint's image processor would do to pixels from 0 to 255."""
         channels = len(image_processor.image_mean)
         mean, std = image_processor.image_mean, image_processor.image_std
         if not image_processor.do_normalize:
@@ -45,12 +45,12 @@ class PixelFormat:
 
 @dataclass(frozen=True)
 class Visual:
-    """A picture on its way into the language model: before the vision tower, or after it.
+    """An image on its way into the language model: before the vision tower, or after it.
 
     Attributes:
         grid: (1, height, width) of the patches.
         patches: [n, channels, area] uint8 pixels in the tower's order: a fraction of what the tower takes, which a
-            whole batch of pictures would otherwise hold in memory. None after the tower.
+            whole batch of images would otherwise hold in memory. None after the tower.
         pixels: how `patches` become the tower's input.
         features: [n / merge^2, D] visual tokens, after the tower.
     """
@@ -62,14 +62,14 @@ class Visual:
 
 
 @dataclass(frozen=True)
-class Row:
+class ModelInput:
     """One sequence before padding.
 
     Attributes:
         input_ids: [L] token ids.
         token_types: [L] 1 at visual tokens, else 0.
         positions: [3, L] M-RoPE positions (time, height, width).
-        visuals: the pictures, in the order of their tokens.
+        visuals: the images, in the order of their tokens.
     """
 
     input_ids: np.ndarray
@@ -81,7 +81,7 @@ class Row:
         return len(self.input_ids)
 
     @classmethod
-    def joined(cls, rows: Sequence[Row]) -> Row:
+    def joined(cls, rows: Sequence[ModelInput]) -> ModelInput:
         """One sequence after another, each with its own positions."""
         return cls(
             np.concatenate([row.input_ids for row in rows]),
@@ -92,14 +92,14 @@ class Row:
 
 
 def mrope_positions(token_types: np.ndarray, grids: Sequence[tuple[int, int, int]], merge_size: int) -> np.ndarray:
-    """M-RoPE positions of one sequence, as Qwen2-VL and Qwen2.5-VL define them for still pictures.
+    """M-RoPE positions of one sequence, as Qwen2-VL and Qwen2.5-VL define them for still images.
 
-    Text counts up by one on all three axes. A picture that starts at p has time p, height p + row, width p + column,
+    Text counts up by one on all three axes. An image that starts at p has time p, height p + row, width p + column,
     and text goes on at p + max(rows, columns).
 
     Args:
         token_types: [L] 1 at visual tokens, else 0.
-        grids: patch grid of each picture in order.
+        grids: patch grid of each image in order.
         merge_size: patches per visual token along each axis.
 
     Returns:
@@ -126,26 +126,26 @@ def mrope_positions(token_types: np.ndarray, grids: Sequence[tuple[int, int, int
     return positions
 
 
-def continuation(row: Row, tokens: np.ndarray) -> Row:
+def continuation(row: ModelInput, tokens: np.ndarray) -> ModelInput:
     """Tokens that go on after a sequence, without it: they count on from its last position."""
     start = int(row.positions.max()) + 1
     positions = np.broadcast_to(start + np.arange(len(tokens)), (3, len(tokens)))
-    return Row(tokens, np.zeros(len(tokens), dtype=np.int64), positions)
+    return ModelInput(tokens, np.zeros(len(tokens), dtype=np.int64), positions)
 
 
-def append_completion(row: Row, completion: np.ndarray) -> Row:
+def append_completion(row: ModelInput, completion: np.ndarray) -> ModelInput:
     """The sequence of a prompt followed by completion tokens."""
-    return Row.joined([row, continuation(row, completion)])
+    return ModelInput.joined([row, continuation(row, completion)])
 
 
-def collate(rows: Sequence[Row], pad_id: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+def collate(rows: Sequence[ModelInput], pad_id: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
     """Left-pad sequences into the keyword arguments of a Qwen2-VL or Qwen2.5-VL forward pass.
 
     Left padding puts the last token of every row in the last column, for pooling and for decoding alike.
 
     Returns:
-        input_ids, attention_mask, mm_token_type_ids [B, L], position_ids [3, B, L], and, where any row has a picture,
-        image_grid_thw [pictures, 3] and either pixel_values [sum n, patch_dim] or, after the tower, image_features
+        input_ids, attention_mask, mm_token_type_ids [B, L], position_ids [3, B, L], and, where any row has an image,
+        image_grid_thw [images, 3] and either pixel_values [sum n, patch_dim] or, after the tower, image_features
         [visual tokens, D], which `EmbeddingModel` takes.
     """
     batch, longest = len(rows), max(len(row) for row in rows)
@@ -171,7 +171,7 @@ def collate(rows: Sequence[Row], pad_id: int, device: torch.device | str = "cpu"
 def _tower_side(visuals: Sequence[Visual], device: torch.device | str) -> dict[str, torch.Tensor]:
     features = [visual.features for visual in visuals if visual.features is not None]
     if features:
-        assert len(features) == len(visuals), "pictures before and after the tower in one batch"
+        assert len(features) == len(visuals), "images before and after the tower in one batch"
         return {"image_features": torch.cat(features).to(device)}
     (pixels,) = {visual.pixels for visual in visuals}  # one checkpoint made them all
     assert pixels is not None

@@ -1,4 +1,4 @@
-"""What costs nothing: pictures shrunk to 8x8 pixels, and chance. A trained encoder must beat both by far."""
+"""What costs nothing: images shrunk to 8x8 pixels, and chance. A trained encoder must beat both by far."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from afmrl_ray.retrieval.ranking import Ranking
 SIDE = 8
 
 
-def pixels(picture: Image.Image) -> np.ndarray:
-    """[192] float32: the picture as 8x8 RGB pixels."""
-    small = picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+def pixels(image: Image.Image) -> np.ndarray:
+    """[192] float32: the image as 8x8 RGB pixels."""
+    small = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR)
     return np.asarray(small, dtype=np.float32).ravel()
 
 
 def pixel_embeddings(catalogue: StagedCatalogue) -> np.ndarray:
-    """[N, 192] pixels of all rows without their mean, of unit length; what all pictures share tells none apart."""
-    found = np.stack([pixels(catalogue.picture(row)) for row in range(len(catalogue))])
+    """[N, 192] pixels of all rows without their mean, of unit length; what all images share tells none apart."""
+    found = np.stack([pixels(catalogue.image(row)) for row in range(len(catalogue))])
     found -= found.mean(0)
     return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-6)
 

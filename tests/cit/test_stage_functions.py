@@ -8,8 +8,8 @@ import pytest
 
 from afmrl_ray.attributes.store import read_attributes, write_attributes
 from afmrl_ray.catalogue import make_catalogue
-from afmrl_ray.cit.bodies import attribute_rows, labels_body, oracle_body, queries_anew_body
 from afmrl_ray.cit.pipeline import Pipeline
+from afmrl_ray.cit.stage_functions import attribute_rows, labels_stage_fn, oracle_stage_fn, query_attributes_stage_fn
 from afmrl_ray.cit.stages import RunDirectory, StageOutcome
 from afmrl_ray.cit.tiny import pretraining_examples
 from afmrl_ray.config import validate, with_values
@@ -37,8 +37,8 @@ def test_a_local_checkpoint_teaches_what_it_would_annotate(
         found.append((generator.path, given.tolist()))
         return [("color: red", ""), *asked[1:]]
 
-    monkeypatch.setattr("afmrl_ray.cit.bodies.annotate_rows", annotate_rows)
-    outcome = labels_body(config, tiny_catalogue_ref, [config.distill.items], str(tmp_path / "at"))
+    monkeypatch.setattr("afmrl_ray.cit.stage_functions.annotate_rows", annotate_rows)
+    outcome = labels_stage_fn(config, tiny_catalogue_ref, [config.distill.items], str(tmp_path / "at"))
     assert found == [(tiny_checkpoints["generator"], rows)]
     store = read_attributes(str(tmp_path / "at" / outcome.outputs["attributes"]))
     assert len(store) == len(rows)
@@ -47,9 +47,9 @@ def test_a_local_checkpoint_teaches_what_it_would_annotate(
 
 @pytest.mark.parametrize("names", [None, ("pattern", "color", "no such name")])
 def test_the_oracle_writes_the_truth_or_of_it_what_is_taught(tiny_catalogue_ref, tmp_path, names):
-    changes = {"annotate": {"truth_column": "true_attributes"}, "teacher": {"kind": "column", "names": names}}
+    changes = {"annotate": {"ground_truth_column": "true_attributes"}, "teacher": {"kind": "column", "names": names}}
     config = validate(run_values(tmp_path, **changes))
-    outcome = oracle_body(config, tiny_catalogue_ref, str(tmp_path))
+    outcome = oracle_stage_fn(config, tiny_catalogue_ref, str(tmp_path))
     store = read_attributes(str(tmp_path / outcome.outputs["attributes"]))
     catalogue = tiny_catalogue_ref.open()
     items, truth = (catalogue.column(name) for name in ("item_id", "true_attributes"))
@@ -75,7 +75,7 @@ def test_the_pretraining_catalogue_shares_no_product_with_the_runs_own(tiny_cata
 
 
 def annotated(run, catalogue, config, name: str, text: str):
-    """A stage in which every listing has the same attributes."""
+    """A stage in which every item has the same attributes."""
     rows = catalogue.rows(config.annotate.items)
 
     def body(directory):
@@ -87,14 +87,17 @@ def annotated(run, catalogue, config, name: str, text: str):
 
 
 def test_only_queries_that_are_enriched_are_written_anew(tiny_catalogue_ref, tmp_path):
-    unenriched = {"kind": "retrieval", "name": "texts", "enriched": "none"}
-    unenriched |= {"query": {"split": ["val"], "role": "gallery"}, "gallery": {"split": ["val"], "role": "query"}}
-    protocols = [{"kind": "retrieval", "name": "fine"}, unenriched]
+    without_attributes = {"kind": "retrieval", "name": "texts", "with_attributes": "none"}
+    without_attributes |= {
+        "query": {"split": ["val"], "role": "gallery"},
+        "gallery": {"split": ["val"], "role": "query"},
+    }
+    protocols = [{"kind": "retrieval", "name": "fine"}, without_attributes]
     config = validate(run_values(tmp_path, evaluation={"protocols": protocols}))
     catalogue, run = tiny_catalogue_ref.open(), RunDirectory(str(tmp_path), "t")
     before = annotated(run, catalogue, config, "before", "color: old")
     after = annotated(run, catalogue, config, "after", "color: new")
-    outcome = queries_anew_body(config, tiny_catalogue_ref, before, after, str(tmp_path))
+    outcome = query_attributes_stage_fn(config, tiny_catalogue_ref, before, after, str(tmp_path))
     store = read_attributes(str(tmp_path / outcome.outputs["attributes"]))
     items, (fine, _) = catalogue.column("item_id"), config.evaluation.protocols
     queries = {items[row] for row in catalogue.rows(fine.query).tolist()}
@@ -102,17 +105,17 @@ def test_only_queries_that_are_enriched_are_written_anew(tiny_catalogue_ref, tmp
     assert len(store) == len(catalogue.rows(config.annotate.items)) > len(queries) > 0
 
 
-def test_a_listing_that_is_a_query_and_in_a_gallery_cannot_be_both(tiny_catalogue_ref, tmp_path):
+def test_a_item_that_is_a_query_and_in_a_gallery_cannot_be_both(tiny_catalogue_ref, tmp_path):
     around = {"query": {"split": ["test"], "role": "gallery"}, "gallery": {"split": ["test"], "role": "query"}}
     protocols = [{"kind": "retrieval", "name": "fine"}, {"kind": "retrieval", "name": "around", **around}]
     config = validate(run_values(tmp_path, evaluation={"protocols": protocols}))
     catalogue, run = tiny_catalogue_ref.open(), RunDirectory(str(tmp_path), "t")
     stages = [annotated(run, catalogue, config, name, "color: red") for name in ("before", "after")]
     with pytest.raises(ConfigError, match=r"evaluation\.protocols"):
-        queries_anew_body(config, tiny_catalogue_ref, *stages, str(tmp_path))
+        query_attributes_stage_fn(config, tiny_catalogue_ref, *stages, str(tmp_path))
 
 
-def test_labels_of_pairs_hold_all_their_listings_and_are_the_labels_where_those_do(tmp_path):
+def test_labels_of_pairs_hold_all_their_items_and_are_the_labels_where_those_do(tmp_path):
     config = validate(run_values(tmp_path, teacher={"kind": "column"}))
     run = RunDirectory(str(tmp_path), "t")
     taught = Pipeline(config, run)
@@ -142,7 +145,7 @@ def test_the_baseline_is_the_same_whatever_attributes_would_do(tmp_path):
             return super()._stage(name, inputs, (lambda _: StageOutcome({}, {})) if name == "baseline" else body)
 
     config = validate(run_values(tmp_path))
-    changes = {"agcl.lexical.scale": "self", "agcl.mask.enabled": True, "agcl.enrich_query": 0.2}
+    changes = {"agcl.lexical.scale": "self", "agcl.mask.enabled": True, "agcl.attribute_dropout.query": 0.8}
     for changed in ({}, changes, {"agcl.steps": 7}):
         _ = Noted(with_values(config, changed), RunDirectory(str(tmp_path), "t")).baseline
     assert trained[0] == trained[1] != trained[2]

@@ -12,7 +12,7 @@ from afmrl_ray import storage
 from afmrl_ray.agcl.train import AGCLJob, train_agcl
 from afmrl_ray.attributes.quality import quality
 from afmrl_ray.attributes.store import AttributeRow, AttributeStore, read_attributes, write_attributes
-from afmrl_ray.attributes.teachers import Listing, make_teacher
+from afmrl_ray.attributes.teachers import TeacherItem, make_teacher
 from afmrl_ray.attributes.text import InvalidAttributes, chosen_attributes, format_attributes, normalise_attributes
 from afmrl_ray.catalogue import (
     Catalogue,
@@ -25,7 +25,7 @@ from afmrl_ray.catalogue import (
 from afmrl_ray.catalogue.schema import parse_source_attributes
 from afmrl_ray.cit.stages import Stage, StageOutcome
 from afmrl_ray.config import Config
-from afmrl_ray.config.catalogue import SideConfig
+from afmrl_ray.config.catalogue import ItemSelector
 from afmrl_ray.config.evaluation import RetrievalProtocol
 from afmrl_ray.config.teacher import ColumnTeacherConfig
 from afmrl_ray.distill.train import DistillJob, train_distill
@@ -36,7 +36,7 @@ from afmrl_ray.retrieval.embed import EncoderRef, View, embed_rows, save_embeddi
 from afmrl_ray.training.cluster import Demand, pool_demand, require_resources
 
 
-def catalogue_body(config: Config, given: Catalogue | None, directory: str) -> StageOutcome:
+def catalogue_stage_fn(config: Config, given: Catalogue | None, directory: str) -> StageOutcome:
     """Make the synthetic catalogue, or write down what was wrong with the given one."""
     outputs = {}
     if given is None:
@@ -51,7 +51,7 @@ def catalogue_body(config: Config, given: Catalogue | None, directory: str) -> S
     return StageOutcome(outputs, {"fingerprint": catalogue.fingerprint, "counts": catalogue.counts})
 
 
-def models_body(config: Config, catalogue: CatalogueRef, directory: str) -> StageOutcome:
+def models_stage_fn(config: Config, catalogue: CatalogueRef, directory: str) -> StageOutcome:
     """Make the tiny checkpoints side by side, one Ray task each."""
     import ray
 
@@ -64,10 +64,10 @@ def models_body(config: Config, catalogue: CatalogueRef, directory: str) -> Stag
     return StageOutcome({role: role for role in roles}, dict(zip(roles, losses, strict=True)))
 
 
-def labels_body(
-    config: Config, catalogue_ref: CatalogueRef, sides: Sequence[SideConfig], directory: str
+def labels_stage_fn(
+    config: Config, catalogue_ref: CatalogueRef, sides: Sequence[ItemSelector], directory: str
 ) -> StageOutcome:
-    """Ask the teacher about the listings of some sides."""
+    """Ask the teacher about the items of some sides."""
     catalogue = catalogue_ref.open()
     rows = catalogue.rows_of_any(sides)
     path = storage.join(directory, "attributes.parquet")
@@ -79,18 +79,17 @@ def labels_body(
         # Beside the attempts of `labels`, so that no stage and no change asks a paid endpoint the same thing again.
         cache = storage.join(storage.parent(storage.parent(directory)), "labels", "answers")
         teacher = make_teacher(config.teacher, cache_dir=cache, max_attributes=config.generator.max_attributes)
-        items = [catalogue.item(int(row)) for row in rows]
-        listings = [
-            Listing(item.item_id, item.title or "", item.attributes, partial(catalogue.picture_bytes, item.row))
-            for item in items
+        asked = [
+            TeacherItem(item.item_id, item.title or "", item.attributes, partial(catalogue.image_bytes, item.row))
+            for item in (catalogue.item(int(row)) for row in rows)
         ]
-        answers = teacher.annotate(listings)
+        answers = teacher.annotate(asked)
         found = [("", a.reason) if isinstance(a, InvalidAttributes) else (format_attributes(a), "") for a in answers]
-        source = storage.digest(config.teacher.decisive())
+        source = storage.digest(config.teacher.fingerprinted())
     write_attributes(path, attribute_rows(catalogue.column("item_id"), rows, found), fingerprint=source)
     store = read_attributes(path)
-    if store.invalid_share == 1.0:
-        raise CatalogueError(f"teacher: gave no valid attributes for any of {len(rows)} listings")
+    if store.invalid_fraction == 1.0:
+        raise CatalogueError(f"teacher: gave no valid attributes for any of {len(rows)} items")
     return StageOutcome({"attributes": "attributes.parquet"}, attribute_metrics(store))
 
 
@@ -104,15 +103,15 @@ def attribute_rows(items: list[str], rows: np.ndarray, found: Iterable[tuple[str
 def attribute_metrics(store: AttributeStore) -> dict[str, float]:
     """What the report says about an attribute table."""
     length = store.mean_length
-    return {"mean_pairs": length.pairs, "mean_words": length.words, "invalid_share": store.invalid_share}
+    return {"mean_pairs": length.pairs, "mean_words": length.words, "invalid_fraction": store.invalid_fraction}
 
 
-def distill_body(config: Config, catalogue: CatalogueRef, start: str, labels: str, directory: str) -> StageOutcome:
+def distill_stage_fn(config: Config, catalogue: CatalogueRef, start: str, labels: str, directory: str) -> StageOutcome:
     metrics = train_distill(config, DistillJob(start, labels, catalogue, directory, "distill"))
     return StageOutcome({"model": "model"}, metrics)
 
 
-def attributes_body(
+def attributes_stage_fn(
     config: Config, catalogue_ref: CatalogueRef, generator: GeneratorRef, fingerprint: str, directory: str
 ) -> StageOutcome:
     catalogue = catalogue_ref.open()
@@ -132,44 +131,46 @@ def taught_names(config: Config) -> tuple[str, ...] | None:
     return config.teacher.names if isinstance(config.teacher, ColumnTeacherConfig) else None
 
 
-def oracle_body(config: Config, catalogue_ref: CatalogueRef, directory: str) -> StageOutcome:
-    """What a generator that is never wrong would write: what the teacher names, of `annotate.truth_column`."""
+def oracle_stage_fn(config: Config, catalogue_ref: CatalogueRef, directory: str) -> StageOutcome:
+    """What a generator that is never wrong would write: what the teacher names, of `annotate.ground_truth_column`."""
     catalogue, names = catalogue_ref.open(), taught_names(config)
     rows = catalogue.rows(config.annotate.items)
-    truth = catalogue.column(config.annotate.truth_column)
+    truth = catalogue.column(config.annotate.ground_truth_column)
     source = [chosen_attributes(parse_source_attributes(truth[row]), names) for row in rows.tolist()]
     found = [format_attributes(normalise_attributes(attributes)) for attributes in source]
     path = storage.join(directory, "attributes.parquet")
     items = catalogue.column("item_id")
     written = attribute_rows(items, rows, [(text, "" if text else "empty") for text in found])
-    write_attributes(path, written, fingerprint=storage.digest({"truth": config.annotate.truth_column, "names": names}))
+    write_attributes(
+        path, written, fingerprint=storage.digest({"truth": config.annotate.ground_truth_column, "names": names})
+    )
     return StageOutcome(
         {"attributes": "attributes.parquet"}, generated_metrics(read_attributes(path), catalogue, config)
     )
 
 
-def queries_anew_body(
+def query_attributes_stage_fn(
     config: Config, catalogue_ref: CatalogueRef, before: Stage, after: Stage, directory: str
 ) -> StageOutcome:
-    """Attributes of what searches from one table, of all other listings from another: a gallery that stays as it was.
+    """Attributes of what searches from one table, of all other items from another: a gallery that stays as it was.
 
     Args:
         before: attributes stage of the gallery.
-        after: attributes stage of the queries of all retrieval protocols that enrich them.
+        after: attributes stage of the queries of all retrieval protocols that show with attributes them.
 
     Raises:
-        ConfigError: a listing is such a query and in a gallery with attributes too.
+        ConfigError: an item is such a query and in a gallery with attributes too.
     """
     catalogue = catalogue_ref.open()
     items = catalogue.column("item_id")
     protocols = [each for each in config.evaluation.protocols if isinstance(each, RetrievalProtocol)]
-    queries = [each.query for each in protocols if each.enriched != "none"]
-    galleries = [each.gallery for each in protocols if each.enriched == "both"]
+    queries = [each.query for each in protocols if each.with_attributes != "none"]
+    galleries = [each.gallery for each in protocols if each.with_attributes == "both"]
     asked = catalogue.rows_of_any(queries) if queries else np.array([], dtype=np.int64)
     for side in galleries:
         if len(both := np.intersect1d(asked, catalogue.rows(side))):
             raise ConfigError(
-                f"evaluation.protocols: listing {items[int(both[0])]!r} is a query and in a gallery with attributes, "
+                f"evaluation.protocols: item {items[int(both[0])]!r} is a query and in a gallery with attributes, "
                 "so the gallery cannot stay as it was; leave one of the protocols out"
             )
     anew = set(asked.tolist())
@@ -185,20 +186,20 @@ def queries_anew_body(
 
 
 def generated_metrics(store: AttributeStore, catalogue: StagedCatalogue, config: Config) -> dict[str, Any]:
-    """`attribute_metrics`, and `quality` over the listings that are never trained on, against the truth.
+    """`attribute_metrics`, and `quality` over the items that are never trained on, against the truth.
 
     Raises:
-        CatalogueError: there is no column `annotate.truth_column`.
+        CatalogueError: there is no column `annotate.ground_truth_column`.
     """
     annotate = config.annotate
-    truth, items, splits = (catalogue.column(name) for name in (annotate.truth_column, "item_id", "split"))
+    truth, items, splits = (catalogue.column(name) for name in (annotate.ground_truth_column, "item_id", "split"))
     held_out = [row for row in catalogue.rows(annotate.items).tolist() if splits[row] != "train"]
     written = [store.get(items[row]) for row in held_out]
     source = [normalise_attributes(parse_source_attributes(truth[row])) for row in held_out]
     return {**attribute_metrics(store), "quality": quality(written, source)}
 
 
-def agcl_body(
+def agcl_stage_fn(
     config: Config,
     catalogue: CatalogueRef,
     start: str,
@@ -210,7 +211,7 @@ def agcl_body(
     return StageOutcome({"model": "model"}, metrics)
 
 
-def gallery_body(
+def gallery_stage_fn(
     config: Config, catalogue_ref: CatalogueRef, encoder: EncoderRef, attributes: str, directory: str
 ) -> StageOutcome:
     """Embed the gallery of the training queries and that of the held-out ones; a row in both is embedded once."""
@@ -218,7 +219,7 @@ def gallery_body(
     task = config.rar.task
     sides = {"gallery": task.gallery, "heldout_gallery": task.heldout_gallery}
     rows = {name: catalogue.rows(side) for name, side in sides.items()}
-    views = {name: View(side.inputs, side.title_columns, task.gallery_enriched) for name, side in sides.items()}
+    views = {name: View(side.inputs, side.title_columns, task.gallery_with_attributes) for name, side in sides.items()}
     wanted = {
         view: np.unique(np.concatenate([rows[name] for name in sides if views[name] == view]))
         for view in dict.fromkeys(views.values())
@@ -246,5 +247,5 @@ def rar_job(
     )
 
 
-def rar_body(config: Config, job: RARJob) -> StageOutcome:
+def rar_stage_fn(config: Config, job: RARJob) -> StageOutcome:
     return StageOutcome({"model": "model"}, train_rar(config, job))

@@ -23,7 +23,7 @@ BEAT_S = 5.0
 _MISSED = 3
 
 
-class Lease:
+class RunLock:
     """Holds a run until it is left.
 
     The driver counts up in `driver.json` every few seconds. Another one that finds the file watches whether the count
@@ -44,11 +44,11 @@ class Lease:
         self._token = uuid.uuid4().hex
         self._count = 0
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="run-lease", daemon=True)
+        self._thread = threading.Thread(target=self._beat, name="run-lock", daemon=True)
         self.lost: str | None = None
         """The driver that took the run over."""
 
-    def __enter__(self) -> Lease:
+    def __enter__(self) -> RunLock:
         other = self._read()
         if other is not None and self._lives(other):
             raise StorageError(

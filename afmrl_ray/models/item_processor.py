@@ -1,6 +1,6 @@
-"""From listings to model inputs: token ids, patches and M-RoPE positions, with the checkpoint's own tokenizer.
+"""From items to model inputs: token ids, patches and M-RoPE positions, with the checkpoint's own tokenizer.
 
-Every prompt is `prefix | picture | text | suffix`, where prefix and suffix come from the checkpoint's chat template.
+Every prompt is `prefix | image | text | suffix`, where prefix and suffix come from the checkpoint's chat template.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ import numpy as np
 from PIL import Image
 
 from afmrl_ray.attributes.text import SEPARATOR
-from afmrl_ray.config.models import PictureConfig
+from afmrl_ray.config.models import ImageConfig
 from afmrl_ray.errors import CheckpointError
 from afmrl_ray.models.backbones import fetch
-from afmrl_ray.models.rows import PixelFormat, Row, Visual, mrope_positions
+from afmrl_ray.models.model_input import ModelInput, PixelFormat, Visual, mrope_positions
 
 _SENTINEL = "\u2042"
 
-Picture = Image.Image | Visual
-"""A picture before or after `ListingProcessor.visual`."""
+ImageLike = Image.Image | Visual
+"""An image before or after `ItemProcessor.visual`."""
 
 
 def load_processors(path: str, **settings: Any) -> tuple[Any, Any]:
-    """Tokenizer and picture processor of a checkpoint folder or hub name.
+    """Tokenizer and image processor of a checkpoint folder or hub name.
 
     Args:
         settings: of the tokenizer, over its own.
 
     Raises:
-        CheckpointError: the folder has no tokenizer, or no picture processor, that fits.
+        CheckpointError: the folder has no tokenizer, or no image processor, that fits.
     """
     from transformers import AutoImageProcessor, AutoTokenizer
 
@@ -40,7 +40,7 @@ def load_processors(path: str, **settings: Any) -> tuple[Any, Any]:
         # Its other backend needs torchvision and gives other pixels.
         return tokenizer, AutoImageProcessor.from_pretrained(fetch(path), backend="pil")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: no tokenizer or picture processor ({_one_line(error)})") from error
+        raise CheckpointError(f"{path}: no tokenizer or image processor ({_one_line(error)})") from error
 
 
 def chat_frame(tokenizer: Any) -> tuple[str, str]:
@@ -60,14 +60,14 @@ def chat_frame(tokenizer: Any) -> tuple[str, str]:
     return before, after
 
 
-class ListingProcessor:
-    """Tokenizer and picture processor of one checkpoint."""
+class ItemProcessor:
+    """Tokenizer and image processor of one checkpoint."""
 
-    def __init__(self, tokenizer: Any, image_processor: Any, picture: PictureConfig) -> None:
+    def __init__(self, tokenizer: Any, image_processor: Any, image: ImageConfig) -> None:
         self.tokenizer = tokenizer
         self._image_processor = image_processor
-        self._size = {"shortest_edge": picture.min_pixels, "longest_edge": picture.max_pixels}
-        self._budget = {"min_pixels": picture.min_pixels, "max_pixels": picture.max_pixels}
+        self._size = {"shortest_edge": image.min_pixels, "longest_edge": image.max_pixels}
+        self._budget = {"min_pixels": image.min_pixels, "max_pixels": image.max_pixels}
         self.merge_size = int(image_processor.merge_size)
         self._pixels = PixelFormat.of(image_processor)
         self._image_id = self._special("<|image_pad|>")
@@ -81,14 +81,14 @@ class ListingProcessor:
         self._prefix, self._suffix = self._encode(before), self._encode(after)
 
     @classmethod
-    def from_pretrained(cls, path: str, picture: PictureConfig) -> ListingProcessor:
+    def from_pretrained(cls, path: str, image: ImageConfig) -> ItemProcessor:
         """Load from a checkpoint folder or hub name.
 
         Raises:
             CheckpointError: see `load_processors`; or the tokenizer lacks tokens or a chat template.
         """
         tokenizer, image_processor = load_processors(path)
-        return cls(tokenizer, image_processor, picture)
+        return cls(tokenizer, image_processor, image)
 
     def _special(self, token: str) -> int:
         index = self.tokenizer.convert_tokens_to_ids(token)
@@ -107,28 +107,30 @@ class ListingProcessor:
         return sorted(index for token, index in vocabulary if SEPARATOR in token and token not in added)
 
     def pixel_settings(self) -> dict[str, Any]:
-        """Everything that decides which patches a picture becomes, as JSON values."""
+        """Everything that decides which patches an image becomes, as JSON values."""
         return {**self._image_processor.to_dict(), "size": self._size}
 
-    def visual(self, picture: Image.Image) -> Visual:
-        """Patches of one picture."""
+    def visual(self, image: Image.Image) -> Visual:
+        """Patches of one image."""
         out = self._image_processor(
-            images=[picture], size=self._size, do_rescale=False, do_normalize=False, return_tensors="np"
+            images=[image], size=self._size, do_rescale=False, do_normalize=False, return_tensors="np"
         )
         grid = tuple(int(n) for n in out["image_grid_thw"][0])
         frames = out["pixel_values"].reshape(grid[1] * grid[2], len(self._pixels.scale), self._pixels.frames, -1)
         return Visual(grid, frames[:, :, 0].astype(np.uint8), self._pixels)  # type: ignore[arg-type]
 
-    def row(self, picture: Picture | Sequence[Picture] | None, text: str, *, max_tokens: int | None = None) -> Row:
-        """Build the sequence of one listing.
+    def row(
+        self, image: ImageLike | Sequence[ImageLike] | None, text: str, *, max_tokens: int | None = None
+    ) -> ModelInput:
+        """Build the sequence of one item.
 
         Args:
-            picture: the picture, or what `visual` made of it, or several, or none for a text-only input.
-            text: everything after the picture.
-            max_tokens: cut the end of `text` so that the sequence has at most this many tokens; pictures are never cut.
+            image: the image, or what `visual` made of it, or several, or none for a text-only input.
+            text: everything after the image.
+            max_tokens: cut the end of `text` so that the sequence has at most this many tokens; images are never cut.
         """
-        pictures = [] if picture is None else [picture] if isinstance(picture, Picture) else list(picture)
-        visuals = tuple(self.visual(one) if isinstance(one, Image.Image) else one for one in pictures)
+        images = [] if image is None else [image] if isinstance(image, ImageLike) else list(image)
+        visuals = tuple(self.visual(one) if isinstance(one, Image.Image) else one for one in images)
         tokens = np.array([token for visual in visuals for token in self._visual_tokens(visual)], dtype=np.int64)
         body = self._encode(plain_text(text))
         if max_tokens is not None:
@@ -137,17 +139,17 @@ class ListingProcessor:
         input_ids = np.concatenate([self._prefix, tokens, body, self._suffix])
         token_types = (input_ids == self._image_id).astype(np.int64)
         positions = mrope_positions(token_types, [visual.grid for visual in visuals], self.merge_size)
-        return Row(input_ids, token_types, positions, visuals)
+        return ModelInput(input_ids, token_types, positions, visuals)
 
     def _visual_tokens(self, visual: Visual) -> list[int]:
         count = visual.grid[1] * visual.grid[2] // self.merge_size**2
         return [self._vision_start, *[self._image_id] * count, self._vision_end]
 
-    def length(self, picture_size: tuple[int, int] | None, text: str) -> int:
-        """Tokens of the sequence that `row` would build, from the picture's (width, height) alone."""
+    def length(self, image_size: tuple[int, int] | None, text: str) -> int:
+        """Tokens of the sequence that `row` would build, from the image's (width, height) alone."""
         visual = 0
-        if picture_size is not None:
-            width, height = picture_size
+        if image_size is not None:
+            width, height = image_size
             patches = self._image_processor.get_number_of_image_patches(height, width, self._budget)
             visual = patches // self.merge_size**2 + 2
         return len(self._prefix) + visual + len(self._encode(plain_text(text))) + len(self._suffix)
@@ -165,7 +167,7 @@ class ListingProcessor:
 
 
 def plain_text(text: str) -> str:
-    """A seller's text without the marks of special tokens, which would end a turn or ask for a picture."""
+    """A seller's text without the marks of special tokens, which would end a turn or ask for an image."""
     return text.replace("<|", "< |")
 
 

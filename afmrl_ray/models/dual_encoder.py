@@ -1,6 +1,6 @@
-"""Dual towers (CLIP, SigLIP): pictures and texts through towers of their own, and a listing as what both say.
+"""Dual encoders (CLIP, SigLIP): images and texts through towers of their own, and an item as what both say.
 
-The checkpoint is an ordinary Hugging Face folder or hub name; picture size, text length and padding are its own.
+The checkpoint is an ordinary Hugging Face folder or hub name; image size, text length and padding are its own.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from afmrl_ray.models.inner import inner_model
-from afmrl_ray.models.listing import load_processors
+from afmrl_ray.models.item_processor import load_processors
 
 
 @dataclass(frozen=True)
 class DualRow:
-    """One listing, or anything else that has a picture, a text or both.
+    """One item, or anything else that has an image, a text or both.
 
     Attributes:
         pixels: [3, height, width] float32, or none.
@@ -36,7 +36,7 @@ class DualRow:
 
 
 class DualProcessor:
-    """Tokenizer and picture processor of one checkpoint.
+    """Tokenizer and image processor of one checkpoint.
 
     Args:
         longest: tokens of the text tower.
@@ -52,7 +52,7 @@ class DualProcessor:
         """Load from the folder or hub name that `model` came from.
 
         Raises:
-            CheckpointError: see `models.listing.load_processors`.
+            CheckpointError: see `models.item_processor.load_processors`.
         """
         tokenizer, image_processor = load_processors(path)
         config = model.config
@@ -63,23 +63,21 @@ class DualProcessor:
             pad_to_longest=config.model_type == "siglip",
         )
 
-    def pixels(self, picture: Image.Image) -> np.ndarray:
-        """[3, height, width] float32 of one picture."""
-        return self._image_processor(images=[picture], return_tensors="np")["pixel_values"][0].astype(np.float32)
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """[3, height, width] float32 of one image."""
+        return self._image_processor(images=[image], return_tensors="np")["pixel_values"][0].astype(np.float32)
 
     def tokens(self, text: str) -> np.ndarray:
         """[L] token ids with the tokenizer's special ones, cut to the text tower's length."""
         ids = self._tokenizer(text, truncation=True, max_length=self._longest)["input_ids"]
         return np.asarray(ids, dtype=np.int64)
 
-    def row(self, picture: Image.Image | None, text: str) -> DualRow:
-        """A listing's row; an empty text is none."""
-        return DualRow(
-            self.pixels(picture) if picture is not None else None, self.tokens(text) if text.strip() else None
-        )
+    def row(self, image: Image.Image | None, text: str) -> DualRow:
+        """An item's row; an empty text is none."""
+        return DualRow(self.pixels(image) if image is not None else None, self.tokens(text) if text.strip() else None)
 
     def collate(self, rows: Sequence[DualRow], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """Keyword arguments of `DualTower.forward`: pictures and texts of those rows that have one, in order."""
+        """Keyword arguments of `DualEncoder.forward`: images and texts of those rows that have one, in order."""
         found: dict[str, Tensor] = {}
         pixels = [row.pixels for row in rows if row.pixels is not None]
         if pixels:
@@ -97,8 +95,8 @@ class DualProcessor:
         return found
 
 
-class DualTower(nn.Module):
-    """Wraps a `CLIPModel` or `SiglipModel` so that its forward pass gives unit vectors of pictures and of texts.
+class DualEncoder(nn.Module):
+    """Wraps a `CLIPModel` or `SiglipModel` so that its forward pass gives unit vectors of images and of texts.
 
     The checkpoint's logit scale (and bias) is left as it is: similarities are divided by `agcl.temperature`.
     """
@@ -121,16 +119,16 @@ class DualTower(nn.Module):
         """Embed `pixel_values` [n, 3, height, width] and `input_ids` [m, L].
 
         Returns:
-            Pictures [n, D] and texts [m, D], float32, of unit length; empty [0, D] where there are none.
+            Images [n, D] and texts [m, D], float32, of unit length; empty [0, D] where there are none.
         """
-        pictures = texts = torch.zeros(0, self.dimension, device=self.device)
+        images = texts = torch.zeros(0, self.dimension, device=self.device)
         if pixel_values is not None:
             found = self.backbone.get_image_features(pixel_values=pixel_values.to(self.dtype)).pooler_output
-            pictures = functional.normalize(found.float(), dim=-1)
+            images = functional.normalize(found.float(), dim=-1)
         if input_ids is not None:
             found = self.backbone.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output
             texts = functional.normalize(found.float(), dim=-1)
-        return pictures, texts
+        return images, texts
 
     @property
     def dimension(self) -> int:
@@ -155,28 +153,28 @@ def placed(embeddings: Tensor, there: Sequence[bool]) -> Tensor:
     return out.index_copy(0, places.long(), embeddings) if len(places) else out
 
 
-def fuse(pictures: Tensor, texts: Tensor) -> Tensor:
-    """A listing's vector from its picture's and its text's, either of which may be zero.
+def fuse(images: Tensor, texts: Tensor) -> Tensor:
+    """An item's vector from its image's and its text's, either of which may be zero.
 
     Args:
-        pictures: [B, D] of unit length, zero where a listing has no picture.
+        images: [B, D] of unit length, zero where an item has no image.
         texts: [B, D] of unit length, zero where it has no text.
 
     Returns:
         [B, D] of unit length; zero where both are.
     """
-    return functional.normalize(pictures + texts, dim=-1)
+    return functional.normalize(images + texts, dim=-1)
 
 
-def embed_dual_rows(model: DualTower, processor: DualProcessor, rows: Sequence[DualRow]) -> Tensor:
-    """Listings' vectors [B, D]."""
-    pictures, texts = model(**processor.collate(rows, model.device))
+def embed_dual_rows(model: DualEncoder, processor: DualProcessor, rows: Sequence[DualRow]) -> Tensor:
+    """Items' vectors [B, D]."""
+    images, texts = model(**processor.collate(rows, model.device))
     return fuse(
-        placed(pictures, [row.pixels is not None for row in rows]),
+        placed(images, [row.pixels is not None for row in rows]),
         placed(texts, [row.input_ids is not None for row in rows]),
     )
 
 
 def dual_text(title: str, attributes: str) -> str:
-    """What a listing's text tower reads; attributes come last, where a long text is cut."""
+    """What an item's text tower reads; attributes come last, where a long text is cut."""
     return "\n".join(part for part in (title, attributes) if part)

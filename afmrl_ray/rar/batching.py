@@ -24,7 +24,7 @@ class _Waiting(Generic[Item, Result]):
     result: asyncio.Future[Result]
 
 
-class Coalescer(Generic[Item, Result]):
+class DynamicBatcher(Generic[Item, Result]):
     """Runs items in batches, one batch at a time, in the order in which they came.
 
     A batch begins once its first item has waited `wait_s` or the items reach the budget, and while one runs the next
@@ -128,7 +128,7 @@ class Answers(Generic[Key, Result]):
     joined: int
 
 
-class Once(Generic[Key, Result]):
+class SingleFlightCache(Generic[Key, Result]):
     """Answers each key once: the latest answers are kept, and who asks for what is being computed waits for it.
 
     Args:

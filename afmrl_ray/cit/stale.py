@@ -8,7 +8,7 @@ from typing import Any
 from afmrl_ray.cit.stages import Stage
 
 
-def outdated_stages(stages: Sequence[Stage], config: Mapping[str, Any]) -> set[str]:
+def stale_stages(stages: Sequence[Stage], config: Mapping[str, Any]) -> set[str]:
     """Names of the stages that were made with settings other than the run's, or stand on one that has since changed.
 
     Args:
@@ -17,22 +17,22 @@ def outdated_stages(stages: Sequence[Stage], config: Mapping[str, Any]) -> set[s
     """
     found = {stage.name: stage for stage in stages}
     dependants: dict[str, list[str]] = {name: [] for name in found}
-    outdated = {stage.name for stage in stages if not made_with(stage, config)}
+    stale = {stage.name for stage in stages if not made_with(stage, config)}
     for stage in stages:
-        for name, fingerprint in foundations(stage).items():
+        for name, fingerprint in upstream_fingerprints(stage).items():
             if name in found:
                 dependants[name].append(stage.name)
                 if found[name].fingerprint != fingerprint:
-                    outdated.add(stage.name)
-    waiting = list(outdated)
+                    stale.add(stage.name)
+    waiting = list(stale)
     while waiting:
-        reached = set(dependants[waiting.pop()]) - outdated
-        outdated |= reached
+        reached = set(dependants[waiting.pop()]) - stale
+        stale |= reached
         waiting += reached
-    return outdated
+    return stale
 
 
-def foundations(stage: Stage) -> dict[str, str]:
+def upstream_fingerprints(stage: Stage) -> dict[str, str]:
     """Fingerprints of the stages that a stage stands on, by name; empty where its record does not name them."""
     upstream = stage.inputs.get("upstream")
     return dict(upstream) if isinstance(upstream, Mapping) else {}

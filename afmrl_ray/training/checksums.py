@@ -22,7 +22,7 @@ def _owner(name: str) -> int:
     return int(found.group(1)) if found else 0
 
 
-def seal(directory: str, rank: int) -> None:
+def write_checksums(directory: str, rank: int) -> None:
     """Note the SHA-256 of every file below `directory` that `rank` wrote."""
     digests = {
         name: storage.digest_file(storage.join(directory, name))
@@ -32,7 +32,7 @@ def seal(directory: str, rank: int) -> None:
     storage.write_json(storage.join(directory, _seal_name(rank)), digests)
 
 
-def check_seals(directory: str, *, location: str, wrote: int, rank: int, world: int, remedy: str) -> None:
+def verify_checksums(directory: str, *, location: str, wrote: int, rank: int, world: int, remedy: str) -> None:
     """See that what the ranks wrote is still there; each rank looks at its share of the seals.
 
     Args:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from afmrl_ray.cit import outdated
-from afmrl_ray.cit.outdated import outdated_stages
+from afmrl_ray.cit import stale
 from afmrl_ray.cit.stages import Stage
+from afmrl_ray.cit.stale import stale_stages
 
 CONFIG: dict[str, Any] = {
     "run": {"seed": 0},
@@ -34,7 +34,7 @@ def stage(name: str, *above: Stage, upstream: Any = None, **inputs: Any) -> Stag
 
 
 def rounds(count: int, **first: Any) -> list[Stage]:
-    """Rounds with the foundations of a run's: those of a round, and the same stages of the round before."""
+    """Rounds with the upstream of a run's: those of a round, and the same stages of the round before."""
     found = [stage("distill", **first)]
     agcl = rar = found[0]
     for number in range(count):
@@ -48,13 +48,13 @@ def rounds(count: int, **first: Any) -> list[Stage]:
 
 def test_every_stage_is_judged_once_however_many_paths_lead_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    judge = outdated.made_with
-    monkeypatch.setattr(outdated, "made_with", lambda each, config: asked.append(each.name) or judge(each, config))
+    judge = stale.made_with
+    monkeypatch.setattr(stale, "made_with", lambda each, config: asked.append(each.name) or judge(each, config))
     stages = rounds(40)
-    assert outdated_stages(stages, CONFIG) == set()
+    assert stale_stages(stages, CONFIG) == set()
     assert sorted(asked) == sorted(each.name for each in stages)
     other = rounds(40, seed=1)
-    assert outdated_stages(other, CONFIG) == {each.name for each in other}
+    assert stale_stages(other, CONFIG) == {each.name for each in other}
 
 
 def test_what_stands_on_a_changed_stage_is_outdated_at_any_distance() -> None:
@@ -63,12 +63,12 @@ def test_what_stands_on_a_changed_stage_is_outdated_at_any_distance() -> None:
     third = stage("third", second)
     beside = stage("beside")
     again = stage("first", upstream={"beside": beside.fingerprint})
-    assert outdated_stages([third, second, again, beside], CONFIG) == set()
+    assert stale_stages([third, second, again, beside], CONFIG) == set()
     moved = stage("second", upstream={"first": "of another first"})
-    assert outdated_stages([third, moved, first, beside], CONFIG) == {"second", "third"}
-    assert outdated_stages([third, stage("second", first, seed=3), first, beside], CONFIG) == {"second", "third"}
+    assert stale_stages([third, moved, first, beside], CONFIG) == {"second", "third"}
+    assert stale_stages([third, stage("second", first, seed=3), first, beside], CONFIG) == {"second", "third"}
     gone = stage("gone")
-    assert outdated_stages([stage("alone", gone)], CONFIG) == set()
+    assert stale_stages([stage("alone", gone)], CONFIG) == set()
 
 
 @pytest.mark.parametrize(
@@ -84,28 +84,28 @@ def test_a_variant_is_judged_by_what_it_does_not_change(changes: dict[str, Any])
     masked = not any(key.startswith("agcl.mask") for key in changes)
     own = {"steps": changes.get("agcl.steps", 60), "mask": {"enabled": masked, "threshold": 0.9}}
     variant = stage("variant", config={"agcl": own}, changes=changes)
-    assert outdated_stages([variant], CONFIG) == set()
-    assert outdated_stages([stage("variant", config={"agcl": own})], CONFIG) == {"variant"}
+    assert stale_stages([variant], CONFIG) == set()
+    assert stale_stages([stage("variant", config={"agcl": own})], CONFIG) == {"variant"}
     other = {**CONFIG, "agcl": {**CONFIG["agcl"], "steps": 61}}
-    assert outdated_stages([variant], other) == (set() if "agcl.steps" in changes else {"variant"})
+    assert stale_stages([variant], other) == (set() if "agcl.steps" in changes else {"variant"})
 
 
 def test_changes_of_a_variant_are_no_changes_of_what_it_stands_on() -> None:
     base = stage("base")
     variant = stage("variant", base, config={"agcl": {**CONFIG["agcl"], "steps": 5}}, changes={"agcl.steps": 5})
     above = stage("above", variant, config={}, seed=0)
-    assert outdated_stages([base, variant, above], CONFIG) == set()
+    assert stale_stages([base, variant, above], CONFIG) == set()
     other = {**CONFIG, "agcl": {**CONFIG["agcl"], "steps": 61}}
-    assert outdated_stages([base, variant, above], other) == {"base", "variant", "above"}
+    assert stale_stages([base, variant, above], other) == {"base", "variant", "above"}
 
 
 def test_a_seed_may_be_a_variants_own() -> None:
-    assert outdated_stages([stage("depth", seed=2, changes={"run.seed": 2})], CONFIG) == set()
-    assert outdated_stages([stage("depth", seed=2)], CONFIG) == {"depth"}
+    assert stale_stages([stage("depth", seed=2, changes={"run.seed": 2})], CONFIG) == set()
+    assert stale_stages([stage("depth", seed=2)], CONFIG) == {"depth"}
 
 
 @pytest.mark.parametrize("upstream", [["of first", "of second"], "of first"])
 def test_records_that_do_not_name_their_foundations_stand_on_none(upstream: Any) -> None:
     stages = [stage("first", seed=1), stage("old", upstream=upstream)]
-    assert outdated_stages(stages, CONFIG) == {"first"}
-    assert outdated.foundations(stages[1]) == {}
+    assert stale_stages(stages, CONFIG) == {"first"}
+    assert stale.upstream_fingerprints(stages[1]) == {}

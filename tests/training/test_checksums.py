@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from afmrl_ray.errors import CheckpointError
-from afmrl_ray.training.seal import check_seals, seal
+from afmrl_ray.training.checksums import verify_checksums, write_checksums
 
 SHARDS = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_optim.pt", "bf16_zero_pp_rank_1_optim.pt", "deep/layout.json")
 
@@ -17,13 +17,13 @@ def checkpoint(tmp_path: Path) -> Path:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(name.encode() * 40)
     for rank in range(2):
-        seal(str(tmp_path), rank)
+        write_checksums(str(tmp_path), rank)
     return tmp_path
 
 
 def check(folder: Path, *, world: int) -> None:
     for rank in range(world):
-        check_seals(str(folder), location="s3://b/step", wrote=2, rank=rank, world=world, remedy="begin anew")
+        verify_checksums(str(folder), location="s3://b/step", wrote=2, rank=rank, world=world, remedy="begin anew")
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -47,9 +47,9 @@ def test_a_damaged_shard_is_named_by_some_rank(checkpoint, name, world, harm):
 
 def test_a_rank_vouches_only_for_its_own_shards(checkpoint):
     (checkpoint / "bf16_zero_pp_rank_1_optim.pt").write_bytes(b"")
-    check_seals(str(checkpoint), location="s3://b/step", wrote=2, rank=0, world=2, remedy="begin anew")
+    verify_checksums(str(checkpoint), location="s3://b/step", wrote=2, rank=0, world=2, remedy="begin anew")
     with pytest.raises(CheckpointError):
-        check_seals(str(checkpoint), location="s3://b/step", wrote=2, rank=1, world=2, remedy="begin anew")
+        verify_checksums(str(checkpoint), location="s3://b/step", wrote=2, rank=1, world=2, remedy="begin anew")
 
 
 def test_a_missing_seal_is_told(checkpoint):

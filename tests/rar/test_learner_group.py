@@ -21,8 +21,8 @@ from afmrl_ray.config.models import OptimizerConfig
 from afmrl_ray.config.train import RARConfig
 from afmrl_ray.errors import CheckpointError
 from afmrl_ray.rar.checkpoint import Checkpoints
-from afmrl_ray.rar.learners import LearnerLostError, Learners
-from afmrl_ray.rar.messages import Group
+from afmrl_ray.rar.learner_group import FaultTolerantLearnerGroup, LearnerLostError
+from afmrl_ray.rar.messages import PromptGroup
 from afmrl_ray.rar.prompts import batch_columns
 from tests.faults.harness import TITLES, find_title
 
@@ -33,19 +33,21 @@ def columns(step: int) -> dict[str, np.ndarray]:
     draw = np.random.default_rng(step)
     shape = (2, 4)
     mask, logp = np.ones(shape, bool), np.full(shape, -4, np.float32)
-    groups = [Group(row, step, draw.integers(20, 200, shape), mask, logp, [("", True)] * 2) for row in (0, step + 1)]
+    groups = [
+        PromptGroup(row, step, draw.integers(20, 200, shape), mask, logp, [("", True)] * 2) for row in (0, step + 1)
+    ]
     return batch_columns(groups, draw.normal(size=(2, 2)), np.ones((2, 2)))
 
 
 def settings(**changes) -> RARConfig:
-    optimizer = OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_share=0.0)
+    optimizer = OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_ratio=0.0)
     return RARConfig(
         **{"group_size": 2, "prompts_per_step": 2, "optimizer": optimizer, "steps": 5, "cpus_per_learner": 0.5,
-           "clip_low": 0.9, "clip_high": 9.0, **changes}
+           "epsilon": 0.9, "epsilon_high": 9.0, **changes}
     )  # fmt: skip
 
 
-def kill_one(learners: Learners) -> None:
+def kill_one(learners: FaultTolerantLearnerGroup) -> None:
     pids = [result.get() for result in learners._group.foreach_learner(lambda _: os.getpid())]
     assert os.getpid() not in pids
     os.kill(pids[0], signal.SIGKILL)
@@ -53,7 +55,7 @@ def kill_one(learners: Learners) -> None:
 
 def trained(policy_spec, folder: str, kills: dict[int, int], **changes) -> tuple[dict, list[dict], int]:
     """Weights and numbers of five updates, one checkpoint after the second, `kills[step]` deaths before an update."""
-    learners = Learners(settings(**changes), policy_spec, Checkpoints(folder))
+    learners = FaultTolerantLearnerGroup(settings(**changes), policy_spec, Checkpoints(folder))
     learners.restore(0)
     numbers = []
     try:
@@ -138,7 +140,7 @@ def check_made_again(found: tuple, undisturbed: tuple) -> None:
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_there(ray_local, policy_spec, tmp_path):
     checkpoints = Checkpoints(str(tmp_path))
-    with closing(Learners(settings(), policy_spec, checkpoints)) as learners:
+    with closing(FaultTolerantLearnerGroup(settings(), policy_spec, checkpoints)) as learners:
         learners.restore(0)
         learners.save(1, {})
         learners.save(2, {})
@@ -152,18 +154,18 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_there(ray_local,
     assert f"remove {tmp_path}/step_0000002 to go on from the checkpoint before it" in str(caught.value)
     shutil.rmtree(tmp_path / "step_0000002")
     assert checkpoints.latest() == {"step": 1}
-    with closing(Learners(settings(), policy_spec, checkpoints)) as learners:
+    with closing(FaultTolerantLearnerGroup(settings(), policy_spec, checkpoints)) as learners:
         learners.restore(1)
 
 
 @contextmanager
-def closing(learners: Learners) -> Iterator[Learners]:
+def closing(learners: FaultTolerantLearnerGroup) -> Iterator[FaultTolerantLearnerGroup]:
     yield learners
     learners.shutdown()
 
 
 def test_learners_that_keep_dying_end_the_training(ray_local, policy_spec, tmp_path, monkeypatch):
-    learners = Learners(settings(max_learner_restarts=2), policy_spec, Checkpoints(str(tmp_path)))
+    learners = FaultTolerantLearnerGroup(settings(max_learner_restarts=2), policy_spec, Checkpoints(str(tmp_path)))
     attempts = []
 
     def dies(_: object) -> None:
@@ -171,7 +173,7 @@ def test_learners_that_keep_dying_end_the_training(ray_local, policy_spec, tmp_p
         raise LearnerLostError("a learner died")
 
     monkeypatch.setattr(learners, "_update", dies)
-    monkeypatch.setattr("afmrl_ray.rar.learners.build_learners", lambda *_: learners._group)
+    monkeypatch.setattr("afmrl_ray.rar.learner_group.build_learners", lambda *_: learners._group)
     monkeypatch.setattr(learners._group, "shutdown", lambda: None)
     with pytest.raises(LearnerLostError):
         learners.update(columns(0))

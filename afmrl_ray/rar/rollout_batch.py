@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from afmrl_ray.attributes.text import Attributes, InvalidAttributes, format_attributes, parse_attributes
-from afmrl_ray.rar.messages import Group
+from afmrl_ray.rar.messages import PromptGroup
 from afmrl_ray.rar.prompts import group_seeds, other_prompts, prompts_of_step
 from afmrl_ray.rar.reward_spec import KINDS, Query, Scores
 
@@ -30,7 +30,7 @@ class Rollouts(Protocol):
 
     def stream(
         self, rows: Sequence[int], seeds: Sequence[int], *, group_size: int
-    ) -> Iterator[tuple[int, list[Group]]]: ...
+    ) -> Iterator[tuple[int, list[PromptGroup]]]: ...
 
 
 class Scoring(Protocol):
@@ -48,7 +48,7 @@ class Rewards(Protocol):
 
 
 @dataclass(frozen=True)
-class Experience:
+class RolloutBatch:
     """What a step learns from.
 
     Attributes:
@@ -59,7 +59,7 @@ class Experience:
             and `reward_<kind>`, the mean of each measure over what was scored.
     """
 
-    groups: list[Group]
+    groups: list[PromptGroup]
     rewards: np.ndarray
     parsed: list[Attributes | InvalidAttributes]
     numbers: dict[str, float]
@@ -72,10 +72,10 @@ class Experience:
         return {"groups": groups, "rewards": self.rewards.tolist(), "numbers": self.numbers}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], *, max_attributes: int) -> Experience:
+    def from_dict(cls, values: dict[str, Any], *, max_attributes: int) -> RolloutBatch:
         """What `as_dict` gave."""
         groups = [
-            Group(
+            PromptGroup(
                 row=group["row"],
                 version=group["version"],
                 ids=np.array(group["ids"], dtype=np.int64),
@@ -88,7 +88,7 @@ class Experience:
         parsed = parse_completions([text for g in groups for text in g.texts], max_attributes=max_attributes)
         return cls(groups, np.array(values["rewards"], dtype=np.float64), parsed, values["numbers"])
 
-    def without_spread(self) -> np.ndarray:
+    def zero_variance(self) -> np.ndarray:
         """[groups] bool, True where all rewards that are known are equal, so that nothing can be learned."""
         known = ~np.isnan(self.rewards)
         highest = np.where(known, self.rewards, -np.inf).max(1)
@@ -97,7 +97,7 @@ class Experience:
 
 
 @dataclass(frozen=True)
-class Ask:
+class RolloutRequest:
     """Which prompts, and how.
 
     Attributes:
@@ -124,14 +124,14 @@ class Collector:
     def __init__(self, rollouts: Rollouts, rewards: Rewards) -> None:
         self._rollouts, self._rewards = rollouts, rewards
 
-    def collect(self, rows: Sequence[int], seeds: Sequence[int], ask: Ask) -> Experience:
+    def collect(self, rows: Sequence[int], seeds: Sequence[int], ask: RolloutRequest) -> RolloutBatch:
         """Sample a group for each row and score every chunk of them as soon as it is there.
 
         Raises:
             RewardServiceError: more failed than may.
         """
         began = time.monotonic()
-        chunks: dict[int, tuple[list[Group], list[Any], list[int], Scoring | None]] = {}
+        chunks: dict[int, tuple[list[PromptGroup], list[Any], list[int], Scoring | None]] = {}
         for place, groups in self._rollouts.stream(rows, seeds, group_size=ask.group_size):
             parsed = parse_completions([text for g in groups for text in g.texts], max_attributes=ask.max_attributes)
             rows_of = [group.row for group in groups for _ in group.texts]
@@ -139,7 +139,7 @@ class Collector:
             queries = [(rows_of[index], format_attributes(parsed[index])) for index in valid]  # type: ignore[arg-type]
             chunks[place] = groups, parsed, valid, self._rewards.submit(ask.gallery, queries) if queries else None
         sampled = time.monotonic()
-        every_group: list[Group] = []
+        every_group: list[PromptGroup] = []
         every_parsed: list[Any] = []
         rewards: list[np.ndarray] = []
         measures: list[Scores] = []
@@ -158,7 +158,7 @@ class Collector:
             {kind: np.concatenate([np.empty(0), *(s.measures[kind] for s in measures)]) for kind in KINDS},
         )
         self._rewards.check(scored.rewards)
-        return Experience(
+        return RolloutBatch(
             groups=every_group,
             rewards=np.concatenate(rewards).reshape(len(every_group), ask.group_size),
             parsed=every_parsed,
@@ -171,8 +171,8 @@ class Collector:
         )
 
     def collect_step(
-        self, rows: np.ndarray, step: int, *, count: int, seed: int, ask: Ask, resample_rounds: int
-    ) -> Experience:
+        self, rows: np.ndarray, step: int, *, count: int, seed: int, ask: RolloutRequest, dynamic_sampling_rounds: int
+    ) -> RolloutBatch:
         """The experience of a training step; prompts whose rewards are all equal make way for others.
 
         Args:
@@ -180,22 +180,22 @@ class Collector:
             step: of the training.
             count: prompts per step.
             seed: of the run.
-            resample_rounds: how often such prompts are replaced; those that are left after it stay.
+            dynamic_sampling_rounds: how often such prompts are replaced; those that are left after it stay.
         """
         asked = prompts_of_step(rows, step, count, seed)
         found = self.collect(asked.tolist(), group_seeds(seed, step, count), ask)
-        for round_ in range(1, resample_rounds + 1):
-            dull = np.flatnonzero(found.without_spread())
-            if not len(dull):
+        for round_ in range(1, dynamic_sampling_rounds + 1):
+            zero_variance = np.flatnonzero(found.zero_variance())
+            if not len(zero_variance):
                 break
-            instead = other_prompts(rows, asked, step, round_, len(dull), seed)
+            instead = other_prompts(rows, asked, step, round_, len(zero_variance), seed)
             asked = np.concatenate([asked, instead])
             seeds = group_seeds(seed, step, len(instead), draw=round_)
-            found = _replaced(found, dull[: len(instead)], self.collect(instead.tolist(), seeds, ask))
+            found = _replaced(found, zero_variance[: len(instead)], self.collect(instead.tolist(), seeds, ask))
         return found
 
 
-def _replaced(old: Experience, places: np.ndarray, new: Experience) -> Experience:
+def _replaced(old: RolloutBatch, places: np.ndarray, new: RolloutBatch) -> RolloutBatch:
     """`old` with the groups at `places` replaced by those of `new`."""
     groups, rewards, size = list(old.groups), old.rewards.copy(), old.rewards.shape[1]
     parsed = list(old.parsed)
@@ -205,4 +205,4 @@ def _replaced(old: Experience, places: np.ndarray, new: Experience) -> Experienc
     # Means of measures stay those of the first draw, which no choice of ours has touched.
     spent = {name: old.numbers[name] + new.numbers[name] for name in ("seconds_rollout", "seconds_reward")}
     numbers = {**old.numbers, **spent, "resampled_groups": old.numbers["resampled_groups"] + len(places)}
-    return Experience(groups, rewards, parsed, numbers)
+    return RolloutBatch(groups, rewards, parsed, numbers)

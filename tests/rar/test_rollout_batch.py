@@ -1,24 +1,24 @@
-"""Experience of a step from fakes that sample and score by rule."""
+"""Rollouts of a step from fakes that sample and score by rule."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from afmrl_ray.rar.experience import Ask, Collector
-from afmrl_ray.rar.messages import Group
+from afmrl_ray.rar.messages import PromptGroup
 from afmrl_ray.rar.prompts import group_seeds, prompts_of_step
 from afmrl_ray.rar.reward_spec import KINDS, Scores
+from afmrl_ray.rar.rollout_batch import Collector, RolloutRequest
 
-ASK = Ask(gallery="train", group_size=3, max_attributes=4, invalid=-0.1)
+ASK = RolloutRequest(gallery="train", group_size=3, max_attributes=4, invalid=-0.1)
 ROWS = np.arange(100, 140)
 NAN = float("nan")
 
 
-def group(row: int, seed: int, size: int) -> Group:
+def group(row: int, seed: int, size: int) -> PromptGroup:
     texts = [(f"color: {row}; part: {place}", True) for place in range(size - 1)] + [("nonsense", True)]
     shape = (size, 2)
-    return Group(row, 0, np.full(shape, seed), np.ones(shape, bool), np.zeros(shape, np.float32), texts)
+    return PromptGroup(row, 0, np.full(shape, seed), np.ones(shape, bool), np.zeros(shape, np.float32), texts)
 
 
 class Rollouts:
@@ -84,14 +84,14 @@ def test_only_the_parser_gives_the_invalid_reward_and_what_it_refused_is_never_s
     class Sampled:
         def stream(self, rows, seeds, *, group_size):
             shape = (4, 1)
-            yield 0, [Group(5, 0, np.zeros(shape, int), np.ones(shape, bool), np.zeros(shape, np.float32), texts)]
+            yield 0, [PromptGroup(5, 0, np.zeros(shape, int), np.ones(shape, bool), np.zeros(shape, np.float32), texts)]
 
     class Lossy(Rewards):
         def submit(self, gallery, queries):
             asked.extend(queries)
             return super().submit(gallery, queries)
 
-    ask = Ask(gallery="train", group_size=4, max_attributes=4, invalid=-0.1)
+    ask = RolloutRequest(gallery="train", group_size=4, max_attributes=4, invalid=-0.1)
     rewards = Lossy([])
     rewards.value = lambda row, text: NAN if "size" in text else 0.5
     found = Collector(Sampled(), rewards).collect([5], [1], ask)
@@ -106,8 +106,8 @@ def step(spread, rounds: int, number: int = 5):
     log: list = []
     collector = Collector(Rollouts(log), Rewards(log, spread))
     # What the parser refuses would spread every group.
-    ask = Ask(gallery="train", group_size=3, max_attributes=4, invalid=-0.1)
-    return collector.collect_step(ROWS, number, count=8, seed=3, ask=ask, resample_rounds=rounds)
+    ask = RolloutRequest(gallery="train", group_size=3, max_attributes=4, invalid=-0.1)
+    return collector.collect_step(ROWS, number, count=8, seed=3, ask=ask, dynamic_sampling_rounds=rounds)
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def no_nonsense(monkeypatch):
     def plain(row, seed, size):
         texts = [(f"color: {row}; part: {place}", True) for place in range(size)]
         shape = (size, 2)
-        return Group(row, 0, np.full(shape, seed), np.ones(shape, bool), np.zeros(shape, np.float32), texts)
+        return PromptGroup(row, 0, np.full(shape, seed), np.ones(shape, bool), np.zeros(shape, np.float32), texts)
 
     monkeypatch.setattr(sys.modules[__name__], "group", plain)
 
@@ -125,26 +125,26 @@ def no_nonsense(monkeypatch):
 @pytest.mark.usefixtures("no_nonsense")
 def test_prompts_that_teach_nothing_make_way_for_others():
     asked = prompts_of_step(ROWS, 5, 8, 3)
-    dull = {int(row) for row in asked[:3]}
-    kept = step(lambda row: row not in dull, 0)
+    zero_variance = {int(row) for row in asked[:3]}
+    kept = step(lambda row: row not in zero_variance, 0)
     assert [g.row for g in kept.groups] == asked.tolist()
-    assert kept.without_spread().sum() == 3
-    found = step(lambda row: row not in dull, 2)
-    assert found.without_spread().sum() == 0
+    assert kept.zero_variance().sum() == 3
+    found = step(lambda row: row not in zero_variance, 2)
+    assert found.zero_variance().sum() == 0
     assert found.numbers["resampled_groups"] == 3
     rows = [g.row for g in found.groups]
     assert len(set(rows)) == 8
-    assert not dull & set(rows)
+    assert not zero_variance & set(rows)
     assert rows[3:] == asked[3:].tolist()
     assert [g.ids[0, 0] for g in found.groups[3:]] == group_seeds(3, 5, 8)[3:]
-    again = step(lambda row: row not in dull, 2)
+    again = step(lambda row: row not in zero_variance, 2)
     assert [(g.row, g.ids[0, 0]) for g in again.groups] == [(g.row, g.ids[0, 0]) for g in found.groups]
 
 
 @pytest.mark.usefixtures("no_nonsense")
 def test_what_is_still_dull_after_the_last_round_stays():
     found = step(lambda row: False, 2)
-    assert found.without_spread().all()
+    assert found.zero_variance().all()
     assert found.numbers["resampled_groups"] == 16
     assert len(found.groups) == len({g.row for g in found.groups}) == 8
 
@@ -152,4 +152,4 @@ def test_what_is_still_dull_after_the_last_round_stays():
 def test_unknown_rewards_do_not_count_as_a_spread():
     found, _ = collect()
     found.rewards[:] = [[NAN, 1, 1], [NAN, 1, 2], [NAN, NAN, NAN]]
-    assert found.without_spread().tolist() == [True, False, True]
+    assert found.zero_variance().tolist() == [True, False, True]

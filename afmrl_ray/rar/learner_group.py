@@ -25,10 +25,10 @@ class LearnerLostError(RuntimeError):
     """A learner is gone."""
 
 
-class Learners:
+class FaultTolerantLearnerGroup:
     """RLlib's learner group behind calls that survive the death of a learner.
 
-    Every batch since the last checkpoint is kept (token ids and rewards, no pictures). When a learner dies, the group
+    Every batch since the last checkpoint is kept (token ids and rewards, no images). When a learner dies, the group
     is built anew from that checkpoint and the batches are learned from again: nothing is sampled or scored twice, and
     the numbers are those of an undisturbed run.
 

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from afmrl_ray.config.models import PictureConfig
+from afmrl_ray.config.models import ImageConfig
 from afmrl_ray.errors import CheckpointError
 from afmrl_ray.models.backbones import check_checkpoint, load_backbone
-from afmrl_ray.models.listing import ListingProcessor
-from afmrl_ray.models.rows import append_completion, collate, mrope_positions
+from afmrl_ray.models.item_processor import ItemProcessor
+from afmrl_ray.models.model_input import append_completion, collate, mrope_positions
 
-PICTURE = PictureConfig(min_pixels=28 * 28, max_pixels=84 * 84)
+PICTURE = ImageConfig(min_pixels=28 * 28, max_pixels=84 * 84)
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -25,14 +25,14 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 @pytest.fixture(scope="module", params=["encoder", "generator"])
 def loaded(request, tiny_checkpoints):
     path = tiny_checkpoints[request.param]
-    return load_backbone(path, request.param), ListingProcessor.from_pretrained(path, PICTURE)
+    return load_backbone(path, request.param), ItemProcessor.from_pretrained(path, PICTURE)
 
 
 def test_positions_equal_the_models_own(loaded):
     model, processor = loaded
     sizes = [(90, 90), (60, 150), (150, 100)]
     rows = [processor.row(noise(*size, seed), "new mug " * seed) for seed, size in enumerate(sizes)]
-    rows.append(processor.row(None, "no picture here"))
+    rows.append(processor.row(None, "no image here"))
     batch = collate(rows, processor.pad_id)
     theirs, _ = model.model.get_rope_index(
         batch["input_ids"],
@@ -49,7 +49,7 @@ def test_positions_equal_the_models_own(loaded):
     grids=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4))),
 )
 @settings(max_examples=50, deadline=None)
-def test_positions_of_several_pictures_never_overlap_and_end_where_text_goes_on(text, grids):
+def test_positions_of_several_images_never_overlap_and_end_where_text_goes_on(text, grids):
     text = (text * (len(grids) + 1))[: len(grids) + 1]
     types, patch_grids = [0] * (text[0] + 1), []
     for (rows, columns), gap in zip(grids, text[1:], strict=True):
@@ -65,15 +65,15 @@ def test_positions_of_several_pictures_never_overlap_and_end_where_text_goes_on(
 @pytest.mark.parametrize("frames", [1, 2])
 def test_pixels_are_those_of_the_stock_processor(loaded, size, frames):
     model, processor = loaded
-    picture = noise(*size, seed=3)
+    image = noise(*size, seed=3)
     stock = AutoImageProcessor.from_pretrained(model.name_or_path, backend="pil", temporal_patch_size=frames)
-    processor = ListingProcessor(processor.tokenizer, stock, PICTURE)
+    processor = ItemProcessor(processor.tokenizer, stock, PICTURE)
     wanted = stock(
-        images=[picture],
+        images=[image],
         size={"shortest_edge": PICTURE.min_pixels, "longest_edge": PICTURE.max_pixels},
         return_tensors="pt",
     )
-    row = processor.row(picture, "mug")
+    row = processor.row(image, "mug")
     batch = collate([row, row], processor.pad_id)
     assert row.visuals[0].patches.dtype == np.uint8
     assert row.visuals[0].patches.size * frames == wanted["pixel_values"].numel()
@@ -99,7 +99,7 @@ def test_length_from_the_header_is_the_length_of_the_row(loaded):
     assert processor.length(None, "red mug") == len(processor.row(None, "red mug"))
 
 
-def test_text_is_cut_to_the_limit_but_never_the_picture(loaded):
+def test_text_is_cut_to_the_limit_but_never_the_image(loaded):
     _, processor = loaded
     whole = processor.row(noise(84, 84), "word " * 200)
     cut = processor.row(noise(84, 84), "word " * 200, max_tokens=60)

@@ -1,4 +1,4 @@
-"""Dual towers: stock checkpoints in, unit vectors out, and what they are refused."""
+"""Dual encoders: stock checkpoints in, unit vectors out, and what they are refused."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, SiglipConfig, SiglipModel
 
 from afmrl_ray.config import validate
-from afmrl_ray.config.models import EncoderConfig, PictureConfig, TinyConfig
+from afmrl_ray.config.models import EncoderConfig, ImageConfig, TinyConfig
 from afmrl_ray.errors import CheckpointError, ConfigError
 from afmrl_ray.models.backbones import check_checkpoint, load_backbone
-from afmrl_ray.models.dual_tower import DualProcessor, DualTower, fuse, placed
-from afmrl_ray.models.tiny_dual_tower import build_dual_tower, save_dual_tower, train_dual_tokenizer
-from afmrl_ray.retrieval.embed import DualEncoder, Encoder, EncoderRef, open_encoder
+from afmrl_ray.models.dual_encoder import DualEncoder, DualProcessor, fuse, placed
+from afmrl_ray.models.tiny_dual_encoder import build_dual_encoder, save_dual_encoder, train_dual_tokenizer
+from afmrl_ray.retrieval.embed import DualEncoderEmbedder, Encoder, EncoderRef, open_encoder
 
 TINY = TinyConfig(hidden_size=48, num_layers=2, vision_width=32, vision_depth=2, patch_px=14, vocabulary=420)
 
@@ -22,8 +22,8 @@ TINY = TinyConfig(hidden_size=48, num_layers=2, vision_width=32, vision_depth=2,
 def clip_path(tmp_path_factory) -> str:
     tokenizer = train_dual_tokenizer(["color: red; pattern: striped", "new hot sale mug"] * 30, TINY.vocabulary)
     path = str(tmp_path_factory.mktemp("clip"))
-    model = build_dual_tower(TINY, PictureConfig(min_pixels=3136, max_pixels=3136), tokenizer, seed=0)
-    save_dual_tower(model, tokenizer, path)
+    model = build_dual_encoder(TINY, ImageConfig(min_pixels=3136, max_pixels=3136), tokenizer, seed=0)
+    save_dual_encoder(model, tokenizer, path)
     return path
 
 
@@ -44,13 +44,13 @@ def siglip_path(tmp_path_factory, clip_path) -> str:
 
 
 def config_of(path: str) -> EncoderConfig:
-    return EncoderConfig(kind="clip", path=path)
+    return EncoderConfig(kind="dual_encoder", path=path)
 
 
 def test_embeddings_are_those_of_stock_clip(clip_path, tiny_catalogue_ref):
     catalogue = tiny_catalogue_ref.open()
     rows, texts = [0, 3, 7], ["color: red", "", "logo: blue"]
-    ours = DualEncoder(EncoderRef(clip_path, config_of(clip_path)), tiny_catalogue_ref)
+    ours = DualEncoderEmbedder(EncoderRef(clip_path, config_of(clip_path)), tiny_catalogue_ref)
     model = CLIPModel.from_pretrained(clip_path).eval()
     tokenizer = AutoTokenizer.from_pretrained(clip_path)
     pixels = AutoImageProcessor.from_pretrained(clip_path, backend="pil")
@@ -59,20 +59,18 @@ def test_embeddings_are_those_of_stock_clip(clip_path, tiny_catalogue_ref):
         written = tokenizer([f"{title}\n{text}".strip()], return_tensors="pt", truncation=True, max_length=77)
         with torch.no_grad():
             words = model.get_text_features(**{k: written[k] for k in ("input_ids", "attention_mask")}).pooler_output
-            seen = model.get_image_features(
-                **pixels(images=[catalogue.picture(row)], return_tensors="pt")
-            ).pooler_output
+            seen = model.get_image_features(**pixels(images=[catalogue.image(row)], return_tensors="pt")).pooler_output
         words, seen = (vector[0].numpy() / np.linalg.norm(vector[0].numpy()) for vector in (words, seen))
         both = (words + seen) / np.linalg.norm(words + seen)
-        for inputs, expected in (("both", both), ("picture", seen if not text else None)):
+        for inputs, expected in (("both", both), ("image", seen if not text else None)):
             if expected is not None:
                 found = ours.embed([row], [text], inputs=inputs)[0]
                 assert np.abs(found - expected).max() < 1e-5, (row, inputs)
 
 
-def test_a_batch_gives_what_its_listings_give_alone(clip_path, tiny_catalogue_ref):
-    """Padding and neighbours change nothing, and listings that lack a picture or a text do not shift the others."""
-    encoder = DualEncoder(EncoderRef(clip_path, config_of(clip_path)), tiny_catalogue_ref)
+def test_a_batch_gives_what_its_items_give_alone(clip_path, tiny_catalogue_ref):
+    """Padding and neighbours change nothing, and items that lack an image or a text do not shift the others."""
+    encoder = DualEncoderEmbedder(EncoderRef(clip_path, config_of(clip_path)), tiny_catalogue_ref)
     rows, texts = [0, 1, 2, 3], ["", "color: red; pattern: striped; logo: blue", "trim: gold", ""]
     together = encoder.embed(rows, texts, inputs="both")
     alone = np.concatenate([encoder.embed([row], [text], inputs="both") for row, text in zip(rows, texts, strict=True)])
@@ -82,8 +80,8 @@ def test_a_batch_gives_what_its_listings_give_alone(clip_path, tiny_catalogue_re
 
 
 def test_siglip_checkpoints_load_by_the_same_way_and_are_padded_to_their_length(siglip_path, tiny_catalogue_ref):
-    check_checkpoint(siglip_path, "dual_tower")
-    model = load_backbone(siglip_path, "dual_tower")
+    check_checkpoint(siglip_path, "dual_encoder")
+    model = load_backbone(siglip_path, "dual_encoder")
     processor = DualProcessor.from_pretrained(siglip_path, model)
     batch = processor.collate([processor.row(None, "red mug"), processor.row(None, "x" * 400)])
     assert batch["input_ids"].shape == (2, 20)
@@ -93,7 +91,7 @@ def test_siglip_checkpoints_load_by_the_same_way_and_are_padded_to_their_length(
     stock = SiglipModel.from_pretrained(siglip_path).eval()
     with torch.no_grad():
         expected = stock.get_text_features(input_ids=batch["input_ids"]).pooler_output
-        ours = DualTower(model).eval()(**batch)[1]
+        ours = DualEncoder(model).eval()(**batch)[1]
     assert torch.allclose(torch.nn.functional.normalize(expected, dim=-1), ours, atol=1e-6)
 
 
@@ -105,14 +103,14 @@ def test_vectors_are_put_where_they_belong():
 
 
 def test_the_wrong_kind_of_checkpoint_names_the_setting(clip_path, tiny_checkpoints):
-    with pytest.raises(CheckpointError, match=r"encoder.path: .* is clip, .* set encoder.kind=clip"):
+    with pytest.raises(CheckpointError, match=r"encoder.path: .* is clip, .* set encoder.kind=dual_encoder"):
         check_checkpoint(clip_path, "encoder")
     with pytest.raises(CheckpointError, match="must be clip or siglip"):
-        check_checkpoint(tiny_checkpoints["encoder"], "dual_tower")
+        check_checkpoint(tiny_checkpoints["encoder"], "dual_encoder")
 
 
-def test_rar_does_not_search_with_a_dual_tower(clip_path, tiny_catalogue_ref):
-    with pytest.raises(ConfigError, match=r"encoder\.kind clip"):
+def test_rar_does_not_search_with_a_dual_encoder(clip_path, tiny_catalogue_ref):
+    with pytest.raises(ConfigError, match=r"encoder\.kind dual_encoder"):
         Encoder(EncoderRef(clip_path, config_of(clip_path)), tiny_catalogue_ref)
 
 
@@ -126,12 +124,12 @@ def test_rar_does_not_search_with_a_dual_tower(clip_path, tiny_catalogue_ref):
 )
 def test_settings_that_belong_to_agcl_are_refused(agcl, named):
     with pytest.raises(ConfigError, match=named):
-        validate({"encoder": {"kind": "clip"}, "agcl": agcl})
+        validate({"encoder": {"kind": "dual_encoder"}, "agcl": agcl})
 
 
-def test_settings_of_dual_towers_decide_nothing_about_qwen():
-    plain, other = EncoderConfig(), EncoderConfig(dual_tower={"region_weight": 0.5})
-    assert plain.decisive() == other.decisive()
-    assert "kind" not in plain.decisive()
-    dual = EncoderConfig(kind="clip", dual_tower={"region_weight": 0.5}).decisive()
-    assert dual["dual_tower"]["region_weight"] == 0.5
+def test_settings_of_dual_encoders_decide_nothing_about_qwen():
+    plain, other = EncoderConfig(), EncoderConfig(dual_encoder={"region_weight": 0.5})
+    assert plain.fingerprinted() == other.fingerprinted()
+    assert "kind" not in plain.fingerprinted()
+    dual = EncoderConfig(kind="dual_encoder", dual_encoder={"region_weight": 0.5}).fingerprinted()
+    assert dual["dual_encoder"]["region_weight"] == 0.5
