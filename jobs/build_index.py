@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from afmrl_ray.cit.driver import open_run
 from afmrl_ray.cli import job_main
 from afmrl_ray.config import Config
+from afmrl_ray.runs import StageName
 from afmrl_ray.serving.bundle import best_round
 
 
@@ -21,7 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def body(config: Config, options: argparse.Namespace) -> None:
     with open_run(config) as pipeline:
         number = best_round(pipeline.run) if options.round is None else options.round
-        stage = pipeline.index(number)
+        stage = pipeline.stage(StageName("index", number))
         (recall,) = (value for name, value in stage.metrics.items() if name.startswith("recall_at_"))
         print(
             f"{stage.name}: {stage.metrics['items']} items, {stage.metrics['kind']}, recall@10 against exact "

@@ -10,11 +10,12 @@ from afmrl_ray.cit.driver import open_run
 from afmrl_ray.cit.schedule import dry_run
 from afmrl_ray.cli import job_main
 from afmrl_ray.config import Config
+from afmrl_ray.runs import StageName
 
 
 def body(config: Config, options: argparse.Namespace) -> None:
     with open_run(config) as pipeline:
-        stage = pipeline.distill
+        stage = pipeline.stage(StageName("distill"))
         print(f"{stage.name}: {stage.directory}")
 
 

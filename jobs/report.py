@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 from afmrl_ray import storage
 from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue
-from afmrl_ray.cit.stages import RunDirectory
 from afmrl_ray.cli import job_main
 from afmrl_ray.config import Config, validate
 from afmrl_ray.errors import CatalogueError, ConfigError, StorageError
 from afmrl_ray.report import compare, comparison_text, write_comparison, write_report
 from afmrl_ray.report.collect import collect
 from afmrl_ray.report.table import format_tables
+from afmrl_ray.runs.directory import RunDirectory
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

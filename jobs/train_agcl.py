@@ -10,11 +10,12 @@ from afmrl_ray.cit.driver import open_run
 from afmrl_ray.cit.schedule import dry_run
 from afmrl_ray.cli import job_main, round_argument
 from afmrl_ray.config import Config
+from afmrl_ray.runs import StageName
 
 
 def body(config: Config, options: argparse.Namespace) -> None:
     with open_run(config) as pipeline:
-        stage = pipeline.agcl(options.round)
+        stage = pipeline.stage(StageName("agcl", options.round))
         print(f"{stage.name}: {stage.directory}")
 
 

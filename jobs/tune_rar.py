@@ -13,10 +13,12 @@ from yaml import safe_load
 from afmrl_ray import storage
 from afmrl_ray.cit.driver import open_run
 from afmrl_ray.cit.schedule import dry_run, resources
+from afmrl_ray.cit.stages.training import rar_job
 from afmrl_ray.cli import job_main, round_argument
 from afmrl_ray.config import Config, with_values
 from afmrl_ray.errors import ConfigError
 from afmrl_ray.rar.tune import RARTrainable
+from afmrl_ray.runs import StageName
 
 COLUMNS = ("heldout_before", "heldout_after", "heldout_gain", "kl", "invalid_fraction", "attribute_pairs")
 
@@ -56,8 +58,9 @@ def trial_resources(config: Config) -> tune.PlacementGroupFactory:
 def body(config: Config, options: argparse.Namespace) -> None:
     space = dict(grid(text, config) for text in options.grid or ["rar.kl_coef=0.0,0.01"])
     with open_run(config) as pipeline:
-        directory = storage.join(pipeline.run.path, "tune", f"rar-r{options.round}")
-        job = pipeline.rar_job(options.round, directory)
+        name = StageName("rar", options.round)
+        directory = storage.join(pipeline.run.path, "tune", str(name))
+        job = rar_job(pipeline.context(name, directory))
         trainable = tune.with_parameters(RARTrainable, base=config, job=job)
         results = tune.Tuner(
             tune.with_resources(trainable, lambda changes: trial_resources(with_values(config, changes))),

@@ -15,7 +15,7 @@ from afmrl_ray.agcl.prepare import Preparer
 from afmrl_ray.agcl.step import AGCLStep
 from afmrl_ray.attributes.store import read_attributes
 from afmrl_ray.catalogue import CatalogueRef
-from afmrl_ray.config import Config, validate
+from afmrl_ray.config import Config
 from afmrl_ray.models.adapters import load_start, save_trained
 from afmrl_ray.models.backbones import fetch
 from afmrl_ray.models.dual_encoder import DualEncoder, DualProcessor
@@ -52,7 +52,7 @@ def train_agcl(config: Config, job: AGCLJob) -> dict[str, float]:
     """Train the encoder and write it to `<job.directory>/model`; returns the numbers of the last step."""
     result = fit(
         train_loop,
-        {"config": config.model_dump(mode="json"), "job": job},
+        {"config": config, "job": job},
         name=job.name,
         directory=storage.join(job.directory, "train"),
         workers=config.agcl.workers,
@@ -65,7 +65,7 @@ def train_agcl(config: Config, job: AGCLJob) -> dict[str, float]:
 
 def train_loop(payload: dict[str, Any]) -> None:
     """What every worker runs; `payload` is the plain-data argument that Ray Train ships."""
-    config, job = validate(payload["config"]), payload["job"]
+    config, job = payload["config"], payload["job"]
     if config.encoder.kind == "dual_encoder":
         return train_dual_encoder(config, job)
     agcl = config.agcl

@@ -19,12 +19,13 @@ from afmrl_ray.cit.pipeline import Pipeline
 from afmrl_ray.cit.promotion import converged
 from afmrl_ray.cit.run_lock import RunLock
 from afmrl_ray.cit.schedule import resources
-from afmrl_ray.cit.stages import RunDirectory
+from afmrl_ray.cit.spec import CATALOGUE
 from afmrl_ray.config import Config
 from afmrl_ray.config.evaluation import RetrievalProtocol
 from afmrl_ray.errors import CatalogueError
 from afmrl_ray.models.backbones import check_checkpoint
 from afmrl_ray.retrieval.evaluate import Value
+from afmrl_ray.runs import RunDirectory, StageName
 from afmrl_ray.training.cluster import ray_session, require_resources
 
 log = logging.getLogger(__name__)
@@ -34,12 +35,12 @@ PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "rank-bm25", "p
 
 @contextmanager
 def open_run(config: Config) -> Iterator[Pipeline]:
-    """Check the config against the world, join or start Ray, and give the run's pipeline.
+    """Check what the config names, join or start Ray, and yield the run's pipeline.
 
     Nothing is written before the models, the resources and, where it exists already, the catalogue are known to fit.
 
     Raises:
-        UserError: something that the config names does not exist, does not fit or is not there.
+        UserError: something that the config names does not exist or does not fit.
     """
     for setting, role in (("encoder", config.encoder.role), ("generator", "generator"), ("teacher", "generator")):
         path = getattr(getattr(config, setting), "path", None)
@@ -80,12 +81,12 @@ def run_cit(pipeline: Pipeline) -> None:
     """Run every stage that is not committed yet, until all rounds are done, one is refused, or none gains any more."""
     record_whole(pipeline.run, own_command())
     config = pipeline.config.cit
-    _ = pipeline.floor
+    pipeline.stage(StageName("baselines"))
     if config.baseline:
-        pipeline.evaluate_baseline()
+        pipeline.stage(StageName("evaluate-baseline"))
     gains: list[Value] = []
     for number in range(config.rounds):
-        found = pipeline.promotion(number).metrics
+        found = pipeline.stage(StageName("promotion", number)).metrics
         if not found["promoted"]:
             log.warning("round %d is refused (cit.gate), the run ends: %s", number, "; ".join(found["why"]))
             return
@@ -127,7 +128,7 @@ def check_selectors(config: Config, catalogue: Any) -> None:
 
 def run_record(config: Config, pipeline: Pipeline) -> dict[str, Any]:
     """What `run.json` says of how the run was made, beside its `commands`."""
-    metrics = pipeline.catalogue_stage.metrics
+    metrics = pipeline.stage(CATALOGUE).metrics
     return {
         "name": config.run.name,
         "config": config.model_dump(mode="json"),

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from afmrl_ray import storage
-from afmrl_ray.cit.evaluation import read_per_query
 from afmrl_ray.cit.ladder import RUNGS, Rung
-from afmrl_ray.cit.stages import RECORD, RunDirectory, Stage
 from afmrl_ray.cit.stale import stale_stages
 from afmrl_ray.config import Config
 from afmrl_ray.errors import ConfigError
+from afmrl_ray.retrieval.per_query import read_per_query
 from afmrl_ray.retrieval.seeds import over_seeds, paired_gain_over_seeds
+from afmrl_ray.runs.directory import RECORD, RunDirectory, Stage
 
 log = logging.getLogger(__name__)
 

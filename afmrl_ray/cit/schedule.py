@@ -4,35 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from afmrl_ray.cit.spec import StageSpec
+from afmrl_ray.cit.stages import declare, run_names
 from afmrl_ray.config import Config
 from afmrl_ray.config.cluster import WorkersConfig
-from afmrl_ray.training.cluster import Demand, pool_demand, resources_available, total, workers_demand
+from afmrl_ray.runs import StageName
+from afmrl_ray.training.cluster import Demand, resources_available, total
+
+
+def declarations(config: Config, *, rounds: int | None = None) -> list[StageSpec]:
+    """The declarations of all stages of a run, upstream first.
+
+    Args:
+        rounds: none = `cit.rounds`.
+    """
+    found: dict[StageName, StageSpec] = {}
+    waiting = list(reversed(run_names(config, rounds=rounds)))
+    while waiting:
+        spec = declare(waiting[-1], config)
+        missing = [name for name in spec.upstream.values() if name not in found]
+        if missing:
+            waiting += missing
+        else:
+            found.setdefault(waiting.pop(), spec)
+    return list(found.values())
 
 
 def resources(config: Config) -> dict[str, list[Demand]]:
-    """What each kind of stage holds at once."""
-    rar = config.rar
-    learners = Demand(rar.num_learners, {"CPU": rar.cpus_per_learner, "GPU": rar.gpus_per_learner})
-    return {
-        "distill": [workers_demand(config.distill.workers)],
-        "attributes": [pool_demand(config.annotate.pool)],
-        "agcl": [workers_demand(config.agcl.workers)],
-        "rar": [pool_demand(rar.rollout.pool), pool_demand(rar.reward.pool), *([learners] if rar.num_learners else [])],
-        "evaluate": [pool_demand(config.evaluation.pool)],
-    }
+    """What each kind of stage holds at once, by the declarations of the first round."""
+    return {spec.name.kind: list(spec.resources) for spec in declarations(config, rounds=1) if spec.resources}
 
 
 def dry_run(config: Config) -> str:
-    """What `--dry-run` prints after the config; a cluster that would be joined is asked what it has."""
+    """The text of `--dry-run`: schedule and resources; a cluster that would be joined is asked for what it has."""
     return describe(config, resources_available(config.ray))
 
 
-def describe(config: Config, there: Mapping[str, float]) -> str:
-    """The derived schedule, and the resources asked for against those there."""
+def describe(config: Config, available: Mapping[str, float]) -> str:
+    """The derived schedule, and the resources that stages ask for against those available."""
     distill, agcl, rar = config.distill, config.agcl, config.rar
     completions = rar.prompts_per_step * rar.group_size
+    stages = ", ".join(str(spec.name) for spec in declarations(config, rounds=1))
     lines = [
         "schedule",
+        f"  stages    {stages}" + (f"; likewise to round {config.cit.rounds - 1}" if config.cit.rounds > 1 else ""),
         f"  distill   {distill.steps} steps x {distill.batch_size} items on {_size(distill.workers)} workers",
         f"  rounds    {config.cit.rounds}" + (", after a baseline" if config.cit.baseline else ""),
         f"  agcl      {agcl.steps} steps x {agcl.batch_size} pairs on {_size(agcl.workers)} workers, "
@@ -45,16 +60,16 @@ def describe(config: Config, there: Mapping[str, float]) -> str:
         f"{config.annotate.pool.num_workers} annotate, {config.evaluation.pool.num_workers} embed",
         "resources asked for at once",
     ]
-    for stage, asked in resources(config).items():
-        amounts = total(asked)
-        short = [name for name, amount in amounts.items() if amount > there.get(name, 0)]
+    for kind, demands in resources(config).items():
+        amounts = total(demands)
+        short = [name for name, amount in amounts.items() if amount > available.get(name, 0)]
         lines.append(
-            f"  {stage:<11}"
+            f"  {kind:<11}"
             + ", ".join(f"{amount:g} {name}" for name, amount in amounts.items() if amount)
-            + (f"  MORE THAN THERE IS ({', '.join(short)})" if short else "")
+            + (f"  MORE THAN AVAILABLE ({', '.join(short)})" if short else "")
         )
-    lines.append("resources there")
-    lines.append("  " + ", ".join(f"{there.get(name, 0):g} {name}" for name in ("CPU", "GPU")))
+    lines.append("resources available")
+    lines.append("  " + ", ".join(f"{available.get(name, 0):g} {name}" for name in ("CPU", "GPU")))
     return "\n".join(lines)
 
 

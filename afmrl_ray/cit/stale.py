@@ -1,15 +1,15 @@
-"""Stages whose results the run's config would not give: those that the same command runs again."""
+"""Stages whose results the run's config would not give: the same command runs them again."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from afmrl_ray.cit.stages import Stage
+from afmrl_ray.runs.directory import Stage
 
 
 def stale_stages(stages: Sequence[Stage], config: Mapping[str, Any]) -> set[str]:
-    """Names of the stages that were made with settings other than the run's, or stand on one that has since changed.
+    """Names of stages made with other settings than the run's, or downstream of one that has since changed.
 
     Args:
         stages: all that are committed.
@@ -33,16 +33,14 @@ def stale_stages(stages: Sequence[Stage], config: Mapping[str, Any]) -> set[str]
 
 
 def upstream_fingerprints(stage: Stage) -> dict[str, str]:
-    """Fingerprints of the stages that a stage stands on, by name; empty where its record does not name them."""
+    """Fingerprints of a stage's upstream stages by name; empty where its record does not name them."""
     upstream = stage.inputs.get("upstream")
     return dict(upstream) if isinstance(upstream, Mapping) else {}
 
 
 def made_with(stage: Stage, config: Mapping[str, Any]) -> bool:
-    """Whether the settings that a stage read are those of a config, but for what its variant changes of them."""
+    """Whether the settings that a stage read are those of a config, except for those that its variant changes."""
     settings: dict[str, Any] = dict(stage.inputs.get("config", {}))
-    if "seed" in stage.inputs:
-        settings["run"] = {"seed": stage.inputs["seed"]}
     for key in stage.inputs.get("changes", {}):
         settings = _without(settings, key)
     return _agree(settings, config)

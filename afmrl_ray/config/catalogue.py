@@ -12,7 +12,9 @@ Inputs = Literal["image", "text", "both"]
 
 
 class CatalogueConfig(Section):
-    """The catalogue that a run reads (DESIGN 4.1)."""
+    """The catalogue that a run reads."""
+
+    runtime_only = frozenset({"path", "cache_dir"})
 
     path: str | None = None
     """Parquet file or directory, local or URI; none = the run makes the synthetic catalogue first."""

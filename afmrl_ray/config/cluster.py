@@ -10,7 +10,9 @@ from afmrl_ray.config.base import Section
 
 
 class RunConfig(Section):
-    """Where a run lives (DESIGN 4.4)."""
+    """Where a run is stored, and its seed."""
+
+    runtime_only = frozenset({"name", "storage_path"})
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run; its directory is `<storage_path>/<name>`."""
@@ -22,6 +24,8 @@ class RunConfig(Section):
 
 class RayConfig(Section):
     """How a job reaches Ray."""
+
+    runtime_only = frozenset({"address", "num_cpus", "object_store_mb", "namespace", "wait_for_resources_s"})
 
     address: str | None = None
     """Cluster to join; none = the one that RAY_ADDRESS names, else a local Ray started by the job."""

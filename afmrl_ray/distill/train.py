@@ -12,7 +12,7 @@ from torch import distributed as dist
 from afmrl_ray import storage
 from afmrl_ray.attributes.store import read_attributes
 from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue
-from afmrl_ray.config import Config, validate
+from afmrl_ray.config import Config
 from afmrl_ray.errors import CatalogueError, ConfigError
 from afmrl_ray.models.adapters import load_start, save_trained
 from afmrl_ray.models.item_processor import ItemProcessor
@@ -47,7 +47,7 @@ def train_distill(config: Config, job: DistillJob) -> dict[str, float]:
     """Fine-tune the generator and write it to `<job.directory>/model`; returns the numbers of the last step."""
     result = fit(
         train_loop,
-        {"config": config.model_dump(mode="json"), "job": job},
+        {"config": config, "job": job},
         name=job.name,
         directory=storage.join(job.directory, "train"),
         workers=config.distill.workers,
@@ -60,7 +60,7 @@ def train_distill(config: Config, job: DistillJob) -> dict[str, float]:
 
 def train_loop(payload: dict[str, Any]) -> None:
     """What every worker runs; `payload` is the plain-data argument that Ray Train ships."""
-    config, job = validate(payload["config"]), payload["job"]
+    config, job = payload["config"], payload["job"]
     distill = config.distill
     worker_threads(distill.workers)
     model = load_start(job.start, "generator", distill.adapter, seed=config.run.seed, dtype=config.generator.dtype)

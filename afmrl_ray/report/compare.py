@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from afmrl_ray import storage
-from afmrl_ray.cit.evaluation import read_per_query
-from afmrl_ray.cit.stages import RunDirectory, Stage
 from afmrl_ray.errors import StorageError
 from afmrl_ray.report.collect import Rung, RunSummary, collect
 from afmrl_ray.report.estimate import Estimate
 from afmrl_ray.report.labels import metric_label, metric_order
 from afmrl_ray.report.text_table import TextTable, points, share
 from afmrl_ray.retrieval.evaluate import paired_gain
+from afmrl_ray.retrieval.per_query import read_per_query
+from afmrl_ray.runs.directory import RunDirectory, Stage
 
 SAMPLES, SEED = 2000, 0
 """Resamples of a paired difference, and the seed of their draws."""

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from typing import Any
 
 from afmrl_ray import storage
-from afmrl_ray.cit.stages import RunDirectory
 from afmrl_ray.report.collect import Round, Rung, RunSummary, collect
 from afmrl_ray.report.compare import Comparison
 from afmrl_ray.report.estimate import Estimate
@@ -14,6 +13,7 @@ from afmrl_ray.report.gallery import Items
 from afmrl_ray.report.html import render, render_comparison
 from afmrl_ray.report.ladder_plots import ladder_panels
 from afmrl_ray.report.plots import draw_png, plot_panels
+from afmrl_ray.runs.directory import RunDirectory
 
 
 def write_report(run: RunDirectory, *, items: Items | None = None) -> str:

@@ -15,7 +15,7 @@ from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
 from afmrl_ray import storage
-from afmrl_ray.cit.index_stage import thumbnail
+from afmrl_ray.cit.stages.index import thumbnail
 from afmrl_ray.config.load import validate_as
 from afmrl_ray.config.serving import ReplicasConfig, ServingConfig
 from afmrl_ray.errors import ConfigError

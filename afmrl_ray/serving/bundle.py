@@ -7,13 +7,13 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from afmrl_ray import storage
-from afmrl_ray.cit.index_stage import ITEMS, VECTORS
-from afmrl_ray.cit.stages import RunDirectory, Stage
+from afmrl_ray.cit.stages.index import ITEMS, VECTORS
 from afmrl_ray.config import validate
 from afmrl_ray.config.catalogue import Inputs
 from afmrl_ray.config.index import IndexConfig
 from afmrl_ray.config.models import EncoderConfig, GeneratorConfig
 from afmrl_ray.errors import ConfigError
+from afmrl_ray.runs.directory import RunDirectory, Stage
 
 
 class Bundle(BaseModel):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from ray import serve
 
-from afmrl_ray.cit.index_stage import ItemRecord
+from afmrl_ray.cit.stages.index import ItemRecord
 from afmrl_ray.config.serving import ServingConfig
 from afmrl_ray.models.model_input import ModelInput
 from afmrl_ray.serving.bundle import Bundle

@@ -11,7 +11,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from afmrl_ray.cit.index_stage import ItemRecord
+from afmrl_ray.cit.stages.index import ItemRecord
 from afmrl_ray.serving.bundle import Bundle
 from afmrl_ray.serving.errors import Overloaded
 from afmrl_ray.serving.models import Embedding, EncoderInput

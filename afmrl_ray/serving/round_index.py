@@ -15,7 +15,7 @@ import numpy as np
 
 from afmrl_ray import storage
 from afmrl_ray.attributes.text import stored_attributes
-from afmrl_ray.cit.index_stage import ITEMS, VECTORS, ItemRecord, write_items
+from afmrl_ray.cit.stages.index import ITEMS, VECTORS, ItemRecord, write_items
 from afmrl_ray.retrieval.ann import build_index, open_index, save_index, search_index, stored_vectors
 from afmrl_ray.serving.bundle import Bundle
 from afmrl_ray.serving.store import ItemStore, State, UpsertedItem

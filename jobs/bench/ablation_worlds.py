@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from afmrl_ray.cit.stage_functions import attribute_rows
 
 from afmrl_ray.attributes.store import write_attributes
 from afmrl_ray.attributes.teachers import ColumnTeacher, TeacherItem
 from afmrl_ray.attributes.text import InvalidAttributes, format_attributes
 from afmrl_ray.catalogue import CatalogueRef, make_catalogue, open_catalogue, write_catalogue
 from afmrl_ray.catalogue.staging import stage
-from afmrl_ray.cit.stage_functions import attribute_rows
 from afmrl_ray.config import Config, validate
 
 PICTURE = {"min_pixels": 3136, "max_pixels": 3136}

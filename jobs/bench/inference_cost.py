@@ -32,7 +32,6 @@ from afmrl_ray import storage
 from afmrl_ray.attributes.store import AttributeStore, read_attributes
 from afmrl_ray.attributes.text import SEPARATOR
 from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue
-from afmrl_ray.cit.stages import RunDirectory, Stage
 from afmrl_ray.cli import job_main
 from afmrl_ray.config import Config, validate
 from afmrl_ray.config.evaluation import RetrievalProtocol
@@ -42,6 +41,7 @@ from afmrl_ray.report.plots import Draw, Panel, Theme, draw_png
 from afmrl_ray.retrieval.embed import Encoder, EncoderRef
 from afmrl_ray.retrieval.evaluate import interval, rank
 from afmrl_ray.retrieval.metrics import hit_at_k
+from afmrl_ray.runs.directory import RunDirectory, Stage
 
 OUT = Path("runs/bench")
 _BATCH = 64

@@ -17,7 +17,6 @@ from afmrl_ray import storage
 from afmrl_ray.cit.driver import open_run
 from afmrl_ray.cit.ladder import RUNGS, check_ladder
 from afmrl_ray.cit.ladder_record import ladder_record
-from afmrl_ray.cit.stages import RunDirectory
 from afmrl_ray.cli import job_main
 from afmrl_ray.config import Config, with_values
 from afmrl_ray.errors import ConfigError
@@ -25,6 +24,7 @@ from afmrl_ray.report import write_report
 from afmrl_ray.report.ladder import LADDER, ladder_table, read_ladder
 from afmrl_ray.report.ladder_plots import ladder_panels
 from afmrl_ray.report.plots import draw_png
+from afmrl_ray.runs.directory import RunDirectory
 
 _KEYS = [rung.key for rung in RUNGS]
 

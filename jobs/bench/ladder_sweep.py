@@ -18,9 +18,9 @@ from ladder_runs import begin, run_side_by_side
 from afmrl_ray.cit.driver import open_run
 from afmrl_ray.cit.ladder import RUNGS, check_ladder
 from afmrl_ray.cit.ladder_record import ladder_record
-from afmrl_ray.cit.stages import RunDirectory
 from afmrl_ray.cli import job_main
 from afmrl_ray.config import Config, with_values
+from afmrl_ray.runs.directory import RunDirectory
 
 OUT = Path("runs/bench/ladder_sweep.json")
 _KEYS = ("vlm2vec", "agcl", "distilled", "rl", "oracle-input")

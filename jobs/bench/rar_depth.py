@@ -16,18 +16,18 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from afmrl_ray.cit.evaluation import EvaluationInputs, evaluate_stage
 from scipy import stats
 
 from afmrl_ray import storage
 from afmrl_ray.cit import stage_functions
 from afmrl_ray.cit.driver import open_run
-from afmrl_ray.cit.evaluation import EvaluationInputs, evaluate_stage
 from afmrl_ray.cit.pipeline import Pipeline
-from afmrl_ray.cit.stages import Stage
 from afmrl_ray.cli import job_main
 from afmrl_ray.config import Config, with_values
 from afmrl_ray.models.annotate import GeneratorRef
 from afmrl_ray.retrieval.embed import EncoderRef
+from afmrl_ray.runs.directory import Stage
 from afmrl_ray.training.metrics_log import read_metrics
 
 OUT = Path("runs/bench")

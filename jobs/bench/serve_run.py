@@ -9,11 +9,11 @@ from typing import Any
 from afmrl_ray.attributes.store import AttributeRow, read_attributes, write_attributes
 from afmrl_ray.attributes.text import format_attributes, normalise_attributes
 from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue, make_catalogue, open_catalogue, write_catalogue
-from afmrl_ray.cit.index_stage import index_gallery, write_index
-from afmrl_ray.cit.stages import RunDirectory, StageOutcome
+from afmrl_ray.cit.stages.index import index_gallery, write_index
 from afmrl_ray.config import Config, validate
 from afmrl_ray.models.tiny import build_encoder, build_generator, save_checkpoint, train_tokenizer
 from afmrl_ray.retrieval.embed import EncoderRef, open_encoder
+from afmrl_ray.runs.directory import RunDirectory, StageOutcome
 
 PICTURE = {"min_pixels": 3136, "max_pixels": 3136}
 

@@ -10,43 +10,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
-from afmrl_ray import storage
 from afmrl_ray.cit import driver
-from afmrl_ray.cit.evaluation import write_per_query
-from afmrl_ray.cit.pipeline import Pipeline
-from afmrl_ray.cit.stages import RunDirectory, StageOutcome
 from afmrl_ray.config import validate
-from afmrl_ray.retrieval.evaluate import Measured
+from afmrl_ray.runs import RunDirectory
+from tests.cit.fake_stages import FakePipeline
 
 BENCH = Path(__file__).resolve().parents[2] / "jobs/bench"
-GIVEN = object()
+GIVEN = SimpleNamespace(fingerprint="f" * 64)
 """A catalogue of `catalogue.path`, which `open_run` has checked before it opens the run."""
-FOUND = {"fingerprint": "f" * 64, "counts": {"rows": 12, "kept": 10}}
 
 
-class Stubbed(Pipeline):
-    """Real stages whose bodies do nothing: a catalogue, and rounds in which every query finds its own."""
+class Stubbed(FakePipeline):
+    """Stages that do nothing, and no catalogue to look at."""
 
-    floor = None
-
-    @property
-    def catalogue_stage(self):
-        return self._stage("catalogue", {}, lambda _: StageOutcome({}, FOUND))
-
-    @property
-    def catalogue(self):
-        return None
-
-    def evaluate(self, number):
-        def body(directory):
-            found = Measured({}, np.arange(10), {"hit@1": np.ones(10)})
-            write_per_query(storage.join(directory, "per_query.safetensors"), {"fine": found})
-            return StageOutcome({"per_query": "per_query.safetensors"}, {"share": 0.5})
-
-        return self._stage(f"evaluate-r{number}", {}, body)
+    catalogue = None
 
 
 @contextmanager

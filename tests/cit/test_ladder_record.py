@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from afmrl_ray import storage
-from afmrl_ray.cit.evaluation import write_per_query
 from afmrl_ray.cit.ladder_record import ladder_record, stands_on
-from afmrl_ray.cit.stages import RunDirectory, StageOutcome
 from afmrl_ray.config import validate
 from afmrl_ray.errors import ConfigError
 from afmrl_ray.retrieval.evaluate import Measured
+from afmrl_ray.retrieval.per_query import write_per_query
 from afmrl_ray.retrieval.seeds import over_seeds
+from afmrl_ray.runs.directory import RunDirectory, StageOutcome
 
 HITS = {
     "evaluate-baseline": ([0, 1, 0, 1], [0, 1, 1, 1]),

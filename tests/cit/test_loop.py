@@ -15,8 +15,8 @@ import pytest
 
 from afmrl_ray import storage
 from afmrl_ray.cit.driver import open_run, run_cit
-from afmrl_ray.cit.stages import RunDirectory, Stage
 from afmrl_ray.config import dump_yaml, validate
+from afmrl_ray.runs import RunDirectory, Stage
 from afmrl_ray.training.metrics_log import read_metrics
 from tests.cit.conftest import run_values
 
@@ -50,7 +50,7 @@ def test_a_run_commits_every_stage_skips_them_next_time_and_reruns_what_a_change
         run_cit(pipeline)
         run = pipeline.run
     first = commits(run)
-    assert set(first) == {"catalogue", "models", "labels", "distill", "floor", *ROUND}
+    assert set(first) == {"catalogue", "models", "labels", "distill", "baselines", *ROUND}
     measured = run.committed("evaluate-r0").metrics
     assert 0 <= measured["protocols"]["fine"]["metrics"]["hit@1"]["mean"] <= 1
     # Rounds, galleries and rewards look at the same images with the same frozen tower.
@@ -68,7 +68,7 @@ def test_a_run_commits_every_stage_skips_them_next_time_and_reruns_what_a_change
     with open_run(changed) as pipeline:
         run_cit(pipeline)
     again = commits(run)
-    assert {name for name in again if again[name] != first[name]} == {"floor", "evaluate-r0", "promotion-r0"}
+    assert {name for name in again if again[name] != first[name]} == {"baselines", "evaluate-r0", "promotion-r0"}
 
 
 def start_driver(config_file: Path, log: Path) -> subprocess.Popen:

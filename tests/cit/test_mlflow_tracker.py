@@ -11,9 +11,9 @@ import pytest
 from afmrl_ray import storage
 from afmrl_ray.cit import driver
 from afmrl_ray.cit.mlflow_tracker import MLflowTracker, key_of
-from afmrl_ray.cit.stages import RunDirectory, StageOutcome
 from afmrl_ray.config import validate, with_values
 from afmrl_ray.errors import CatalogueError, ConfigError
+from afmrl_ray.runs.directory import RunDirectory, StageOutcome
 from afmrl_ray.training.metrics_log import MetricsLog
 from tests.cit.test_driver import Stubbed, opened
 
@@ -185,10 +185,10 @@ def test_every_stage_of_an_opened_run_is_told(world, monkeypatch):
         assert mlflow_run(client, run).info.status == "RUNNING"
     found = mlflow_run(client, run)
     assert found.info.status == "FINISHED"
-    assert found.data.metrics["evaluate-r1/share"] == 0.5
+    assert found.data.metrics["evaluate-r1/queries"] == 10
     told = {key.removeprefix("stage.") for key in found.data.tags if key.startswith("stage.")}
     assert told == {stage.name for stage in run.stages()}
-    assert {"catalogue", "evaluate-r0", "promotion-r0", "evaluate-r1", "promotion-r1"} == told
+    assert told >= {"catalogue", "evaluate-r0", "promotion-r0", "evaluate-r1", "promotion-r1"}
 
 
 @pytest.mark.parametrize("where", ["check_selectors", "run_record", "run_cit"])

@@ -1,4 +1,4 @@
-"""Which rounds are promoted and when a run ends: on numbers by hand, and in the driver with evaluations by rule."""
+"""Which rounds are promoted and when a run ends: on hand-made numbers, and in the driver with given evaluations."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import logging
 import numpy as np
 import pytest
 
-from afmrl_ray import storage
 from afmrl_ray.cit.driver import run_cit
-from afmrl_ray.cit.evaluation import read_per_query, write_per_query
-from afmrl_ray.cit.pipeline import Pipeline
 from afmrl_ray.cit.promotion import GUARDED, converged, decide
-from afmrl_ray.cit.stages import RunDirectory, StageOutcome
+from afmrl_ray.cit.spec import StageContext
 from afmrl_ray.config import validate
 from afmrl_ray.config.cit import GateConfig
 from afmrl_ray.errors import ConfigError
-from afmrl_ray.retrieval.evaluate import Measured, Value
+from afmrl_ray.retrieval.evaluate import Value
+from afmrl_ray.retrieval.per_query import read_per_query
+from afmrl_ray.runs import Stage, StageName, StageOutcome
+from tests.cit.fake_stages import FakePipeline, evaluation_of, fake_run
 
 SURE, UNSURE, FINE = Value(-0.05, -0.07, -0.03), Value(-0.05, -0.09, -0.01), Value(0.01, -0.01, 0.03)
 
@@ -46,31 +46,8 @@ def test_a_run_has_converged_when_the_last_rounds_gained_nothing_for_sure():
     assert not converged([none, gain, none], 2)
 
 
-class ByRule(Pipeline):
-    """Evaluations whose numbers are given: share of right answers by round, for every protocol."""
-
-    def __init__(self, config, run, shares):
-        super().__init__(config, run)
-        self._shares, self.evaluated = shares, []
-
-    floor = None
-
-    def evaluate(self, number):
-        def body(directory):
-            self.evaluated.append(number)
-            right = {name: np.arange(1000) < 1000 * shares[number] for name, shares in self._shares.items()}
-            metrics = {each.name: GUARDED[each.kind] for each in self.config.evaluation.protocols}
-            measured = {
-                name: Measured({}, np.arange(1000), {metrics[name]: values.astype(float)})
-                for name, values in right.items()
-            }
-            write_per_query(storage.join(directory, "per_query.safetensors"), measured)
-            return StageOutcome({"per_query": "per_query.safetensors"}, {})
-
-        return self._stage(f"evaluate-r{number}", {"shares": str(self._shares), "number": number}, body)
-
-
-def make(tmp_path, shares, **cit) -> ByRule:
+def make(tmp_path, fractions, **cit) -> FakePipeline:
+    """A pipeline whose evaluations are given: by protocol, the fraction of correct queries in each round."""
     protocols = [
         {"kind": "retrieval", "name": "fine"},
         {"kind": "retrieval", "name": "chosen", "query": {"split": ["val"]}},
@@ -78,62 +55,77 @@ def make(tmp_path, shares, **cit) -> ByRule:
     ]
     evaluation = {"protocols": protocols, "bootstrap_samples": 200}
     config = validate({"evaluation": evaluation, "cit": {"rounds": 4, **cit}})
-    run = RunDirectory(str(tmp_path), "t")
-    run.create()
-    return ByRule(config, run, shares)
+    metrics = {each.name: GUARDED[each.kind] for each in config.evaluation.protocols}
+
+    def evaluate(context: StageContext) -> StageOutcome:
+        number = StageName.parse(context.name).round
+        return evaluation_of(
+            {
+                name: (metrics[name], (np.arange(1000) < 1000 * values[number]).astype(float))
+                for name, values in fractions.items()
+            }
+        )(context)
+
+    return FakePipeline(config, fake_run(tmp_path), functions={"evaluate": evaluate})
+
+
+def evaluated(pipeline: FakePipeline) -> list[int | None]:
+    names = [StageName.parse(name) for name in pipeline.ran]
+    return [name.round for name in names if name.kind == "evaluate"]
+
+
+def promotion(pipeline: FakePipeline, number: int) -> Stage:
+    return pipeline.stage(StageName("promotion", number))
 
 
 def test_a_refused_round_ends_the_run_and_the_last_good_one_stays_its_result(tmp_path, caplog):
     shares = {"fine": [0.5, 0.6, 0.9, 0.9], "families": [0.8, 0.79, 0.6, 0.9]}
     pipeline = make(tmp_path, shares, gate={"protocols": ["families"], "max_loss": 0.05})
     run_cit(pipeline)
-    assert pipeline.evaluated == [0, 1, 2]
+    assert evaluated(pipeline) == [0, 1, 2]
     assert "round 2 is refused" in caplog.text
     assert "families changes by -0.1900" in caplog.text
-    assert pipeline.promoted(2).name == "evaluate-r1"
-    assert pipeline.promotion(2).metrics["gain"]["mean"] == pytest.approx(0.3)
+    assert promotion(pipeline, 2).metrics["promoted_round"] == 1
+    assert promotion(pipeline, 2).metrics["gain"]["mean"] == pytest.approx(0.3)
     again = make(tmp_path, shares, gate={"protocols": ["families"], "max_loss": 0.05})
     run_cit(again)
-    assert again.evaluated == [], "what is committed was run again"
+    assert evaluated(again) == [], "what is committed was run again"
     free = make(tmp_path, shares)
     run_cit(free)
-    assert free.evaluated == [3]
-    assert free.promoted(3).name == "evaluate-r3"
+    assert evaluated(free) == [3]
+    assert promotion(free, 3).metrics["promoted_round"] == 3
 
 
 def test_losses_are_counted_from_the_last_promoted_round(tmp_path):
     shares = {"fine": [0.5] * 4, "families": [0.8, 0.77, 0.74, 0.7]}
     pipeline = make(tmp_path, shares, gate={"protocols": ["families"], "max_loss": 0.05})
     run_cit(pipeline)
-    assert pipeline.evaluated == [0, 1, 2, 3]
-    assert [pipeline.promotion(number).metrics["promoted"] for number in range(4)] == [True] * 4
+    assert evaluated(pipeline) == [0, 1, 2, 3]
+    assert [promotion(pipeline, number).metrics["promoted"] for number in range(4)] == [True] * 4
 
 
 def test_a_run_ends_when_rounds_gain_nothing(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     pipeline = make(tmp_path, {"fine": [0.5, 0.6, 0.6, 0.7], "families": [0.5] * 4}, patience=1)
     run_cit(pipeline)
-    assert pipeline.evaluated == [0, 1, 2]
+    assert evaluated(pipeline) == [0, 1, 2]
     assert "no sure gain for 1 rounds" in caplog.text
 
 
 def test_gains_are_those_of_the_protocol_that_decides(tmp_path):
     shares = {"fine": [0.5, 0.6, 0.7, 0.8], "chosen": [0.5, 0.5, 0.7, 0.8], "families": [0.5] * 4}
-    primary_protocol = make(tmp_path, shares, patience=1)
-    run_cit(primary_protocol)
-    assert primary_protocol.evaluated == [0, 1, 2, 3]
-    assert "selection_protocol" not in primary_protocol.promotion(1).inputs, (
-        "runs from before would be decided on again"
-    )
+    default = make(tmp_path, shares, patience=1)
+    run_cit(default)
+    assert evaluated(default) == [0, 1, 2, 3]
     chosen = make(tmp_path, shares, patience=1, selection_protocol="chosen")
     run_cit(chosen)
-    assert chosen.promotion(1).metrics["gain"]["mean"] == 0, "the decision of before was taken for its own"
-    assert "promotion-r2" not in chosen._done
+    assert promotion(chosen, 1).metrics["gain"]["mean"] == 0, "the earlier decision was taken for this one"
+    assert "promotion-r2" not in chosen.ran
 
 
 def test_numbers_of_queries_survive_the_disk(tmp_path):
     pipeline = make(tmp_path, {"fine": [0.25], "families": [0.5]})
-    rows, values = read_per_query(pipeline.evaluate(0), "fine", "hit@1")
+    rows, values = read_per_query(pipeline.stage(StageName("evaluate", 0)), "fine", "hit@1")
     assert rows.tolist() == list(range(1000))
     assert values.sum() == 250
 

@@ -1,4 +1,4 @@
-"""Bodies of stages that the loop's own test does not reach."""
+"""Stage functions that the test of the whole loop does not reach."""
 
 from __future__ import annotations
 
@@ -9,14 +9,33 @@ import pytest
 from afmrl_ray.attributes.store import read_attributes, write_attributes
 from afmrl_ray.catalogue import make_catalogue
 from afmrl_ray.cit.pipeline import Pipeline
-from afmrl_ray.cit.stage_functions import attribute_rows, labels_stage_fn, oracle_stage_fn, query_attributes_stage_fn
-from afmrl_ray.cit.stages import RunDirectory, StageOutcome
+from afmrl_ray.cit.projection import ConfigProjection
+from afmrl_ray.cit.spec import StageContext
+from afmrl_ray.cit.stages import declare
+from afmrl_ray.cit.stages.attributes import attribute_rows
 from afmrl_ray.cit.tiny import pretraining_examples
-from afmrl_ray.config import validate, with_values
+from afmrl_ray.config import validate
 from afmrl_ray.errors import ConfigError
 from afmrl_ray.models.annotate import Annotator, GeneratorRef
 from afmrl_ray.models.pretrain import caption
+from afmrl_ray.runs import RunDirectory, Stage, StageName, StageOutcome
 from tests.cit.conftest import run_values
+
+
+def run_function(config, reference, directory, kind, number=None, **upstream):
+    """Call a stage's function as the pipeline does, on a catalogue that is there already."""
+    spec = declare(StageName(kind, number), config)
+    catalogue = Stage("catalogue", "", "", {}, {"catalogue": reference.path}, {}, {}, "", 0.0, None)
+    catalogue.metrics["fingerprint"] = reference.fingerprint
+    context = StageContext(
+        name=str(spec.name),
+        config=ConfigProjection(config, spec.reads, str(spec.name)),
+        directory=str(directory),
+        upstream={"catalogue": catalogue, **upstream},
+        parameters=spec.parameters,
+        catalogue_config=reference.config,
+    )
+    return spec.function(context)
 
 
 @pytest.mark.ray
@@ -37,8 +56,8 @@ def test_a_local_checkpoint_teaches_what_it_would_annotate(
         found.append((generator.path, given.tolist()))
         return [("color: red", ""), *asked[1:]]
 
-    monkeypatch.setattr("afmrl_ray.cit.stage_functions.annotate_rows", annotate_rows)
-    outcome = labels_stage_fn(config, tiny_catalogue_ref, [config.distill.items], str(tmp_path / "at"))
+    monkeypatch.setattr("afmrl_ray.cit.stages.attributes.annotate_rows", annotate_rows)
+    outcome = run_function(config, tiny_catalogue_ref, tmp_path / "at", "labels")
     assert found == [(tiny_checkpoints["generator"], rows)]
     store = read_attributes(str(tmp_path / "at" / outcome.outputs["attributes"]))
     assert len(store) == len(rows)
@@ -49,7 +68,7 @@ def test_a_local_checkpoint_teaches_what_it_would_annotate(
 def test_the_oracle_writes_the_truth_or_of_it_what_is_taught(tiny_catalogue_ref, tmp_path, names):
     changes = {"annotate": {"ground_truth_column": "true_attributes"}, "teacher": {"kind": "column", "names": names}}
     config = validate(run_values(tmp_path, **changes))
-    outcome = oracle_stage_fn(config, tiny_catalogue_ref, str(tmp_path))
+    outcome = run_function(config, tiny_catalogue_ref, tmp_path, "oracle")
     store = read_attributes(str(tmp_path / outcome.outputs["attributes"]))
     catalogue = tiny_catalogue_ref.open()
     items, truth = (catalogue.column(name) for name in ("item_id", "true_attributes"))
@@ -86,7 +105,7 @@ def annotated(run, catalogue, config, name: str, text: str):
     return run.run_stage(name, {}, body)
 
 
-def test_only_queries_that_are_enriched_are_written_anew(tiny_catalogue_ref, tmp_path):
+def test_only_queries_with_attributes_get_new_ones(tiny_catalogue_ref, tmp_path):
     without_attributes = {"kind": "retrieval", "name": "texts", "with_attributes": "none"}
     without_attributes |= {
         "query": {"split": ["val"], "role": "gallery"},
@@ -97,7 +116,7 @@ def test_only_queries_that_are_enriched_are_written_anew(tiny_catalogue_ref, tmp
     catalogue, run = tiny_catalogue_ref.open(), RunDirectory(str(tmp_path), "t")
     before = annotated(run, catalogue, config, "before", "color: old")
     after = annotated(run, catalogue, config, "after", "color: new")
-    outcome = query_attributes_stage_fn(config, tiny_catalogue_ref, before, after, str(tmp_path))
+    outcome = run_function(config, tiny_catalogue_ref, tmp_path, "query-attributes", 0, gallery=before, queries=after)
     store = read_attributes(str(tmp_path / outcome.outputs["attributes"]))
     items, (fine, _) = catalogue.column("item_id"), config.evaluation.protocols
     queries = {items[row] for row in catalogue.rows(fine.query).tolist()}
@@ -105,48 +124,21 @@ def test_only_queries_that_are_enriched_are_written_anew(tiny_catalogue_ref, tmp
     assert len(store) == len(catalogue.rows(config.annotate.items)) > len(queries) > 0
 
 
-def test_a_item_that_is_a_query_and_in_a_gallery_cannot_be_both(tiny_catalogue_ref, tmp_path):
+def test_an_item_that_is_a_query_and_in_a_gallery_cannot_be_both(tiny_catalogue_ref, tmp_path):
     around = {"query": {"split": ["test"], "role": "gallery"}, "gallery": {"split": ["test"], "role": "query"}}
     protocols = [{"kind": "retrieval", "name": "fine"}, {"kind": "retrieval", "name": "around", **around}]
     config = validate(run_values(tmp_path, evaluation={"protocols": protocols}))
     catalogue, run = tiny_catalogue_ref.open(), RunDirectory(str(tmp_path), "t")
-    stages = [annotated(run, catalogue, config, name, "color: red") for name in ("before", "after")]
+    before, after = (annotated(run, catalogue, config, name, "color: red") for name in ("before", "after"))
     with pytest.raises(ConfigError, match=r"evaluation\.protocols"):
-        query_attributes_stage_fn(config, tiny_catalogue_ref, *stages, str(tmp_path))
+        run_function(config, tiny_catalogue_ref, tmp_path, "query-attributes", 0, gallery=before, queries=after)
 
 
-def test_labels_of_pairs_hold_all_their_items_and_are_the_labels_where_those_do(tmp_path):
-    config = validate(run_values(tmp_path, teacher={"kind": "column"}))
-    run = RunDirectory(str(tmp_path), "t")
-    taught = Pipeline(config, run)
-    assert taught.pair_labels is taught.labels
-    # Only queries are taught; the other side of every pair is asked about as well.
-    elsewhere = Pipeline(with_values(config, {"distill.items.split": ["val"]}), run)
-    store = read_attributes(elsewhere.pair_labels.output("attributes"))
-    items = elsewhere.catalogue.column("item_id")
-    rows = elsewhere.catalogue.rows(config.agcl.pairs[0].positive).tolist()
+def test_labels_of_pairs_cover_all_their_items(tmp_path):
+    config = validate(run_values(tmp_path, teacher={"kind": "column"}, distill={"items": {"split": ["val"]}}))
+    pipeline = Pipeline(config, RunDirectory(str(tmp_path), "t"))
+    store = read_attributes(pipeline.stage(StageName("labels-pairs")).output("attributes"))
+    items = pipeline.catalogue.column("item_id")
+    rows = pipeline.catalogue.rows(config.agcl.pairs[0].positive).tolist()
     assert all(store.text(items[row]) for row in rows)
     assert len(store) == len(rows)
-
-
-def test_the_baseline_is_the_same_whatever_attributes_would_do(tmp_path):
-    """Settings of weights and mask decide nothing there, so they do not have it trained again."""
-    trained = []
-
-    class Noted(Pipeline):
-        models_stage = None
-
-        def variant(self, changes):
-            return Noted(with_values(self.config, changes), self.run)
-
-        def _stage(self, name, inputs, body, *, resumable=False):
-            if name == "baseline":
-                trained.append(inputs)
-            return super()._stage(name, inputs, (lambda _: StageOutcome({}, {})) if name == "baseline" else body)
-
-    config = validate(run_values(tmp_path))
-    changes = {"agcl.lexical.scale": "self", "agcl.mask.enabled": True, "agcl.attribute_dropout.query": 0.8}
-    for changed in ({}, changes, {"agcl.steps": 7}):
-        _ = Noted(with_values(config, changed), RunDirectory(str(tmp_path), "t")).baseline
-    assert trained[0] == trained[1] != trained[2]
-    assert trained[0]["config"]["agcl"]["lexical"]["enabled"] is False

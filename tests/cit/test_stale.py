@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from afmrl_ray.cit import stale
-from afmrl_ray.cit.stages import Stage
 from afmrl_ray.cit.stale import stale_stages
+from afmrl_ray.runs.directory import Stage
 
 CONFIG: dict[str, Any] = {
     "run": {"seed": 0},
@@ -17,13 +17,13 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def stage(name: str, *above: Stage, upstream: Any = None, **inputs: Any) -> Stage:
+def stage(name: str, *above: Stage, upstream: Any = None, seed: int = 0, **inputs: Any) -> Stage:
     named = {each.name: each.fingerprint for each in above}
     return Stage(
         name=name,
         fingerprint=f"of {name}",
         directory="",
-        inputs={"config": {"agcl": CONFIG["agcl"]}, "seed": 0, "upstream": upstream or named, **inputs},
+        inputs={"config": {"agcl": CONFIG["agcl"], "run": {"seed": seed}}, "upstream": upstream or named, **inputs},
         outputs={},
         digests={},
         metrics={},
@@ -57,7 +57,7 @@ def test_every_stage_is_judged_once_however_many_paths_lead_to_it(monkeypatch: p
     assert stale_stages(other, CONFIG) == {each.name for each in other}
 
 
-def test_what_stands_on_a_changed_stage_is_outdated_at_any_distance() -> None:
+def test_whatever_is_downstream_of_a_changed_stage_is_stale() -> None:
     first = stage("first")
     second = stage("second", first)
     third = stage("third", second)
@@ -90,10 +90,10 @@ def test_a_variant_is_judged_by_what_it_does_not_change(changes: dict[str, Any])
     assert stale_stages([variant], other) == (set() if "agcl.steps" in changes else {"variant"})
 
 
-def test_changes_of_a_variant_are_no_changes_of_what_it_stands_on() -> None:
+def test_changes_of_a_variant_do_not_concern_its_upstream() -> None:
     base = stage("base")
     variant = stage("variant", base, config={"agcl": {**CONFIG["agcl"], "steps": 5}}, changes={"agcl.steps": 5})
-    above = stage("above", variant, config={}, seed=0)
+    above = stage("above", variant, config={})
     assert stale_stages([base, variant, above], CONFIG) == set()
     other = {**CONFIG, "agcl": {**CONFIG["agcl"], "steps": 61}}
     assert stale_stages([base, variant, above], other) == {"base", "variant", "above"}
@@ -105,7 +105,7 @@ def test_a_seed_may_be_a_variants_own() -> None:
 
 
 @pytest.mark.parametrize("upstream", [["of first", "of second"], "of first"])
-def test_records_that_do_not_name_their_foundations_stand_on_none(upstream: Any) -> None:
+def test_records_that_do_not_name_upstream_stages_have_none(upstream: Any) -> None:
     stages = [stage("first", seed=1), stage("old", upstream=upstream)]
     assert stale_stages(stages, CONFIG) == {"first"}
     assert stale.upstream_fingerprints(stages[1]) == {}

@@ -18,9 +18,9 @@ from PIL import Image
 from afmrl_ray.attributes.text import InvalidAttributes, format_attributes, normalise_attributes, parse_attributes
 from afmrl_ray.catalogue import check_table
 from afmrl_ray.catalogue.checks import image_fault
-from afmrl_ray.cit.stages import RECORD, RunDirectory, StageOutcome
 from afmrl_ray.config import load_config
 from afmrl_ray.errors import CatalogueError, ConfigError, StorageError
+from afmrl_ray.runs.directory import RECORD, RunDirectory, StageOutcome
 from afmrl_ray.serving.uploads import upload_fault
 
 READERS = 5

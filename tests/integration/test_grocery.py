@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from afmrl_ray.cit.evaluation import baselines_stage
 
 from afmrl_ray.catalogue import CatalogueRef, open_catalogue
-from afmrl_ray.cit.evaluation import baselines_stage
 from afmrl_ray.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from afmrl_ray.cit.stages import RunDirectory
 from afmrl_ray.config import dump_yaml
 from afmrl_ray.report.collect import collect
+from afmrl_ray.runs.directory import RunDirectory
 from tests.cit.test_ladder import ladder_config
 from tests.jobs.benches import bench, commits
 

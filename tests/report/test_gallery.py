@@ -9,11 +9,11 @@ import pytest
 
 from afmrl_ray import storage
 from afmrl_ray.attributes.store import AttributeRow, write_attributes
-from afmrl_ray.cit.stages import RunDirectory, StageOutcome
 from afmrl_ray.report import write_report
 from afmrl_ray.report.collect import collect
 from afmrl_ray.report.examples import PairChange, pair_changes
 from afmrl_ray.report.gallery import make_gallery
+from afmrl_ray.runs.directory import RunDirectory, StageOutcome
 from tests.report.fake_run import FakeItems, FakeRun
 
 ITEM = "item-00000"

@@ -17,13 +17,13 @@ from afmrl_ray import storage
 from afmrl_ray.attributes.store import AttributeRow, read_attributes, write_attributes
 from afmrl_ray.attributes.text import format_attributes, normalise_attributes
 from afmrl_ray.catalogue import CatalogueRef
-from afmrl_ray.cit.index_stage import index_gallery, thumbnail, write_index
-from afmrl_ray.cit.stages import RunDirectory, StageOutcome
+from afmrl_ray.cit.stages.index import index_gallery, thumbnail, write_index
 from afmrl_ray.config import Config, validate
 from afmrl_ray.config.models import TinyConfig
 from afmrl_ray.config.serving import ServingConfig
 from afmrl_ray.models.tiny import build_encoder, save_checkpoint
 from afmrl_ray.retrieval.embed import EncoderRef, open_encoder
+from afmrl_ray.runs.directory import RunDirectory, StageOutcome
 from afmrl_ray.serving.api import make_api
 from afmrl_ray.serving.bundle import Bundle, open_bundle, split_run
 from afmrl_ray.serving.metrics import ServingMetrics

@@ -17,9 +17,9 @@ import pytest
 import requests
 import yaml
 
-from afmrl_ray.cit.stages import RunDirectory
 from afmrl_ray.config.serving import ServingConfig
 from afmrl_ray.errors import ConfigError
+from afmrl_ray.runs.directory import RunDirectory
 from afmrl_ray.serving import app_builder
 from tests.serving.conftest import image_bytes
 

@@ -15,7 +15,7 @@ import pytest
 import requests
 import uvicorn
 
-from afmrl_ray.cit.stages import RunDirectory
+from afmrl_ray.runs.directory import RunDirectory
 from afmrl_ray.serving.security import new_key
 from tests.serving.conftest import Application, image_bytes
 

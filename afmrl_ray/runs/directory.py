@@ -1,8 +1,8 @@
-"""The run directory: stages with inputs, outputs and a commit (DESIGN 4.4).
+"""The run directory: stages with inputs, outputs and a commit.
 
-A stage's fingerprint is a digest of its inputs, which name the settings it reads and the fingerprints of the stages it
-stands on. A committed stage with the same fingerprint is skipped, so running the same command again resumes, and a
-changed setting re-runs exactly what depends on it.
+A stage's fingerprint is a digest of its inputs: the settings that it reads and the fingerprints of its upstream stages.
+A committed stage with the same fingerprint is skipped, so running the same command again resumes, and a changed setting
+re-runs exactly what depends on it.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from afmrl_ray import storage
-from afmrl_ray.cit.memory import PeakMemory
+from afmrl_ray.runs.memory import PeakMemory
 from afmrl_ray.errors import StorageError
+from afmrl_ray.runs.names import StageName
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +35,12 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "seconds": (int, float),
     "peak_memory_mb": (int, float, type(None)),
 }
-"""Of a record, with their types."""
+"""Fields of a stage record and their types."""
 
 
 @dataclass(frozen=True)
 class StageOutcome:
-    """What the body of a stage hands back.
+    """The result of a stage function.
 
     Attributes:
         outputs: name to path relative to the attempt directory.
@@ -55,8 +56,8 @@ class Stage:
     """A committed stage.
 
     Attributes:
-        seconds: of the attempt that committed it; what one before it spent that was killed is not among them.
-        peak_memory_mb: of the driver and all that it started, MiB; none where it joined a Ray that others started.
+        seconds: duration of the attempt that committed; time spent by killed attempts is not included.
+        peak_memory_mb: peak memory of the driver's process tree, MiB; none where the driver joined a running Ray.
     """
 
     name: str
@@ -75,7 +76,7 @@ class Stage:
         return storage.join(self.directory, self.outputs[name])
 
 
-Body = Callable[[str], StageOutcome]
+StageFunction = Callable[[str], StageOutcome]
 
 
 class RunDirectory:
@@ -107,23 +108,23 @@ class RunDirectory:
     def read_run(self) -> dict[str, Any]:
         return storage.read_json(storage.join(self.path, "run.json"))
 
-    def committed(self, name: str) -> Stage | None:
+    def committed(self, name: StageName | str) -> Stage | None:
         """The stage of that name as it was last committed, whatever its inputs were.
 
         Raises:
             StorageError: its record is damaged.
         """
-        path = storage.join(self.path, "stages", name, RECORD)
+        path = storage.join(self.path, "stages", str(name), RECORD)
         if not storage.exists(path):
             return None
         record = storage.read_json(path)
         if fault := _record_fault(record):
             raise StorageError(
-                f"{path}: is no record of a stage ({fault}); put it back from a copy, or remove it and run the same "
-                "command to have the stage made again"
+                f"{path}: is no record of a stage ({fault}); restore it from a copy, or remove it and run the same "
+                "command to run the stage again"
             )
         return Stage(
-            directory=storage.join(self.path, "stages", name, record["attempt"]),
+            directory=storage.join(self.path, "stages", str(name), record["attempt"]),
             **{field: record[field] for field in _FIELDS if field != "attempt"},
         )
 
@@ -135,16 +136,18 @@ class RunDirectory:
         found = [stage for name in names if (stage := self.committed(name)) is not None]
         return sorted(found, key=lambda stage: (stage.committed_at, stage.name))
 
-    def run_stage(self, name: str, inputs: dict[str, Any], body: Body, *, resumable: bool = False) -> Stage:
-        """Return the committed stage of these inputs, running `body` first if there is none.
+    def run_stage(
+        self, name: str, inputs: dict[str, Any], function: StageFunction, *, resumable: bool = False
+    ) -> Stage:
+        """Return the committed stage with these inputs, running `function` first if there is none.
 
         Args:
-            inputs: JSON values that decide the outputs.
-            body: gets the attempt's directory, writes its outputs below it and returns them.
-            resumable: the body goes on from what an interrupted attempt with the same inputs left behind; otherwise
-                the directory is empty when the body begins.
+            inputs: JSON values that determine the outputs.
+            function: called with the attempt's directory; writes its outputs below it and returns them.
+            resumable: whether `function` continues from what an interrupted attempt with the same inputs left behind;
+                otherwise the directory is empty when it is called.
         """
-        fingerprint = storage.digest({"stage": name, "inputs": inputs})
+        fingerprint = stage_fingerprint(name, inputs)
         found = self.committed(name)
         self.guard()
         if found is not None and found.fingerprint == fingerprint and self._outputs_exist(found):
@@ -152,7 +155,7 @@ class RunDirectory:
             log.info("stage %s: committed, skipped", name)
             return found
         if found is not None and found.fingerprint == fingerprint:
-            # Its outputs are about to be written again in place, so until then it vouches for nothing.
+            # Its outputs are about to be overwritten in place, so the record is invalid until the next commit.
             storage.remove(storage.join(self.path, "stages", name, RECORD))
         attempt = fingerprint[:12]
         directory = storage.join(self.path, "stages", name, attempt)
@@ -163,7 +166,7 @@ class RunDirectory:
         began = time.monotonic()
         with PeakMemory() as memory:
             try:
-                outcome = body(directory)
+                outcome = function(directory)
             except Exception as error:
                 error.add_note(f"in stage {name}")
                 raise
@@ -188,10 +191,10 @@ class RunDirectory:
         return committed
 
     def _verify(self, stage: Stage) -> None:
-        """See once that outputs are what was committed.
+        """Check once that outputs are what was committed.
 
         Raises:
-            StorageError: a byte of one is not.
+            StorageError: a digest differs.
         """
         if stage.fingerprint in self._verified:
             return
@@ -200,14 +203,19 @@ class RunDirectory:
             if digest_path(path) != stage.digests.get(name):
                 record = storage.join(self.path, "stages", stage.name, RECORD)
                 raise StorageError(
-                    f"stage {stage.name}: {path} is not what was committed (SHA-256 differs); put it back from a copy, "
-                    f"or remove {record} and run the same command to have the stage made again"
+                    f"stage {stage.name}: {path} is not what was committed (SHA-256 differs); restore it from a copy, "
+                    f"or remove {record} and run the same command to run the stage again"
                 )
         self._verified.add(stage.fingerprint)
 
     @staticmethod
     def _outputs_exist(stage: Stage) -> bool:
         return all(storage.exists(stage.output(name)) for name in stage.outputs)
+
+
+def stage_fingerprint(name: str, inputs: Mapping[str, Any]) -> str:
+    """SHA-256 of a stage's name and inputs, as JSON."""
+    return storage.digest({"stage": name, "inputs": inputs})
 
 
 def _record_fault(record: Any) -> str | None:

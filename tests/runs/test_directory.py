@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from afmrl_ray import storage
-from afmrl_ray.cit import memory
-from afmrl_ray.cit.stages import RECORD, RunDirectory, Stage, StageOutcome, digest_path
+from afmrl_ray.runs import memory
 from afmrl_ray.errors import StorageError
+from afmrl_ray.runs.directory import RECORD, RunDirectory, Stage, StageOutcome, digest_path
 
 
 class Counting:
@@ -59,12 +59,12 @@ def test_the_order_of_input_keys_does_not_matter(run: RunDirectory) -> None:
     assert body.calls == 1
 
 
-def run_chain(run: RunDirectory, bodies: dict[str, Counting], settings: dict[str, int]) -> dict[str, Stage]:
+def run_chain(run: RunDirectory, functions: dict[str, Counting], settings: dict[str, int]) -> dict[str, Stage]:
     """a -> b -> d, and c on its own."""
     stages: dict[str, Stage] = {}
     for name, above in (("a", ()), ("b", ("a",)), ("c", ()), ("d", ("b",))):
         inputs = {"setting": settings[name], "upstream": {up: stages[up].fingerprint for up in above}}
-        stages[name] = run.run_stage(name, inputs, bodies[name])
+        stages[name] = run.run_stage(name, inputs, functions[name])
     return stages
 
 
@@ -74,12 +74,12 @@ def run_chain(run: RunDirectory, bodies: dict[str, Counting], settings: dict[str
 def test_a_changed_input_reruns_exactly_what_depends_on_it(
     run: RunDirectory, changed: str | None, rerun: set[str]
 ) -> None:
-    bodies = {name: Counting() for name in "abcd"}
+    functions = {name: Counting() for name in "abcd"}
     settings = dict.fromkeys("abcd", 0)
-    run_chain(run, bodies, settings)
-    run_chain(run, bodies, {**settings, **({changed: 1} if changed else {})})
-    assert {name for name, body in bodies.items() if body.calls == 2} == rerun
-    assert {name for name, body in bodies.items() if body.calls == 1} == set("abcd") - rerun
+    run_chain(run, functions, settings)
+    run_chain(run, functions, {**settings, **({changed: 1} if changed else {})})
+    assert {name for name, body in functions.items() if body.calls == 2} == rerun
+    assert {name for name, body in functions.items() if body.calls == 1} == set("abcd") - rerun
 
 
 def interrupted(after: Callable[[str], None]) -> Callable[[str], StageOutcome]:
@@ -254,7 +254,7 @@ def test_memory_is_not_measured_where_somebody_elses_ray_does_the_work(ray_local
     assert own.peak_mb > 1
     code = f"""
 import ray
-from afmrl_ray.cit.memory import PeakMemory
+from afmrl_ray.runs.memory import PeakMemory
 with PeakMemory() as before:
     pass
 ray.init(address={ray.get_runtime_context().gcs_address!r}, namespace="other", logging_level="ERROR")

@@ -17,14 +17,16 @@ from tqdm import tqdm
 from afmrl_ray import storage
 from afmrl_ray.attributes.store import read_attributes
 from afmrl_ray.attributes.text import stored_attributes
-from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue
-from afmrl_ray.cit.stages import StageOutcome
+from afmrl_ray.catalogue import StagedCatalogue
+from afmrl_ray.cit.spec import CATALOGUE, StageContext, StageSpec
 from afmrl_ray.config import Config
 from afmrl_ray.config.catalogue import ItemSelector
 from afmrl_ray.config.evaluation import RetrievalProtocol
 from afmrl_ray.errors import ConfigError
 from afmrl_ray.retrieval.ann import build_index, chosen_kind, open_index, recall_against_exact, save_index
 from afmrl_ray.retrieval.embed import EncoderRef, View, embed_rows
+from afmrl_ray.runs import StageName, StageOutcome
+from afmrl_ray.training.cluster import pool_demand
 
 log = logging.getLogger(__name__)
 
@@ -54,33 +56,51 @@ class ItemRecord(NamedTuple):
     thumbnail: bytes | None
 
 
+def declare_index(config: Config, number: int) -> StageSpec:
+    return StageSpec(
+        StageName("index", number),
+        index_stage,
+        reads=("run", "encoder", "index", "evaluation.pool"),
+        upstream={
+            "catalogue": CATALOGUE,
+            "encoder": StageName("agcl", number),
+            "attributes": StageName("attributes", number + 1),
+        },
+        resources=(pool_demand(config.evaluation.pool),),
+        parameters={"gallery": index_gallery(config).fingerprinted()},
+    )
+
+
 def index_gallery(config: Config) -> ItemSelector:
-    """The side that is served.
+    """The items that are served.
 
     Raises:
-        ConfigError: none is named, and the primary protocol is no retrieval protocol.
+        ConfigError: none are named, and the primary protocol is no retrieval protocol.
     """
     if config.index.gallery is not None:
         return config.index.gallery
-    primary_protocol = next(p for p in config.evaluation.protocols if p.name == config.evaluation.primary_protocol)
-    if not isinstance(primary_protocol, RetrievalProtocol):
-        raise ConfigError("index.gallery: the primary protocol has no gallery; name the side that is searched")
-    return primary_protocol.gallery
+    primary = next(p for p in config.evaluation.protocols if p.name == config.evaluation.primary_protocol)
+    if not isinstance(primary, RetrievalProtocol):
+        raise ConfigError("index.gallery: the primary protocol has no gallery; name the items that are searched")
+    return primary.gallery
 
 
-def build_index_stage(
-    config: Config, catalogue_ref: CatalogueRef, encoder: EncoderRef, attributes: str, directory: str
-) -> StageOutcome:
-    """Embed the gallery with its attributes, build the index and write both files."""
-    catalogue, side = catalogue_ref.open(), index_gallery(config)
-    rows, view = catalogue.rows(side), View(side.inputs, side.title_columns, True)
-    vectors = embed_rows({view: rows}, encoder, catalogue_ref, attributes=attributes, pool=config.evaluation.pool)[view]
-    return write_index(config, catalogue, rows, vectors, read_attributes(attributes).text, directory)
+def index_stage(context: StageContext) -> StageOutcome:
+    """Embeds the gallery with its attributes and builds the index and the item table that are served."""
+    config, catalogue = context.config, context.catalogue.open()
+    gallery = ItemSelector.model_validate(context.parameters["gallery"])
+    rows, view = catalogue.rows(gallery), View(gallery.inputs, gallery.title_columns, True)
+    encoder = EncoderRef(context.output("encoder", "model"), config.encoder)
+    table = context.output("attributes", "attributes")
+    vectors = embed_rows({view: rows}, encoder, context.catalogue, attributes=table, pool=config.evaluation.pool)[view]
+    text_of = read_attributes(table).text
+    return write_index(config, catalogue, gallery, rows, vectors, text_of, context.directory)
 
 
 def write_index(
     config: Config,
     catalogue: StagedCatalogue,
+    gallery: ItemSelector,
     rows: np.ndarray,
     vectors: np.ndarray,
     text_of: Callable[[str], str],
@@ -91,12 +111,11 @@ def write_index(
     Args:
         text_of: attribute text of an item id.
     """
-    side = index_gallery(config)
     with tempfile.TemporaryDirectory() as local:
         path = os.path.join(local, VECTORS)
         save_index(build_index(vectors, config.index), path)
         recall = recall_against_exact(open_index(path), vectors, config.index, k=_RECALL_AT, seed=config.run.seed)
-        records = _records(catalogue, rows, text_of, side, config.index.thumbnail_px)
+        records = _records(catalogue, rows, text_of, gallery, config.index.thumbnail_px)
         write_items(os.path.join(local, ITEMS), records)
         storage.copy_dir(local, directory)
     kind = chosen_kind(config.index, len(rows))
@@ -106,17 +125,21 @@ def write_index(
         "dimensions": int(vectors.shape[1]),
         "kind": kind,
         f"recall_at_{_RECALL_AT}": recall,
-        "inputs": side.inputs,
+        "inputs": gallery.inputs,
     }
     return StageOutcome({"vectors": VECTORS, "items": ITEMS}, metrics)
 
 
 def _records(
-    catalogue: StagedCatalogue, rows: np.ndarray, text_of: Callable[[str], str], side: ItemSelector, thumbnail_px: int
+    catalogue: StagedCatalogue,
+    rows: np.ndarray,
+    text_of: Callable[[str], str],
+    gallery: ItemSelector,
+    thumbnail_px: int,
 ) -> Iterator[ItemRecord]:
     for row in tqdm(rows.tolist(), desc="index: items", unit="item", mininterval=1, disable=None):
         item = catalogue.item(row)
-        title = catalogue.title(row, side.title_columns) or item.title or ""
+        title = catalogue.title(row, gallery.title_columns) or item.title or ""
         small = thumbnail(catalogue.image(row), thumbnail_px)
         yield ItemRecord(item.item_id, title, item.category, item.product_id, text_of(item.item_id), small)
 

@@ -1,0 +1,194 @@
+"""Stages that train a model, and the gallery embeddings that the reward searches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from afmrl_ray.agcl.train import AGCLJob, train_agcl
+from afmrl_ray.cit.spec import CATALOGUE, MODELS, StageContext, StageSpec
+from afmrl_ray.cit.stages.attributes import generator_before
+from afmrl_ray.cit.stages.data import missing_checkpoints
+from afmrl_ray.config import Config
+from afmrl_ray.distill.train import DistillJob, train_distill
+from afmrl_ray.models.annotate import GeneratorRef
+from afmrl_ray.rar.trainer import RARJob, train_rar
+from afmrl_ray.retrieval.embed import EncoderRef, View, embed_rows, save_embeddings
+from afmrl_ray.runs import StageName, StageOutcome
+from afmrl_ray.storage import absolute, is_dir
+from afmrl_ray.training.cluster import Demand, pool_demand, workers_demand
+
+PLAIN_INFONCE: dict[str, Any] = {
+    "agcl.lexical": {"enabled": False},
+    "agcl.mask": {"enabled": False},
+    "agcl.attribute_dropout.query": 1.0,
+    "agcl.attribute_dropout.positive": 1.0,
+}
+"""Settings of a training without attributes, weights and mask; whole sections, since their other fields then have no
+effect."""
+
+
+def models_upstream(config: Config) -> dict[str, StageName]:
+    """The stage of the tiny checkpoints, as an upstream role, where the config names no checkpoint."""
+    return {"models": MODELS} if missing_checkpoints(config) else {}
+
+
+def base_checkpoint(context: StageContext, role: str) -> str:
+    """Checkpoint that a model begins with: `<role>.path`, or the one that the run made."""
+    path = getattr(context.config, role).path
+    if path is None:
+        return context.output("models", role)
+    # A folder's name is written into adapters, which are read from any working directory; hub names stay as they are.
+    return absolute(path) if is_dir(path) else path
+
+
+def declare_distill(config: Config) -> StageSpec:
+    return StageSpec(
+        StageName("distill"),
+        distill_stage,
+        reads=("run", "ray", "generator", "distill"),
+        upstream={"catalogue": CATALOGUE, "labels": StageName("labels"), **models_upstream(config)},
+        resources=(workers_demand(config.distill.workers),),
+        resumable=True,
+    )
+
+
+def distill_stage(context: StageContext) -> StageOutcome:
+    """Fine-tunes the generator on the teacher's attributes."""
+    start, labels = base_checkpoint(context, "generator"), context.output("labels", "attributes")
+    job = DistillJob(start, labels, context.catalogue, context.directory, context.name)
+    return StageOutcome({"model": "model"}, train_distill(context.config, job))
+
+
+def declare_agcl(config: Config, number: int) -> StageSpec:
+    previous = StageName("agcl", number - 1) if number and config.cit.init_from == "previous" else None
+    changes = {}
+    if number and config.cit.train_fraction is not None:
+        changes["agcl.train_fraction"] = config.cit.train_fraction
+    name, attributes = StageName("agcl", number), StageName("attributes", number)
+    return encoder_spec(config, name, attributes=attributes, previous=previous, changes=changes)
+
+
+def declare_baseline(config: Config) -> StageSpec:
+    return encoder_spec(config, StageName("baseline"), changes=PLAIN_INFONCE)
+
+
+def encoder_spec(
+    config: Config,
+    name: StageName,
+    *,
+    attributes: StageName | None = None,
+    previous: StageName | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> StageSpec:
+    """A training of the encoder.
+
+    Args:
+        attributes: stage with the attribute table to train with; none = without attributes.
+        previous: stage whose encoder to continue from; none = the base checkpoint.
+        changes: values over the run's config.
+    """
+    optional = {"attributes": attributes, "previous": previous}
+    return StageSpec(
+        name,
+        agcl_stage,
+        reads=("run", "ray", "encoder", "agcl"),
+        upstream={
+            "catalogue": CATALOGUE,
+            **models_upstream(config),
+            **{role: stage for role, stage in optional.items() if stage is not None},
+        },
+        resources=(workers_demand(config.agcl.workers),),
+        changes=changes or {},
+        resumable=True,
+    )
+
+
+def agcl_stage(context: StageContext) -> StageOutcome:
+    """Trains the encoder by contrastive learning, guided by attributes where the stage has some."""
+    upstream = context.upstream
+    start = context.output("previous", "model") if "previous" in upstream else base_checkpoint(context, "encoder")
+    attributes = context.output("attributes", "attributes") if "attributes" in upstream else None
+    job = AGCLJob(start, attributes, context.catalogue, context.directory, context.name)
+    return StageOutcome({"model": "model"}, train_agcl(context.config, job))
+
+
+def declare_gallery(config: Config, number: int) -> StageSpec:
+    return StageSpec(
+        StageName("gallery", number),
+        gallery_stage,
+        reads=("encoder", "rar.task", "evaluation.pool"),
+        upstream={
+            "catalogue": CATALOGUE,
+            "encoder": StageName("agcl", number),
+            "attributes": StageName("attributes", number),
+        },
+        resources=(pool_demand(config.evaluation.pool),),
+    )
+
+
+def gallery_stage(context: StageContext) -> StageOutcome:
+    """Embeds the galleries of the training queries and of the held-out ones; an item in both is embedded once."""
+    config, catalogue = context.config, context.catalogue.open()
+    task = config.rar.task
+    selectors = {"gallery": task.gallery, "heldout_gallery": task.heldout_gallery}
+    rows = {name: catalogue.rows(selector) for name, selector in selectors.items()}
+    views = {
+        name: View(selector.inputs, selector.title_columns, task.gallery_with_attributes)
+        for name, selector in selectors.items()
+    }
+    wanted = {
+        view: np.unique(np.concatenate([rows[name] for name in selectors if views[name] == view]))
+        for view in dict.fromkeys(views.values())
+    }
+    encoder = EncoderRef(context.output("encoder", "model"), config.encoder)
+    attributes = context.output("attributes", "attributes")
+    embedded = embed_rows(wanted, encoder, context.catalogue, attributes=attributes, pool=config.evaluation.pool)
+    for name, view in views.items():
+        positions = np.searchsorted(wanted[view], rows[name])
+        save_embeddings(context.path(f"{name}.safetensors"), rows[name], embedded[view][positions])
+    return StageOutcome(
+        {name: f"{name}.safetensors" for name in selectors}, {name: len(rows[name]) for name in selectors}
+    )
+
+
+def declare_rar(config: Config, number: int) -> StageSpec:
+    rar = config.rar
+    learners = Demand(rar.num_learners, {"CPU": rar.cpus_per_learner, "GPU": rar.gpus_per_learner})
+    return StageSpec(
+        StageName("rar", number),
+        rar_stage,
+        reads=("run", "encoder", "generator", "rar"),
+        upstream={
+            "catalogue": CATALOGUE,
+            "generator": generator_before(number),
+            "encoder": StageName("agcl", number),
+            "gallery": StageName("gallery", number),
+        },
+        resources=(
+            pool_demand(rar.rollout.pool), pool_demand(rar.reward.pool), *([learners] if rar.num_learners else [])
+        ),
+        resumable=True,
+    )  # fmt: skip
+
+
+def rar_stage(context: StageContext) -> StageOutcome:
+    """Trains the generator by GRPO, rewarded with the retrieval of the round's frozen encoder."""
+    return StageOutcome({"model": "model"}, train_rar(context.config, rar_job(context)))
+
+
+def rar_job(context: StageContext) -> RARJob:
+    """What a RAR starts from."""
+    gallery = context.upstream["gallery"]
+    return RARJob(
+        generator=GeneratorRef(context.output("generator", "model"), context.config.generator),
+        encoder=EncoderRef(context.output("encoder", "model"), context.config.encoder),
+        catalogue=context.catalogue,
+        gallery=gallery.output("gallery"),
+        heldout_gallery=gallery.output("heldout_gallery"),
+        gallery_version=gallery.fingerprint,
+        directory=context.directory,
+        name=context.name,
+    )
