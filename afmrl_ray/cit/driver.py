@@ -78,7 +78,7 @@ def _opened(config: Config, run: RunDirectory, given: Any) -> Iterator[Pipeline]
 
 
 def run_cit(pipeline: Pipeline) -> None:
-    """Run every stage that is not committed yet, until all rounds are done, one is refused, or none gains any more."""
+    """Run every stage that is not committed yet, until all rounds are done, one is refused, or rounds stop gaining."""
     record_whole(pipeline.run, own_command())
     config = pipeline.config.cit
     pipeline.stage(StageName("baselines"))
@@ -93,15 +93,18 @@ def run_cit(pipeline: Pipeline) -> None:
         if "gain" in found:
             gains.append(Value(**found["gain"]))
         if converged(gains, config.patience) and number + 1 < config.rounds:
-            log.info("round %d: no sure gain for %d rounds (cit.patience), the run ends", number, config.patience)
+            log.info(
+                "round %d: no significant gain for %d rounds (cit.patience), the run ends", number, config.patience
+            )
             return
 
 
 def check_selectors(config: Config, catalogue: Any) -> None:
-    """Make sure that every side and column that the config names is there, and that queries have positives.
+    """Check that every item selector and column of the config matches something, and that queries have positives.
 
     Raises:
-        CatalogueError: a side is empty, a column is missing, or a protocol has no positive or no common class.
+        CatalogueError: a selector matches nothing, a column is missing, or a protocol has no positive or no
+            common class.
     """
     for column in config.generator.title_columns:
         catalogue.column(column)
@@ -118,16 +121,16 @@ def check_selectors(config: Config, catalogue: Any) -> None:
         else:
             labels = catalogue.column(protocol.label)
             fit, test = (
-                {labels[row] for row in catalogue.rows(side).tolist()} for side in (protocol.fit, protocol.test)
+                {labels[row] for row in catalogue.rows(selector).tolist()} for selector in (protocol.fit, protocol.test)
             )
             if not (fit & test) - {None}:
                 raise CatalogueError(
-                    f"evaluation protocol {protocol.name!r}: no class of column {protocol.label!r} is on both sides"
+                    f"evaluation protocol {protocol.name!r}: fit and test share no class of column {protocol.label!r}"
                 )
 
 
 def run_record(config: Config, pipeline: Pipeline) -> dict[str, Any]:
-    """What `run.json` says of how the run was made, beside its `commands`."""
+    """Contents of `run.json`, without its commands: resolved config, versions, catalogue."""
     metrics = pipeline.stage(CATALOGUE).metrics
     return {
         "name": config.run.name,
@@ -155,23 +158,23 @@ def _recorded(run: RunDirectory) -> dict[str, Any]:
 
 
 def commands(before: Mapping[str, Any], command: str, *, job: str) -> dict[str, Any]:
-    """Of `run.json` the command that makes the run, and the last one of each job (`jobs`) that made a part of it.
+    """The `command` that makes the whole run and the last command of each job (`jobs`), for `run.json`.
 
     Until a job has made the whole run (`record_whole`), the command is that of the last job.
 
     Args:
         before: `run.json` as it was.
-        command: of a job that makes a part.
-        job: its file.
+        command: of a job that runs a part of the stages.
+        job: its file name.
     """
     parts, made_by = before.get("jobs", {}), before.get("command", command)
-    # One that is a part's too was taken for want of a whole run's.
+    # A command that is also listed for a part was recorded because there was none for the whole run.
     whole = made_by not in parts.values()
     return {"command": made_by if whole else command, "jobs": {**parts, job: command}}
 
 
 def record_whole(run: RunDirectory, command: str) -> None:
-    """Say in `run.json` which command makes the run as a whole; jobs that make parts of it leave that as it is."""
+    """Record in `run.json` the command that makes the whole run; jobs that run parts of it do not change that."""
     record = _recorded(run)
     parts = {job: of_part for job, of_part in record.get("jobs", {}).items() if job != _job()}
     run.write_run({**record, "command": command, "jobs": parts})

@@ -1,4 +1,4 @@
-"""Queries that the report shows: some drawn at random, and those that are answered worst."""
+"""Queries that the report shows: a random sample, and those with the worst results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Texts = Callable[[str], str]
 
 
 def examples(ranking: Ranking, catalogue: StagedCatalogue, texts: Texts, *, seed: int) -> list[dict[str, Any]]:
-    """A fixed random choice of queries with what they retrieved, as JSON values."""
+    """A random sample of queries with their top hits, as JSON values."""
     count = min(DRAWN, len(ranking.query_rows))
     chosen = np.sort(np.random.default_rng(seed).choice(len(ranking.query_rows), size=count, replace=False))
     return [_example(ranking, index, catalogue, texts) for index in chosen.tolist()]
@@ -30,9 +30,9 @@ def examples(ranking: Ranking, catalogue: StagedCatalogue, texts: Texts, *, seed
 def failures(
     ranking: Ranking, catalogue: StagedCatalogue, texts: Texts, protocol: RetrievalProtocol, embed: Embed
 ) -> list[dict[str, Any]]:
-    """The queries whose best positive stands last, worst first, each with that positive, as JSON values.
+    """The queries whose best positive has the worst rank, worst first, each with that positive, as JSON values.
 
-    A query that is answered by a positive is no failure.
+    Queries whose first hit is a positive are left out.
 
     Args:
         ranking: of `protocol`, with the embeddings that `embed` gives.

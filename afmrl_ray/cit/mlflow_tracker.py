@@ -1,4 +1,4 @@
-"""A run's committed stages in MLflow: one MLflow run for each run, found again when the job is resumed."""
+"""Logs a run's committed stages to MLflow: one MLflow run for each run, continued by resumed jobs."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _CHANGED = "changed/"
 class MLflowTracker:
     """Logs a stage when it is committed: its metrics, and those of its steps.
 
-    A stage is logged once. What cannot be logged because the server is away is logged by the next job of the run.
+    A stage is logged once. If the server cannot be reached, the next job of the run logs what is missing.
 
-    Settings are parameters of the MLflow run. MLflow lets nobody change a parameter, so one keeps the value that it was
-    first logged with; what a later job has changed stands in the tag `changed/<setting>`.
+    Settings are parameters of the MLflow run. MLflow does not allow a parameter to change, so each keeps its first
+    value; values that a later job changes are in the tag `changed/<setting>`.
 
     Args:
-        config: `tracking` of it names the server.
-        run: in whose directory the id of the MLflow run is kept.
+        config: its section `tracking` names the server.
+        run: its directory keeps the id of the MLflow run.
 
     Raises:
         ConfigError: MLflow is not installed, or the server cannot be reached.
@@ -56,16 +56,16 @@ class MLflowTracker:
         try:
             self._client = MlflowClient(tracking_uri=uri)
             self._run_id = self._run_of(config, storage.join(run.path, _RECORD))
-            told = self._client.get_run(self._run_id).data
-            self._log_settings(settings_of(config), told.params, told.tags)
+            logged = self._client.get_run(self._run_id).data
+            self._log_settings(settings_of(config), logged.params, logged.tags)
             self._logged = {
-                name.removeprefix("stage."): value for name, value in told.tags.items() if name.startswith("stage.")
+                name.removeprefix("stage."): value for name, value in logged.tags.items() if name.startswith("stage.")
             }
         except MlflowException as error:
-            raise ConfigError(f"tracking.mlflow_uri {self._place}: {_told(error)}") from error
+            raise ConfigError(f"tracking.mlflow_uri {self._place}: {_one_line(error)}") from error
 
     def _run_of(self, config: Config, record: str) -> str:
-        """The id of the run's MLflow run, made at the first time and for every other server or experiment."""
+        """The id of the run's MLflow run; created the first time, and once for every server and experiment."""
         name = config.tracking.mlflow_experiment
         if storage.exists(record):
             found = storage.read_json(record)
@@ -78,7 +78,7 @@ class MLflowTracker:
         return str(made.info.run_id)
 
     def _log_settings(self, settings: Mapping[str, str], params: Mapping[str, str], tags: Mapping[str, str]) -> None:
-        """Log what is not a parameter yet as one, and what has another value than its parameter as a tag."""
+        """Log new settings as parameters, and settings that differ from their parameter as tags."""
         from mlflow.entities import Param, RunTag
 
         new = [Param(key, value) for key, value in settings.items() if key not in params]
@@ -92,7 +92,7 @@ class MLflowTracker:
             self._client.log_batch(self._run_id, params=new[here], tags=changed[here])
 
     def stage(self, stage: Stage) -> None:
-        """Log a committed stage, unless that was done; a server that is away is warned of."""
+        """Log a committed stage once; a server that cannot be reached causes a warning."""
         if self._logged.get(stage.name) == stage.fingerprint:
             return
         try:
@@ -106,22 +106,22 @@ class MLflowTracker:
                 "MLflow at %s did not take stage %s, the next job tries again: %s",
                 self._place,
                 stage.name,
-                _told(error),
+                _one_line(error),
             )
 
     def report(self, index: str) -> None:
-        """Add the report's page, which needs nothing else, as an artifact."""
+        """Log the report's page, a self-contained file, as an artifact."""
         try:
             self._client.log_text(self._run_id, storage.read_bytes(index).decode(), "report/index.html")
         except self._failure as error:
-            log.warning("MLflow at %s did not take the report: %s", self._place, _told(error))
+            log.warning("MLflow at %s did not take the report: %s", self._place, _one_line(error))
 
     def close(self, *, finished: bool) -> None:
-        """Say that the job has ended; the MLflow run is gone on with when the job is resumed."""
+        """Mark the MLflow run as ended; a resumed job continues it."""
         try:
             self._client.set_terminated(self._run_id, "FINISHED" if finished else "FAILED")
         except self._failure as error:
-            log.warning("MLflow at %s was not told that the run has ended: %s", self._place, _told(error))
+            log.warning("MLflow at %s could not be notified of the end of the run: %s", self._place, _one_line(error))
 
     def _metrics(self, stage: Stage) -> Iterator[Metric]:
         from mlflow.entities import Metric
@@ -138,18 +138,18 @@ class MLflowTracker:
 
 
 def settings_of(config: Config) -> dict[str, str]:
-    """The settings as MLflow takes them, by name with slashes, without credentials."""
+    """All settings as MLflow parameters: names with slashes, values as text, without credentials."""
     dumped = without_credentials(config.model_dump(mode="json"))
     return {key_of(key): str(value)[:_LONGEST_SETTING] for key, value in _flat(dumped)}
 
 
-def _told(error: Exception) -> str:
-    """A failure in one line, without credentials of the server's address."""
+def _one_line(error: Exception) -> str:
+    """An error message in one line, without credentials."""
     return str(without_credentials(" ".join(str(error).split())))[:_LONGEST_MESSAGE]
 
 
 def key_of(name: str) -> str:
-    """A name as MLflow takes it: `hit@1` becomes `hit_at_1`, what else it does not know an underscore."""
+    """A valid MLflow name: `hit@1` becomes `hit_at_1`, and other characters that MLflow refuses an underscore."""
     return _FORBIDDEN.sub("_", name.replace("@", "_at_"))
 
 

@@ -1,4 +1,4 @@
-"""Whether a round is promoted, and whether the run goes on after it: pure functions of measured numbers."""
+"""Whether a round is promoted, and whether the run continues after it: pure functions of measured values."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ GUARDED = {"retrieval": "hit@1", "labels": "probe_accuracy"}
 
 @dataclass(frozen=True)
 class Decision:
-    """What became of a round.
+    """The decision on a round.
 
     Attributes:
         promoted: whether it is the run's result until a later one is.
-        why: one line for each guarded protocol that it lost too much on.
+        why: one line for each guarded protocol with too large a loss.
     """
 
     promoted: bool
@@ -26,15 +26,15 @@ class Decision:
 
 
 def decide(changes: Mapping[str, Value], gate: GateConfig) -> Decision:
-    """Hold a round against the last one that was promoted.
+    """Compare a round with the last one that was promoted.
 
     Args:
-        changes: difference of each guarded protocol's metric, paired by query, the round less the last one.
+        changes: change of each guarded protocol's metric from the last promoted round, paired by query.
         gate: `cit.gate`.
     """
     why = []
     for protocol, change in changes.items():
-        # The best that the change may be is its upper end.
+        # The most favourable value that the interval admits.
         best = change.mean if gate.strict or change.high is None else change.high
         if best < -gate.max_loss:
             interval = "" if change.high is None else f" ({change.low:+.4f} to {change.high:+.4f})"
@@ -43,7 +43,7 @@ def decide(changes: Mapping[str, Value], gate: GateConfig) -> Decision:
 
 
 def converged(gains: Sequence[Value], patience: int | None) -> bool:
-    """Whether the last `patience` rounds each gained nothing for sure over the round before.
+    """Whether none of the last `patience` rounds gained significantly over the round before it.
 
     Args:
         gains: of the second round, the third, and so on.

@@ -1,4 +1,4 @@
-"""One driver a run: a sign of life in the run's directory, judged without comparing clocks."""
+"""A lock on a run: one driver at a time, kept by a heartbeat in the run's directory, without comparing clocks."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ _MISSED = 3
 
 
 class RunLock:
-    """Holds a run until it is left.
+    """Context manager that holds a run.
 
-    The driver counts up in `driver.json` every few seconds. Another one that finds the file watches whether the count
-    moves; on the same machine it asks for the process instead. A driver that was killed leaves a file that stands
-    still, which the next one takes over.
+    The driver increments a counter in `driver.json` every few seconds. A second driver that finds the file watches
+    whether the counter changes; on the same machine it looks for the process instead. The file of a killed driver no
+    longer changes, and the next driver takes it over.
 
     Args:
         run_path: directory of the run.
-        beat_s: seconds between signs of life.
+        beat_s: seconds between heartbeats.
 
     Raises:
-        StorageError: on entering, another driver lives.
+        StorageError: on entering, another driver is alive.
     """
 
     def __init__(self, run_path: str, *, beat_s: float = BEAT_S) -> None:
@@ -46,13 +46,13 @@ class RunLock:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="run-lock", daemon=True)
         self.lost: str | None = None
-        """The driver that took the run over."""
+        """The driver that took over the run; none = this one still holds it."""
 
     def __enter__(self) -> RunLock:
         other = self._read()
         if other is not None and self._lives(other):
             raise StorageError(
-                f"{self._run_path}: another driver, process {other['pid']} on {other['host']}, works on this run; wait "
+                f"{self._run_path}: another driver, process {other['pid']} on {other['host']}, holds this run; wait "
                 "for it or end it, or give this one another run.name"
             )
         self._write()
@@ -72,15 +72,15 @@ class RunLock:
             storage.remove(self._path)
 
     def check(self) -> None:
-        """See that the run is still held.
+        """Check that the run is still held.
 
         Raises:
-            StorageError: another driver took it, since this one gave no sign for long.
+            StorageError: another driver took it over, since this one sent no heartbeat for too long.
         """
         if self.lost is not None:
             raise StorageError(
-                f"{self._run_path}: {self.lost} took the run over while this driver gave no sign; its work goes on "
-                "there"
+                f"{self._run_path}: {self.lost} took over the run while this driver sent no heartbeat; the run "
+                "continues there"
             )
 
     def _beat(self) -> None:
@@ -92,8 +92,8 @@ class RunLock:
                     return
                 self._write()
             except (StorageError, OSError) as error:
-                # A store that is away for a moment ends no run; what must be written says so itself.
-                log.warning("no sign of life could be written: %s", error)
+                # A short outage of the storage does not end the run; writes that matter fail on their own.
+                log.warning("the heartbeat could not be written: %s", error)
 
     def _write(self) -> None:
         self._count += 1
@@ -116,7 +116,7 @@ class RunLock:
         try:
             return storage.read_json(self._path)
         except (StorageError, FileNotFoundError):
-            # Removed meanwhile, or cut off by a full disk: no driver vouches for it.
+            # Removed meanwhile, or truncated by a full disk: no driver holds the run.
             return None
 
     def _lives(self, other: dict[str, Any]) -> bool:

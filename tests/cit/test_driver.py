@@ -65,8 +65,8 @@ def test_a_command_can_be_pasted_into_a_shell(monkeypatch, tmp_path):
     (tmp_path / "my shop.yaml").write_text("")
     words = ["evaluation.protocols=[{kind: retrieval, name: fine}]", "generator.instruction=What's it?; $HOME"]
     monkeypatch.setattr(sys, "argv", ["jobs/run_cit.py", "--config", str(tmp_path / "my shop.yaml"), *words])
-    told = shlex.split(driver.own_command())
-    assert told == ["python", "jobs/run_cit.py", "--config", "my shop.yaml", *words]
+    command = shlex.split(driver.own_command())
+    assert command == ["python", "jobs/run_cit.py", "--config", "my shop.yaml", *words]
 
 
 def test_jobs_that_make_a_part_leave_the_whole_runs_command(run, monkeypatch):

@@ -85,7 +85,7 @@ def test_a_resumed_job_goes_on_in_the_same_mlflow_run_and_logs_nothing_twice(wor
     assert client.get_run(found.info.run_id).data.metrics["rar-r0/reward_mean"] == 0.5
 
 
-def test_a_server_that_goes_away_costs_no_training_and_is_told_later(world, monkeypatch, caplog):
+def test_an_unreachable_server_costs_no_training_and_gets_the_stages_later(world, monkeypatch, caplog):
     from mlflow.exceptions import MlflowException
 
     config, run, client = world
@@ -113,7 +113,7 @@ def test_the_report_is_an_artifact(world, tmp_path):
     assert [each.path for each in client.list_artifacts(run_id, "report")] == ["report/index.html"]
 
 
-def test_what_cannot_work_is_told_at_the_start_in_one_line(world, monkeypatch):
+def test_what_cannot_work_fails_at_the_start_in_one_line(world, monkeypatch):
     config, run, _ = world
     with pytest.raises(ConfigError, match=r"tracking\.mlflow_uri nonsense://x"):
         MLflowTracker(validate({"tracking": {"mlflow_uri": "nonsense://x"}}), run)
@@ -177,7 +177,7 @@ def test_a_rotated_password_is_no_other_server(world):
     assert "old" not in storage.read_bytes(storage.join(run.path, "mlflow.json")).decode()
 
 
-def test_every_stage_of_an_opened_run_is_told(world, monkeypatch):
+def test_every_stage_of_a_run_is_logged(world, monkeypatch):
     config, run, client = world
     monkeypatch.setattr(driver, "Pipeline", Stubbed)
     with opened(config, run) as pipeline:
@@ -186,9 +186,9 @@ def test_every_stage_of_an_opened_run_is_told(world, monkeypatch):
     found = mlflow_run(client, run)
     assert found.info.status == "FINISHED"
     assert found.data.metrics["evaluate-r1/queries"] == 10
-    told = {key.removeprefix("stage.") for key in found.data.tags if key.startswith("stage.")}
-    assert told == {stage.name for stage in run.stages()}
-    assert told >= {"catalogue", "evaluate-r0", "promotion-r0", "evaluate-r1", "promotion-r1"}
+    logged = {key.removeprefix("stage.") for key in found.data.tags if key.startswith("stage.")}
+    assert logged == {stage.name for stage in run.stages()}
+    assert logged >= {"catalogue", "evaluate-r0", "promotion-r0", "evaluate-r1", "promotion-r1"}
 
 
 @pytest.mark.parametrize("where", ["check_selectors", "run_record", "run_cit"])

@@ -109,7 +109,7 @@ def test_a_run_ends_when_rounds_gain_nothing(tmp_path, caplog):
     pipeline = make(tmp_path, {"fine": [0.5, 0.6, 0.6, 0.7], "families": [0.5] * 4}, patience=1)
     run_cit(pipeline)
     assert evaluated(pipeline) == [0, 1, 2]
-    assert "no sure gain for 1 rounds" in caplog.text
+    assert "no significant gain for 1 rounds" in caplog.text
 
 
 def test_gains_are_those_of_the_protocol_that_decides(tmp_path):

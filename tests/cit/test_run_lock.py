@@ -1,4 +1,4 @@
-"""Two drivers on one run: one refuses, whatever the clocks say; a dead one is followed."""
+"""Two drivers on one run: the second refuses, whatever the clocks say, and takes over from a dead one."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def held_by_another_process(folder: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_a_second_driver_refuses_and_follows_once_the_first_is_killed(tmp_path: Path) -> None:
+def test_a_second_driver_refuses_until_the_first_is_killed(tmp_path: Path) -> None:
     first = held_by_another_process(tmp_path)
-    with pytest.raises(StorageError, match=f"process {first.pid} on .* works on this run"), RunLock(str(tmp_path)):
+    with pytest.raises(StorageError, match=f"process {first.pid} on .* holds this run"), RunLock(str(tmp_path)):
         pass
     first.kill()
     first.wait()
@@ -48,15 +48,15 @@ def test_a_second_driver_refuses_and_follows_once_the_first_is_killed(tmp_path: 
     assert not (tmp_path / FILE).exists()
 
 
-def test_a_driver_elsewhere_is_judged_by_its_count_alone(tmp_path: Path) -> None:
+def test_a_driver_on_another_host_is_judged_by_its_counter_alone(tmp_path: Path) -> None:
     left_by(tmp_path, started=time.time() + 1e6)
     with RunLock(str(tmp_path), beat_s=BEAT):
         pass
-    # It has a minute to show a sign of life, which no busy machine makes it miss.
+    # It has a minute for a heartbeat, which even a busy machine keeps.
     left_by(tmp_path, beat_s=20.0)
     moving = threading.Timer(BEAT, left_by, (tmp_path,), {"count": 8, "beat_s": 20.0})
     moving.start()
-    with pytest.raises(StorageError, match="on elsewhere, works on this run"), RunLock(str(tmp_path), beat_s=BEAT):
+    with pytest.raises(StorageError, match="on elsewhere, holds this run"), RunLock(str(tmp_path), beat_s=BEAT):
         pass
 
 
@@ -75,7 +75,7 @@ def test_a_driver_that_lost_its_run_notices(tmp_path: Path) -> None:
         deadline = time.monotonic() + 20
         while run_lock.lost is None and time.monotonic() < deadline:
             time.sleep(BEAT)
-        with pytest.raises(StorageError, match="process 1 on elsewhere took the run over"):
+        with pytest.raises(StorageError, match="process 1 on elsewhere took over the run"):
             run_lock.check()
     # What belongs to the other one is left to it.
     assert (tmp_path / FILE).exists()

@@ -23,7 +23,7 @@ from tests.cit.conftest import run_values
 
 
 def run_function(config, reference, directory, kind, number=None, **upstream):
-    """Call a stage's function as the pipeline does, on a catalogue that is there already."""
+    """Call a stage's function as the pipeline does, on an existing catalogue."""
     spec = declare(StageName(kind, number), config)
     catalogue = Stage("catalogue", "", "", {}, {"catalogue": reference.path}, {}, {}, "", 0.0, None)
     catalogue.metrics["fingerprint"] = reference.fingerprint

@@ -1,7 +1,7 @@
 """The stages of a run, one module for each group: declarations and the functions that do the work.
 
-Round r: attributes-r -> agcl-r -> gallery-r -> rar-r -> attributes-(r+1) -> evaluate-r -> promotion-r. The attributes of
-round r + 1 are written by the generator after the RAR of round r; round r is evaluated with them.
+Round r: attributes-r -> agcl-r -> gallery-r -> rar-r -> attributes-(r+1) -> evaluate-r -> promotion-r. The attributes
+of round r + 1 are written by the generator after the RAR of round r; round r is evaluated with them.
 """
 
 from __future__ import annotations
