@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import distributed as dist
@@ -23,6 +24,7 @@ from afmrl_ray.models.encoder import EmbeddingModel
 from afmrl_ray.models.flops import EncoderFlops
 from afmrl_ray.models.inner import inner_model
 from afmrl_ray.models.item_processor import ItemProcessor
+from afmrl_ray.models.model_settings import encoder_settings
 from afmrl_ray.models.vision_cache import VisionCache
 from afmrl_ray.training.engine import Engine
 from afmrl_ray.training.fit import fit, run_steps, worker_threads
@@ -39,6 +41,7 @@ class AGCLJob:
         catalogue: the catalogue.
         directory: attempt directory; the model is written to `<directory>/model`.
         name: Ray Train run name.
+        upstream: fingerprints of the stages that it reads, by name, for the settings beside the model.
     """
 
     start: str
@@ -46,6 +49,7 @@ class AGCLJob:
     catalogue: CatalogueRef
     directory: str
     name: str
+    upstream: Mapping[str, str] = field(default_factory=dict)
 
 
 def train_agcl(config: Config, job: AGCLJob) -> dict[str, float]:
@@ -60,6 +64,8 @@ def train_agcl(config: Config, job: AGCLJob) -> dict[str, float]:
     )
     with result.checkpoint.as_directory() as checkpoint:
         storage.copy_dir(os.path.join(checkpoint, "model"), storage.join(job.directory, "model"))
+    settings = encoder_settings(config.encoder, catalogue=job.catalogue.fingerprint, upstream=job.upstream)
+    settings.write(storage.join(job.directory, "model"))
     return results_of(result.metrics)
 
 

@@ -126,7 +126,11 @@ class Pipeline:
             images=[config.encoder.image.model_dump(), config.generator.image.model_dump()],
             instructions=[config.encoder.instruction, config.generator.instruction],
         )
-        return self._stage("models", inputs, lambda at: stage_functions.models_stage_fn(config, self.catalogue_ref, at))
+        return self._stage(
+            "models",
+            inputs,
+            lambda at: stage_functions.models_stage_fn(config, self.catalogue_ref, at, inputs["upstream"]),
+        )
 
     def _base(self, role: str) -> str:
         path = getattr(self.config, role).path
@@ -195,7 +199,12 @@ class Pipeline:
             "distill",
             inputs,
             lambda at: stage_functions.distill_stage_fn(
-                self.config, self.catalogue_ref, self.generator_base, self.labels.output("attributes"), at
+                self.config,
+                self.catalogue_ref,
+                self.generator_base,
+                self.labels.output("attributes"),
+                at,
+                inputs["upstream"],
             ),
             resumable=True,
         )
@@ -274,6 +283,7 @@ class Pipeline:
                 attributes.output("attributes") if attributes is not None else None,
                 name,
                 at,
+                inputs["upstream"],
             ),
             resumable=True,
         )
@@ -308,7 +318,9 @@ class Pipeline:
         before = self.rar(number - 1) if number else self.distill
         agcl, gallery = self.agcl(number), self.gallery(number)
         generator, encoder = self._generator(before.output("model")), self._encoder(agcl)
-        return stage_functions.rar_job(self.catalogue_ref, generator, encoder, gallery, f"rar-r{number}", directory)
+        upstream = {stage.name: stage.fingerprint for stage in (self.catalogue_stage, before, agcl, gallery)}
+        name = f"rar-r{number}"
+        return stage_functions.rar_job(self.catalogue_ref, generator, encoder, gallery, name, directory, upstream)
 
     def evaluate(self, number: int) -> Stage:
         """All protocols with the encoder of round `number` and the generator after its RAR."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,7 @@ from afmrl_ray.config.teacher import ColumnTeacherConfig
 from afmrl_ray.distill.train import DistillJob, train_distill
 from afmrl_ray.errors import CatalogueError, ConfigError
 from afmrl_ray.models.annotate import GeneratorRef, annotate_rows
+from afmrl_ray.models.model_settings import ModelSettings, encoder_settings, generator_settings
 from afmrl_ray.rar.trainer import RARJob, train_rar
 from afmrl_ray.retrieval.embed import EncoderRef, View, embed_rows, save_embeddings
 from afmrl_ray.training.cluster import Demand, pool_demand, require_resources
@@ -51,7 +52,9 @@ def catalogue_stage_fn(config: Config, given: Catalogue | None, directory: str) 
     return StageOutcome(outputs, {"fingerprint": catalogue.fingerprint, "counts": catalogue.counts})
 
 
-def models_stage_fn(config: Config, catalogue: CatalogueRef, directory: str) -> StageOutcome:
+def models_stage_fn(
+    config: Config, catalogue: CatalogueRef, directory: str, upstream: Mapping[str, str]
+) -> StageOutcome:
     """Make the tiny checkpoints side by side, one Ray task each."""
     import ray
 
@@ -61,6 +64,12 @@ def models_stage_fn(config: Config, catalogue: CatalogueRef, directory: str) -> 
     require_resources("models", [Demand(1, {"CPU": 1})], wait_s=config.ray.wait_for_resources_s)
     task = ray.remote(num_cpus=1, max_retries=1)(make_tiny)
     losses = ray.get([task.remote(config, role, catalogue, storage.join(directory, role)) for role in roles])
+    settings: dict[str, ModelSettings] = {
+        "encoder": encoder_settings(config.encoder, catalogue=catalogue.fingerprint, upstream=upstream),
+        "generator": generator_settings(config.generator, catalogue=catalogue.fingerprint, upstream=upstream),
+    }
+    for role in roles:
+        settings[role].write(storage.join(directory, role))
     return StageOutcome({role: role for role in roles}, dict(zip(roles, losses, strict=True)))
 
 
@@ -106,8 +115,10 @@ def attribute_metrics(store: AttributeStore) -> dict[str, float]:
     return {"mean_pairs": length.pairs, "mean_words": length.words, "invalid_fraction": store.invalid_fraction}
 
 
-def distill_stage_fn(config: Config, catalogue: CatalogueRef, start: str, labels: str, directory: str) -> StageOutcome:
-    metrics = train_distill(config, DistillJob(start, labels, catalogue, directory, "distill"))
+def distill_stage_fn(
+    config: Config, catalogue: CatalogueRef, start: str, labels: str, directory: str, upstream: Mapping[str, str]
+) -> StageOutcome:
+    metrics = train_distill(config, DistillJob(start, labels, catalogue, directory, "distill", upstream))
     return StageOutcome({"model": "model"}, metrics)
 
 
@@ -206,8 +217,9 @@ def agcl_stage_fn(
     attributes: str | None,
     name: str,
     directory: str,
+    upstream: Mapping[str, str],
 ) -> StageOutcome:
-    metrics = train_agcl(config, AGCLJob(start, attributes, catalogue, directory, name))
+    metrics = train_agcl(config, AGCLJob(start, attributes, catalogue, directory, name, upstream))
     return StageOutcome({"model": "model"}, metrics)
 
 
@@ -232,7 +244,13 @@ def gallery_stage_fn(
 
 
 def rar_job(
-    catalogue: CatalogueRef, generator: GeneratorRef, encoder: EncoderRef, gallery: Stage, name: str, directory: str
+    catalogue: CatalogueRef,
+    generator: GeneratorRef,
+    encoder: EncoderRef,
+    gallery: Stage,
+    name: str,
+    directory: str,
+    upstream: Mapping[str, str],
 ) -> RARJob:
     """What a RAR starts from."""
     return RARJob(
@@ -244,6 +262,7 @@ def rar_job(
         gallery_version=gallery.fingerprint,
         directory=directory,
         name=name,
+        upstream=upstream,
     )
 
 

@@ -18,23 +18,12 @@ from typing import Any
 from afmrl_ray import storage
 from afmrl_ray.cit.memory import PeakMemory
 from afmrl_ray.errors import StorageError
+from afmrl_ray.run_directory import RUN_RECORD, RunReader, Stage
+from afmrl_ray.run_directory import STAGE_RECORD as RECORD
+
+__all__ = ["RECORD", "Body", "RunDirectory", "Stage", "StageOutcome", "digest_path"]
 
 log = logging.getLogger(__name__)
-
-RECORD = "stage.json"
-_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "name": str,
-    "fingerprint": str,
-    "inputs": dict,
-    "attempt": str,
-    "outputs": dict,
-    "digests": dict,
-    "metrics": dict,
-    "committed_at": str,
-    "seconds": (int, float),
-    "peak_memory_mb": (int, float, type(None)),
-}
-"""Of a record, with their types."""
 
 
 @dataclass(frozen=True)
@@ -50,39 +39,14 @@ class StageOutcome:
     metrics: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A committed stage.
-
-    Attributes:
-        seconds: of the attempt that committed it; what one before it spent that was killed is not among them.
-        peak_memory_mb: of the driver and all that it started, MiB; none where it joined a Ray that others started.
-    """
-
-    name: str
-    fingerprint: str
-    directory: str
-    inputs: dict[str, Any]
-    outputs: dict[str, str]
-    digests: dict[str, str]
-    metrics: dict[str, Any]
-    committed_at: str
-    seconds: float
-    peak_memory_mb: float | None
-
-    def output(self, name: str) -> str:
-        """Full path of an output."""
-        return storage.join(self.directory, self.outputs[name])
-
-
 Body = Callable[[str], StageOutcome]
 
 
-class RunDirectory:
-    """`<storage_path>/<run>/` with `run.json` and one folder per stage."""
+class RunDirectory(RunReader):
+    """`<storage_path>/<run>/` with `run.json` and one folder per stage, which it runs and commits."""
 
     def __init__(self, storage_path: str, name: str) -> None:
-        self.path = storage.join(storage.absolute(storage_path), name)
+        super().__init__(storage_path, name)
         self.guard: Callable[[], None] = lambda: None
         """Called before a stage begins and before it is committed; raises if this process may not."""
         self._verified: set[str] = set()
@@ -102,38 +66,7 @@ class RunDirectory:
         storage.remove(probe)
 
     def write_run(self, record: dict[str, Any]) -> None:
-        storage.write_json(storage.join(self.path, "run.json"), record)
-
-    def read_run(self) -> dict[str, Any]:
-        return storage.read_json(storage.join(self.path, "run.json"))
-
-    def committed(self, name: str) -> Stage | None:
-        """The stage of that name as it was last committed, whatever its inputs were.
-
-        Raises:
-            StorageError: its record is damaged.
-        """
-        path = storage.join(self.path, "stages", name, RECORD)
-        if not storage.exists(path):
-            return None
-        record = storage.read_json(path)
-        if fault := _record_fault(record):
-            raise StorageError(
-                f"{path}: is no record of a stage ({fault}); put it back from a copy, or remove it and run the same "
-                "command to have the stage made again"
-            )
-        return Stage(
-            directory=storage.join(self.path, "stages", name, record["attempt"]),
-            **{field: record[field] for field in _FIELDS if field != "attempt"},
-        )
-
-    def stages(self) -> list[Stage]:
-        """All committed stages in the order of their commits."""
-        root = storage.join(self.path, "stages")
-        paths = (path.split("/") for path in storage.list_files(root))
-        names = [parts[0] for parts in paths if len(parts) == 2 and parts[1] == RECORD]
-        found = [stage for name in names if (stage := self.committed(name)) is not None]
-        return sorted(found, key=lambda stage: (stage.committed_at, stage.name))
+        storage.write_json(storage.join(self.path, RUN_RECORD), record)
 
     def run_stage(self, name: str, inputs: dict[str, Any], body: Body, *, resumable: bool = False) -> Stage:
         """Return the committed stage of these inputs, running `body` first if there is none.
@@ -208,19 +141,6 @@ class RunDirectory:
     @staticmethod
     def _outputs_exist(stage: Stage) -> bool:
         return all(storage.exists(stage.output(name)) for name in stage.outputs)
-
-
-def _record_fault(record: Any) -> str | None:
-    """What is wrong with the content of a `stage.json`; none = nothing."""
-    if not isinstance(record, dict):
-        return "no object"
-    for name, kind in _FIELDS.items():
-        if not isinstance(record.get(name), kind):
-            return f"{name} is missing or has another type"
-    for name in ("outputs", "digests"):
-        if not all(isinstance(value, str) for value in record[name].values()):
-            return f"{name} has a value that is no text"
-    return None
 
 
 def digest_path(path: str) -> str:

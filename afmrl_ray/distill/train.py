@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from afmrl_ray.errors import CatalogueError, ConfigError
 from afmrl_ray.models.adapters import load_start, save_trained
 from afmrl_ray.models.item_processor import ItemProcessor
 from afmrl_ray.models.logprobs import completion_batch
+from afmrl_ray.models.model_settings import generator_settings
 from afmrl_ray.models.policy import Policy
 from afmrl_ray.models.prompts import generator_input, prompt_fits
 from afmrl_ray.training.engine import Engine
@@ -34,6 +36,7 @@ class DistillJob:
         catalogue: the catalogue.
         directory: attempt directory; the model is written to `<directory>/model`.
         name: Ray Train run name.
+        upstream: fingerprints of the stages that it reads, by name, for the settings beside the model.
     """
 
     start: str
@@ -41,6 +44,7 @@ class DistillJob:
     catalogue: CatalogueRef
     directory: str
     name: str
+    upstream: Mapping[str, str] = field(default_factory=dict)
 
 
 def train_distill(config: Config, job: DistillJob) -> dict[str, float]:
@@ -55,6 +59,8 @@ def train_distill(config: Config, job: DistillJob) -> dict[str, float]:
     )
     with result.checkpoint.as_directory() as checkpoint:
         storage.copy_dir(os.path.join(checkpoint, "model"), storage.join(job.directory, "model"))
+    settings = generator_settings(config.generator, catalogue=job.catalogue.fingerprint, upstream=job.upstream)
+    settings.write(storage.join(job.directory, "model"))
     return results_of(result.metrics)
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from afmrl_ray.catalogue import CatalogueRef
 from afmrl_ray.config import Config
 from afmrl_ray.errors import WeightsLostError
 from afmrl_ray.models.annotate import GeneratorRef
+from afmrl_ray.models.model_settings import generator_settings
 from afmrl_ray.rar.checkpoint import Checkpoints
 from afmrl_ray.rar.engine import engine_class
 from afmrl_ray.rar.heldout import HeldOut, compare, summarise
@@ -61,6 +62,7 @@ class RARJob:
         gallery_version: pinned for the whole RAR and checked on every reply of the reward service.
         directory: attempt directory; the policy is written to `<directory>/model`.
         name: of the stage; part of the reward actors' names.
+        upstream: fingerprints of the stages that it reads, by name, for the settings beside the policy.
     """
 
     generator: GeneratorRef
@@ -71,6 +73,7 @@ class RARJob:
     gallery_version: str
     directory: str
     name: str
+    upstream: Mapping[str, str] = field(default_factory=dict)
 
 
 OnStep = Callable[[int, dict[str, float]], None]
@@ -241,7 +244,10 @@ class RARTrainer:
         assert self._learners is not None
         assert self._rollouts is not None
         self._metrics.close()
-        self._learners.save_model(storage.join(self._job.directory, "model"))
+        job = self._job
+        self._learners.save_model(storage.join(job.directory, "model"))
+        settings = generator_settings(job.generator.config, catalogue=job.catalogue.fingerprint, upstream=job.upstream)
+        settings.write(storage.join(job.directory, "model"))
         names = ("reward_mean", "invalid_fraction")
         return {
             **compare(self._before, self._heldout(), seed=self._config.run.seed),
