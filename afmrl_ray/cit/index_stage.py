@@ -1,22 +1,17 @@
-"""The stage that makes a round servable: the gallery's FAISS index and, beside it, what is shown of every item."""
+"""The stage that makes a round servable: the gallery's FAISS index, and the table of its items."""
 
 from __future__ import annotations
 
-import io
 import logging
 import os
-import sqlite3
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from afmrl_ray import storage
 from afmrl_ray.attributes.store import read_attributes
-from afmrl_ray.attributes.text import stored_attributes
 from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue
 from afmrl_ray.cit.stages import StageOutcome
 from afmrl_ray.config import Config
@@ -25,55 +20,37 @@ from afmrl_ray.config.evaluation import RetrievalProtocol
 from afmrl_ray.errors import ConfigError
 from afmrl_ray.retrieval.ann import build_index, chosen_kind, open_index, recall_against_exact, save_index
 from afmrl_ray.retrieval.embed import EncoderRef, View, embed_rows
+from afmrl_ray.retrieval.item_table import ITEMS, VECTORS, ItemRecord, thumbnail, write_items
 
 log = logging.getLogger(__name__)
 
-VECTORS, ITEMS = "vectors.faiss", "items.sqlite"
 _RECALL_AT = 10
-_SCHEMA = """
-CREATE TABLE items (
-    row INTEGER PRIMARY KEY, item_id TEXT NOT NULL UNIQUE, title TEXT NOT NULL, category TEXT, product_id TEXT,
-    attributes TEXT NOT NULL, thumbnail BLOB
-);
-CREATE TABLE pairs (name TEXT NOT NULL, value TEXT NOT NULL, row INTEGER NOT NULL);
-"""
-_INDEXES = """
-CREATE INDEX items_category ON items (category, row);
-CREATE INDEX pairs_value ON pairs (name, value, row);
-"""
-
-
-class ItemRecord(NamedTuple):
-    """What is shown of an item, and what searches filter by."""
-
-    item_id: str
-    title: str
-    category: str | None
-    product_id: str | None
-    attributes: str
-    thumbnail: bytes | None
 
 
 def index_gallery(config: Config) -> ItemSelector:
-    """The side that is served.
+    """The items that are served: `index.gallery`, or the gallery of the primary protocol.
 
     Raises:
-        ConfigError: none is named, and the primary protocol is no retrieval protocol.
+        ConfigError: `index.gallery` is None, and the primary protocol is no retrieval protocol.
     """
     if config.index.gallery is not None:
         return config.index.gallery
-    primary_protocol = next(p for p in config.evaluation.protocols if p.name == config.evaluation.primary_protocol)
-    if not isinstance(primary_protocol, RetrievalProtocol):
-        raise ConfigError("index.gallery: the primary protocol has no gallery; name the side that is searched")
-    return primary_protocol.gallery
+    primary = next(p for p in config.evaluation.protocols if p.name == config.evaluation.primary_protocol)
+    if not isinstance(primary, RetrievalProtocol):
+        raise ConfigError("index.gallery: the primary protocol has no gallery; name the items that are searched")
+    return primary.gallery
 
 
 def build_index_stage(
     config: Config, catalogue_ref: CatalogueRef, encoder: EncoderRef, attributes: str, directory: str
 ) -> StageOutcome:
-    """Embed the gallery with its attributes, build the index and write both files."""
-    catalogue, side = catalogue_ref.open(), index_gallery(config)
-    rows, view = catalogue.rows(side), View(side.inputs, side.title_columns, True)
+    """Embed the gallery with its attributes, then see `write_index`.
+
+    Args:
+        attributes: path of the attribute table.
+    """
+    catalogue, gallery = catalogue_ref.open(), index_gallery(config)
+    rows, view = catalogue.rows(gallery), View(gallery.inputs, gallery.title_columns, True)
     vectors = embed_rows({view: rows}, encoder, catalogue_ref, attributes=attributes, pool=config.evaluation.pool)[view]
     return write_index(config, catalogue, rows, vectors, read_attributes(attributes).text, directory)
 
@@ -86,17 +63,17 @@ def write_index(
     text_of: Callable[[str], str],
     directory: str,
 ) -> StageOutcome:
-    """Build the index of catalogue rows [N] with vectors [N, D] and write it, and what is shown of them.
+    """Build the index of catalogue rows [N] with vectors [N, D], and write it with the item table.
 
     Args:
         text_of: attribute text of an item id.
     """
-    side = index_gallery(config)
+    gallery = index_gallery(config)
     with tempfile.TemporaryDirectory() as local:
         path = os.path.join(local, VECTORS)
         save_index(build_index(vectors, config.index), path)
         recall = recall_against_exact(open_index(path), vectors, config.index, k=_RECALL_AT, seed=config.run.seed)
-        records = _records(catalogue, rows, text_of, side, config.index.thumbnail_px)
+        records = _records(catalogue, rows, text_of, gallery, config.index.thumbnail_px)
         write_items(os.path.join(local, ITEMS), records)
         storage.copy_dir(local, directory)
     kind = chosen_kind(config.index, len(rows))
@@ -106,40 +83,20 @@ def write_index(
         "dimensions": int(vectors.shape[1]),
         "kind": kind,
         f"recall_at_{_RECALL_AT}": recall,
-        "inputs": side.inputs,
+        "inputs": gallery.inputs,
     }
     return StageOutcome({"vectors": VECTORS, "items": ITEMS}, metrics)
 
 
 def _records(
-    catalogue: StagedCatalogue, rows: np.ndarray, text_of: Callable[[str], str], side: ItemSelector, thumbnail_px: int
+    catalogue: StagedCatalogue,
+    rows: np.ndarray,
+    text_of: Callable[[str], str],
+    gallery: ItemSelector,
+    thumbnail_px: int,
 ) -> Iterator[ItemRecord]:
     for row in tqdm(rows.tolist(), desc="index: items", unit="item", mininterval=1, disable=None):
         item = catalogue.item(row)
-        title = catalogue.title(row, side.title_columns) or item.title or ""
+        title = catalogue.title(row, gallery.title_columns) or item.title or ""
         small = thumbnail(catalogue.image(row), thumbnail_px)
         yield ItemRecord(item.item_id, title, item.category, item.product_id, text_of(item.item_id), small)
-
-
-def write_items(path: str, records: Iterable[ItemRecord]) -> None:
-    """Write what is shown of every item to a local SQLite file; place in `records` = id in the index."""
-    connection = sqlite3.connect(path)
-    try:
-        connection.executescript(_SCHEMA)
-        for place, record in enumerate(records):
-            connection.execute("INSERT INTO items VALUES (?, ?, ?, ?, ?, ?, ?)", (place, *record))
-            pairs = [(*pair, place) for pair in stored_attributes(record.attributes)]
-            connection.executemany("INSERT INTO pairs VALUES (?, ?, ?)", pairs)
-        connection.executescript(_INDEXES)
-        connection.commit()
-    finally:
-        connection.close()
-
-
-def thumbnail(image: Image.Image, longest_px: int) -> bytes:
-    """A small JPEG."""
-    small = image.convert("RGB")
-    small.thumbnail((longest_px, longest_px))
-    target = io.BytesIO()
-    small.save(target, "JPEG", quality=85)
-    return target.getvalue()
