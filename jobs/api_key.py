@@ -1,4 +1,4 @@
-"""Make an API key: its line goes to a file of keys, the key itself is printed once and kept nowhere."""
+"""Make an API key: its digest is appended to a file of keys, and the key is printed once and stored nowhere."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from afmrl_ray.serving.security import ROLES, new_key
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", help="who gets the key")
-    parser.add_argument("--role", choices=ROLES, default="user", help="admin may change items and go over to a round")
-    parser.add_argument("--file", required=True, help="file of keys, created if it is not there")
+    parser.add_argument("name", help="of the key's holder")
+    parser.add_argument(
+        "--role", choices=ROLES, default="user", help="admin may also change items and switch the round"
+    )
+    parser.add_argument("--file", required=True, help="file of keys, created if it is missing")
     options = parser.parse_args(argv)
     try:
         key, line = new_key(options.name, options.role)

@@ -1,4 +1,4 @@
-"""Make a round servable: embed its gallery and build the index that `afmrl_ray.serving` searches."""
+"""Build the index of a round: embed its gallery for `afmrl_ray.serving` to search."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from afmrl_ray.serving.bundle import best_round
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--round", type=int, default=None, help="round of the run; by default the last one that was promoted"
-    )
+    parser.add_argument("--round", type=int, default=None, help="round of the run; by default the last promoted one")
 
 
 def body(config: Config, options: argparse.Namespace) -> None:
@@ -25,7 +23,7 @@ def body(config: Config, options: argparse.Namespace) -> None:
         stage = pipeline.stage(StageName("index", number))
         (recall,) = (value for name, value in stage.metrics.items() if name.startswith("recall_at_"))
         print(
-            f"{stage.name}: {stage.metrics['items']} items, {stage.metrics['kind']}, recall@10 against exact "
+            f"{stage.name}: {stage.metrics['items']} items, {stage.metrics['kind']}, recall@10 against exact search "
             f"{recall:.4f}\n{stage.directory}"
         )
 

@@ -14,7 +14,7 @@ from afmrl_ray.errors import CatalogueError, ConfigError, StorageError
 from afmrl_ray.report import compare, comparison_text, write_comparison, write_report
 from afmrl_ray.report.collect import collect
 from afmrl_ray.report.table import format_tables
-from afmrl_ray.runs.directory import RunDirectory
+from afmrl_ray.runs import RunDirectory
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from afmrl_ray.cit.pipeline import PLAIN_INFONCE, Pipeline
 from afmrl_ray.config import Config
 from afmrl_ray.errors import ConfigError
-from afmrl_ray.runs.directory import Stage
+from afmrl_ray.runs import Stage
 
 
 @dataclass(frozen=True)

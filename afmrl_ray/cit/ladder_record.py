@@ -16,7 +16,7 @@ from afmrl_ray.config import Config
 from afmrl_ray.errors import ConfigError
 from afmrl_ray.retrieval.per_query import read_per_query
 from afmrl_ray.retrieval.seeds import over_seeds, paired_gain_over_seeds
-from afmrl_ray.runs.directory import RECORD, RunDirectory, Stage
+from afmrl_ray.runs import STAGE_RECORD, RunDirectory, Stage
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ def stands_on(run: RunDirectory, name: str) -> list[tuple[str, float]]:
     waiting = [name]
     while waiting:
         current = waiting.pop()
-        path = storage.join(run.path, "stages", current, RECORD)
+        path = storage.join(run.path, "stages", current, STAGE_RECORD)
         if current in found or current in _FREE or not storage.exists(path):
             continue
         record = storage.read_json(path)

@@ -14,7 +14,7 @@ from afmrl_ray import storage
 from afmrl_ray.config import Config
 from afmrl_ray.errors import ConfigError
 from afmrl_ray.redact import without_credentials
-from afmrl_ray.runs.directory import RunDirectory, Stage
+from afmrl_ray.runs import RunDirectory, Stage
 from afmrl_ray.training.metrics_log import read_metrics
 
 if TYPE_CHECKING:

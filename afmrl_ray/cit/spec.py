@@ -46,6 +46,11 @@ class StageContext:
         """Path of an output of an upstream stage."""
         return self.upstream[role].output(name)
 
+    @property
+    def upstream_fingerprints(self) -> dict[str, str]:
+        """Fingerprints of the upstream stages by name."""
+        return {stage.name: stage.fingerprint for stage in self.upstream.values()}
+
     def path(self, name: str) -> str:
         """Path below the attempt's directory."""
         return storage.join(self.directory, name)

@@ -11,9 +11,9 @@ from afmrl_ray.runs import StageName
 
 _HEAD = """# Stages
 
-A run is a graph of stages. Each is declared once, in `afmrl_ray/cit/stages/`: the config fields that its function reads, its
-upstream stages, and the resources that it holds. Its fingerprint is a digest of those fields and of the upstream
-fingerprints; a stage that is committed with the same fingerprint is skipped. Reading a field that is not declared is an error.
+A run is a graph of stages. Each is declared once, in `afmrl_ray/cit/stages/`: the config fields that its function
+reads, its upstream stages, and the resources it holds. Its fingerprint is a digest of those fields and of the upstream
+fingerprints; a stage that is committed with the same fingerprint is skipped. Reading an undeclared field is an error.
 
 This page is written by `python -m afmrl_ray.cit.stage_docs`; a test checks that it is current. `rN` stands for a round.
 

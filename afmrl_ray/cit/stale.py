@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from afmrl_ray.runs.directory import Stage
+from afmrl_ray.runs import Stage
 
 
 def stale_stages(stages: Sequence[Stage], config: Mapping[str, Any]) -> set[str]:

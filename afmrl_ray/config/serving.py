@@ -1,4 +1,4 @@
-"""Arguments of the served application (`serve run afmrl_ray.serving:app_builder run=runs/demo`)."""
+"""Arguments of the serving application (`serve run afmrl_ray.serving:app_builder run=runs/demo`)."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ class ReplicasConfig(Section):
     """Replicas of one deployment."""
 
     min_replicas: int = Field(1, ge=1)
-    """Replicas that are always there."""
+    """Least number of replicas."""
     max_replicas: int = Field(1, ge=1)
-    """Replicas under load."""
+    """Most replicas under load."""
     target_ongoing_requests: float = Field(8, gt=0)
-    """Requests under way on a replica, above which another one is added."""
+    """Requests under way per replica, above which a replica is added."""
     max_ongoing_requests: int = Field(64, gt=0)
-    """Requests that a replica takes at once; more wait in the queue of the caller."""
+    """Requests that a replica accepts at once; more wait in the caller's queue."""
     max_queued_requests: int = Field(32, ge=0)
-    """Requests that wait in the queue of a caller; more are answered 503 with Retry-After."""
+    """Length of a caller's queue; more requests are answered 503 with Retry-After."""
     cpus: float = Field(0.75, gt=0)
-    """CPUs of a replica; also its torch threads, rounded down to at least 1. One of each deployment fits on 2."""
+    """CPUs of a replica; also its torch threads, rounded down to at least 1. One of each deployment fits on 2 CPUs."""
     gpus: float = Field(0, ge=0)
-    """GPUs of a replica; a fraction lets several share one."""
+    """GPUs of a replica; with a fraction several replicas share one."""
     drain_s: float = Field(20, ge=0)
-    """Seconds that a replica which is taken away may finish its requests in."""
+    """Seconds in which a replica that is removed may finish its requests."""
 
     @model_validator(mode="after")
     def _ordered(self) -> ReplicasConfig:
@@ -40,32 +40,32 @@ class BatchConfig(Section):
     """How requests to a model are batched."""
 
     tokens: int = Field(8192, gt=0)
-    """Tokens of a batch, visual ones counted; a longer request is a batch of its own. 1 = no batching."""
+    """Most tokens of a batch, visual ones counted; a longer request is a batch of its own. 1 = no batching."""
     wait_ms: float = Field(10, ge=0)
-    """Milliseconds that an unfilled batch waits for company."""
+    """Longest wait of a batch that is not full, milliseconds."""
 
 
 class LimitsConfig(Section):
-    """What a request may be at most; anything above is refused with a 4xx."""
+    """Limits of a request; one that exceeds them is answered with a 4xx status."""
 
     body_mb: float = Field(16, gt=0)
-    """Size of a request's body, MB."""
+    """Most size of a request's body, MB."""
     image_pixels: int = Field(16_000_000, gt=0)
-    """Pixels of an image, judged from its header."""
+    """Most pixels of an image, read from its header."""
     title_characters: int = Field(2000, gt=0)
-    """Length of a title."""
+    """Most characters of a title."""
     attributes: int = Field(32, gt=0)
-    """Given attributes, or attributes in a filter."""
+    """Most given attributes, and most attributes of a filter."""
     k: int = Field(100, gt=0)
-    """Hits of a search."""
+    """Most hits of a search."""
     batch: int = Field(32, gt=0)
-    """Inputs of a request for embeddings."""
+    """Most inputs of a request for embeddings."""
     request_s: float = Field(30, gt=0)
-    """Seconds after which a request is given up, with 503."""
+    """Deadline of a request, seconds; one that takes longer is answered 503."""
 
 
 class AuthConfig(Section):
-    """Who may ask."""
+    """Authentication."""
 
     keys_file: str | None = None
     """File with a line `name:role:sha256` for each API key, role `user` or `admin`; made by `jobs/api_key.py`. None =
@@ -75,47 +75,47 @@ class AuthConfig(Section):
 
 
 class ServingConfig(Section):
-    """Everything that the application is told."""
+    """All settings of the application."""
 
     run: str
     """Folder or URI of the run that is served."""
     round: int | None = Field(None, ge=0)
-    """Round to begin with; none = the one that was served last, else the last one that was promoted."""
+    """Round to start with; none = the one that was served last, else the last promoted one."""
     state_dir: str | None = None
-    """Local folder, the same for all replicas of the index, with what was put in and the round that is served; none =
-    `serving` below the run."""
+    """Local folder of the upserted items and the served round, shared by all replicas of the index; none = `serving` in
+    the run's folder."""
     attributes_source: Literal["generated", "none"] = "generated"
-    """Whether a search that does not say is made with generated attributes."""
+    """Attributes of a search that does not name their source."""
     max_pairs: int | None = Field(None, gt=0)
-    """Pairs after which the generator stops, for speed; none = where it ends by itself."""
+    """Attributes after which the generator is stopped, for speed; none = it ends by itself."""
     cached_attributes: int = Field(100_000, ge=0)
-    """Attribute texts that each ingress replica remembers."""
+    """Generated attribute texts that each ingress replica caches."""
     max_delta_items: int = Field(10_000, gt=0)
-    """Items put in since the index was built, above which they are merged into a new copy of it; until then they are
-    searched one by one."""
+    """Upserted items above which they are merged into a new copy of the index; until then they are searched
+    exhaustively."""
     rounds_kept: int = Field(2, ge=2)
-    """Rounds that a model replica holds at once: that which is served, and one to go to or to go back to."""
+    """Rounds that a replica keeps loaded: the served one, and others to switch to or back to."""
     cors_origins: tuple[str, ...] = ()
     """Origins that browsers may call from; none = only the page itself."""
     auth: AuthConfig = AuthConfig()
-    """Who may ask."""
+    """Authentication."""
     limits: LimitsConfig = LimitsConfig()
-    """What a request may be."""
+    """Limits of a request."""
     batching: BatchConfig = BatchConfig()
-    """Of both models."""
+    """Batching of both models."""
     ingress: ReplicasConfig = ReplicasConfig(cpus=0.25, max_ongoing_requests=64, max_queued_requests=64)
-    """HTTP."""
+    """The HTTP deployment."""
     encoder: ReplicasConfig = ReplicasConfig()
     """The embedding encoder."""
     generator: ReplicasConfig = ReplicasConfig()
     """The attribute generator."""
     index: ReplicasConfig = ReplicasConfig(cpus=0.25, max_ongoing_requests=64)
-    """Search. Its replicas share `state_dir`, so they need a file system with locks that all of them see."""
+    """Search. Its replicas share `state_dir`, which needs a file system with locks that all of them see."""
 
     @model_validator(mode="before")
     @classmethod
     def _nested(cls, values: Any) -> Any:
-        """`serve run` hands over `auth.keys_file=...` as one flat key."""
+        """Nest dotted keys, as `serve run ... auth.keys_file=...` passes them."""
         if not isinstance(values, dict):
             return values
         found: dict[str, Any] = {}

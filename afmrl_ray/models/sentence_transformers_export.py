@@ -18,13 +18,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from afmrl_ray.config.models import EncoderConfig
 from afmrl_ray.errors import ConfigError
 from afmrl_ray.models.adapters import load_trained
 from afmrl_ray.models.backbones import fetch
 from afmrl_ray.models.export import new_folder
 from afmrl_ray.models.inner import inner_model
 from afmrl_ray.models.item_processor import chat_frame, load_processors
+from afmrl_ray.models.model_settings import EncoderSettings
 
 # The processor of Qwen2-VL itself cannot be loaded without torchvision, which its videos need, and with torchvision it
 # resizes images to other pixels. This one reads the same tokens, has no videos and asks for neither.
@@ -54,36 +54,39 @@ CHAT_TEMPLATE = (
 CARD = Path(__file__).with_name("sentence_transformers_card.md")
 
 
-def export_sentence_transformers(path: str, out: str, config: EncoderConfig) -> None:
+def export_sentence_transformers(path: str, out: str, settings: EncoderSettings) -> None:
     """Write an encoder, its adapter merged, as a folder for `SentenceTransformer(out)`.
 
     Args:
         path: folder or URI of a model or adapter, or a hub name of a model.
-        out: folder or URI, empty or not there yet.
-        config: as in training; pixel budget, instruction, longest input and type of the weights go into the folder.
+        out: folder or URI, empty or new.
+        settings: of the encoder; pixel budget, instruction, longest input and dtype go into the folder.
 
     Raises:
         CheckpointError: see `models.adapters.load_trained`; no tokenizer or image processor; `out` is not empty.
         ConfigError: the instruction begins with a line break, which would melt into the chat template's own.
     """
     with new_folder(out) as local:
-        _save_processors(fetch(path), Path(local), config)
-        model = load_trained(path, "encoder", dtype=config.dtype)
+        _save_processors(fetch(path), Path(local), settings)
+        model = load_trained(path, "encoder", dtype=settings.dtype)
         model.save_pretrained(local, safe_serialization=True)
-        _save_modules(Path(local), int(inner_model(model).config.text_config.hidden_size), config)
-        (Path(local) / "README.md").write_text(_card(config))
+        _save_modules(Path(local), int(inner_model(model).config.text_config.hidden_size), settings)
+        (Path(local) / "README.md").write_text(_card(settings))
+        settings.write(local)
 
 
-def _save_processors(path: str, folder: Path, config: EncoderConfig) -> None:
+def _save_processors(path: str, folder: Path, settings: EncoderSettings) -> None:
     from tokenizers.processors import TemplateProcessing
 
-    tokenizer, image_processor = load_processors(path, model_max_length=config.max_tokens, image_token="<|image_pad|>")
+    tokenizer, image_processor = load_processors(
+        path, model_max_length=settings.max_tokens, image_token="<|image_pad|>"
+    )
     before, after = chat_frame(tokenizer)
 
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    if encode(before + config.instruction) != encode(before) + encode(config.instruction):
+    if encode(before + settings.instruction) != encode(before) + encode(settings.instruction):
         raise ConfigError(
             "encoder.instruction: begins with a line break, which melts into the chat template's own; train without it"
         )
@@ -95,12 +98,12 @@ def _save_processors(path: str, folder: Path, config: EncoderConfig) -> None:
         special_tokens=[{"id": "turn_end", "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)}],
     )
     tokenizer.save_pretrained(folder)
-    image_processor.size = {"shortest_edge": config.image.min_pixels, "longest_edge": config.image.max_pixels}
+    image_processor.size = {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}
     image_processor.save_pretrained(folder)
     _write(folder / "processor_config.json", {"processor_class": PROCESSOR})
 
 
-def _save_modules(folder: Path, dimension: int, config: EncoderConfig) -> None:
+def _save_modules(folder: Path, dimension: int, settings: EncoderSettings) -> None:
     forward = {"method": "forward", "method_output_name": "last_hidden_state"}
     modules = [{"idx": n, "name": str(n), "path": where, "type": what} for n, (where, what) in enumerate(MODULES)]
     _write(folder / "modules.json", modules)
@@ -120,19 +123,21 @@ def _save_modules(folder: Path, dimension: int, config: EncoderConfig) -> None:
         folder / "config_sentence_transformers.json",
         {
             "model_type": "SentenceTransformer",
-            "prompts": dict.fromkeys(("query", "document"), config.instruction),
+            "prompts": dict.fromkeys(("query", "document"), settings.instruction),
             "default_prompt_name": "document",
             "similarity_fn_name": "cosine",
         },
     )
 
 
-def _card(config: EncoderConfig) -> str:
+def _card(settings: EncoderSettings) -> str:
     values = {
-        "INSTRUCTION": f"The instruction {_literal(config.instruction)}" if config.instruction else "No instruction",
-        "MIN_PIXELS": str(config.image.min_pixels),
-        "MAX_PIXELS": str(config.image.max_pixels),
-        "MAX_TOKENS": str(config.max_tokens),
+        "INSTRUCTION": f"The instruction {_literal(settings.instruction)}"
+        if settings.instruction
+        else "No instruction",
+        "MIN_PIXELS": str(settings.min_pixels),
+        "MAX_PIXELS": str(settings.max_pixels),
+        "MAX_TOKENS": str(settings.max_tokens),
         "TRANSFORMERS": metadata.version("transformers"),
     }
     text = CARD.read_text()

@@ -13,7 +13,7 @@ from afmrl_ray.redact import without_credentials
 from afmrl_ray.report.estimate import Estimate, finite
 from afmrl_ray.report.examples import AttributeResult, Example, read_examples, written_by_round
 from afmrl_ray.report.ladder import LADDER, LadderSummary, read_ladder
-from afmrl_ray.runs.directory import RunDirectory, Stage
+from afmrl_ray.runs import RunDirectory, Stage
 from afmrl_ray.training.metrics_log import read_metrics
 
 _ROUND = re.compile(r"-r(\d+)$")

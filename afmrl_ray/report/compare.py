@@ -16,7 +16,7 @@ from afmrl_ray.report.labels import metric_label, metric_order
 from afmrl_ray.report.text_table import TextTable, points, share
 from afmrl_ray.retrieval.evaluate import paired_gain
 from afmrl_ray.retrieval.per_query import read_per_query
-from afmrl_ray.runs.directory import RunDirectory, Stage
+from afmrl_ray.runs import RunDirectory, Stage
 
 SAMPLES, SEED = 2000, 0
 """Resamples of a paired difference, and the seed of their draws."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from afmrl_ray import storage
 from afmrl_ray.attributes.store import read_attributes
-from afmrl_ray.runs.directory import Stage
+from afmrl_ray.runs import Stage
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from afmrl_ray.report.collect import AttributeSizes, Round, Rung, RunSummary, collect
 from afmrl_ray.report.estimate import Estimate
 from afmrl_ray.report.labels import metric_label, metric_order
-from afmrl_ray.runs.directory import RunDirectory
+from afmrl_ray.runs import RunDirectory
 
 
 @dataclass(frozen=True)

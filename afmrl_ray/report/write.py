@@ -13,7 +13,7 @@ from afmrl_ray.report.gallery import Items
 from afmrl_ray.report.html import render, render_comparison
 from afmrl_ray.report.ladder_plots import ladder_panels
 from afmrl_ray.report.plots import draw_png, plot_panels
-from afmrl_ray.runs.directory import RunDirectory
+from afmrl_ray.runs import RunDirectory
 
 
 def write_report(run: RunDirectory, *, items: Items | None = None) -> str:

@@ -16,27 +16,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from afmrl_ray import storage
-from afmrl_ray.runs.memory import PeakMemory
 from afmrl_ray.errors import StorageError
-from afmrl_ray.runs.names import StageName
+from afmrl_ray.runs.memory import PeakMemory
+from afmrl_ray.runs.records import RUN_RECORD, STAGE_RECORD, RunReader, Stage
 
 log = logging.getLogger(__name__)
-
-RECORD = "stage.json"
-_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "name": str,
-    "fingerprint": str,
-    "inputs": dict,
-    "attempt": str,
-    "outputs": dict,
-    "digests": dict,
-    "metrics": dict,
-    "committed_at": str,
-    "seconds": (int, float),
-    "peak_memory_mb": (int, float, type(None)),
-}
-"""Fields of a stage record and their types."""
-
 
 @dataclass(frozen=True)
 class StageOutcome:
@@ -51,39 +35,14 @@ class StageOutcome:
     metrics: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A committed stage.
-
-    Attributes:
-        seconds: duration of the attempt that committed; time spent by killed attempts is not included.
-        peak_memory_mb: peak memory of the driver's process tree, MiB; none where the driver joined a running Ray.
-    """
-
-    name: str
-    fingerprint: str
-    directory: str
-    inputs: dict[str, Any]
-    outputs: dict[str, str]
-    digests: dict[str, str]
-    metrics: dict[str, Any]
-    committed_at: str
-    seconds: float
-    peak_memory_mb: float | None
-
-    def output(self, name: str) -> str:
-        """Full path of an output."""
-        return storage.join(self.directory, self.outputs[name])
-
-
 StageFunction = Callable[[str], StageOutcome]
 
 
-class RunDirectory:
-    """`<storage_path>/<run>/` with `run.json` and one folder per stage."""
+class RunDirectory(RunReader):
+    """`<storage_path>/<run>/` with `run.json` and one folder per stage, which it runs and commits."""
 
     def __init__(self, storage_path: str, name: str) -> None:
-        self.path = storage.join(storage.absolute(storage_path), name)
+        super().__init__(storage_path, name)
         self.guard: Callable[[], None] = lambda: None
         """Called before a stage begins and before it is committed; raises if this process may not."""
         self._verified: set[str] = set()
@@ -103,38 +62,7 @@ class RunDirectory:
         storage.remove(probe)
 
     def write_run(self, record: dict[str, Any]) -> None:
-        storage.write_json(storage.join(self.path, "run.json"), record)
-
-    def read_run(self) -> dict[str, Any]:
-        return storage.read_json(storage.join(self.path, "run.json"))
-
-    def committed(self, name: StageName | str) -> Stage | None:
-        """The stage of that name as it was last committed, whatever its inputs were.
-
-        Raises:
-            StorageError: its record is damaged.
-        """
-        path = storage.join(self.path, "stages", str(name), RECORD)
-        if not storage.exists(path):
-            return None
-        record = storage.read_json(path)
-        if fault := _record_fault(record):
-            raise StorageError(
-                f"{path}: is no record of a stage ({fault}); restore it from a copy, or remove it and run the same "
-                "command to run the stage again"
-            )
-        return Stage(
-            directory=storage.join(self.path, "stages", str(name), record["attempt"]),
-            **{field: record[field] for field in _FIELDS if field != "attempt"},
-        )
-
-    def stages(self) -> list[Stage]:
-        """All committed stages in the order of their commits."""
-        root = storage.join(self.path, "stages")
-        paths = (path.split("/") for path in storage.list_files(root))
-        names = [parts[0] for parts in paths if len(parts) == 2 and parts[1] == RECORD]
-        found = [stage for name in names if (stage := self.committed(name)) is not None]
-        return sorted(found, key=lambda stage: (stage.committed_at, stage.name))
+        storage.write_json(storage.join(self.path, RUN_RECORD), record)
 
     def run_stage(
         self, name: str, inputs: dict[str, Any], function: StageFunction, *, resumable: bool = False
@@ -156,7 +84,7 @@ class RunDirectory:
             return found
         if found is not None and found.fingerprint == fingerprint:
             # Its outputs are about to be overwritten in place, so the record is invalid until the next commit.
-            storage.remove(storage.join(self.path, "stages", name, RECORD))
+            storage.remove(storage.join(self.path, "stages", name, STAGE_RECORD))
         attempt = fingerprint[:12]
         directory = storage.join(self.path, "stages", name, attempt)
         if not resumable:
@@ -183,7 +111,7 @@ class RunDirectory:
             "committed_at": datetime.now(UTC).isoformat(),
         }
         self.guard()
-        storage.write_json(storage.join(self.path, "stages", name, RECORD), record)
+        storage.write_json(storage.join(self.path, "stages", name, STAGE_RECORD), record)
         self._verified.add(fingerprint)
         log.info("stage %s: committed after %.1f s", name, record["seconds"])
         committed = self.committed(name)
@@ -201,7 +129,7 @@ class RunDirectory:
         for name in stage.outputs:
             path = stage.output(name)
             if digest_path(path) != stage.digests.get(name):
-                record = storage.join(self.path, "stages", stage.name, RECORD)
+                record = storage.join(self.path, "stages", stage.name, STAGE_RECORD)
                 raise StorageError(
                     f"stage {stage.name}: {path} is not what was committed (SHA-256 differs); restore it from a copy, "
                     f"or remove {record} and run the same command to run the stage again"
@@ -216,19 +144,6 @@ class RunDirectory:
 def stage_fingerprint(name: str, inputs: Mapping[str, Any]) -> str:
     """SHA-256 of a stage's name and inputs, as JSON."""
     return storage.digest({"stage": name, "inputs": inputs})
-
-
-def _record_fault(record: Any) -> str | None:
-    """What is wrong with the content of a `stage.json`; none = nothing."""
-    if not isinstance(record, dict):
-        return "no object"
-    for name, kind in _FIELDS.items():
-        if not isinstance(record.get(name), kind):
-            return f"{name} is missing or has another type"
-    for name in ("outputs", "digests"):
-        if not all(isinstance(value, str) for value in record[name].values()):
-            return f"{name} has a value that is no text"
-    return None
 
 
 def digest_path(path: str) -> str:

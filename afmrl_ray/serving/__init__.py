@@ -1,4 +1,4 @@
-"""The served application; see `app.app_builder`."""
+"""The serving application; see `app.app_builder`."""
 
 from __future__ import annotations
 

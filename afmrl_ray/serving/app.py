@@ -15,16 +15,17 @@ from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
 from afmrl_ray import storage
-from afmrl_ray.cit.stages.index import thumbnail
 from afmrl_ray.config.load import validate_as
 from afmrl_ray.config.serving import ReplicasConfig, ServingConfig
 from afmrl_ray.errors import ConfigError
+from afmrl_ray.retrieval.item_table import thumbnail
+from afmrl_ray.runs.records import RunReader
 from afmrl_ray.serving.api import make_api
-from afmrl_ray.serving.bundle import Bundle, open_bundle, split_run
+from afmrl_ray.serving.bundle import Bundle, open_bundle
 from afmrl_ray.serving.deployments import EncoderDeployment, GeneratorDeployment, IndexDeployment
 from afmrl_ray.serving.errors import Problem
+from afmrl_ray.serving.handles import HandleEncoder, HandleGenerator, HandleIndex
 from afmrl_ray.serving.metrics import CACHE, REQUEST_SECONDS, REQUESTS, ROUND, SECONDS, STAGE_SECONDS, ServingMetrics
-from afmrl_ray.serving.ports import HandleEncoder, HandleGenerator, HandleIndex
 from afmrl_ray.serving.security import Keys
 from afmrl_ray.serving.service import SearchService
 from afmrl_ray.serving.store import ItemStore
@@ -39,13 +40,13 @@ _REPLICA_ENVIRONMENT = {
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
     "RAY_SERVE_FREEZE_GC_ON_STARTUP": "1",
 }
-"""Serve's settings for throughput, as far as they are of the replicas: all that blocks has threads of its own here, so
-one event loop does, and each request is spared several changes of thread."""
+"""Ray Serve's throughput settings for replicas. Everything that blocks runs on threads of its own here, so one event
+loop is enough, and requests do not change threads."""
 
 
 @serve.ingress()
 class Ingress:
-    """HTTP."""
+    """The HTTP deployment: the API over handles of the inner deployments."""
 
     def __init__(
         self,
@@ -65,7 +66,7 @@ class Ingress:
             cached_attributes=config.cached_attributes,
             meter=self._metrics,
         )
-        self._rolling: asyncio.Task[None] | None = None
+        self._switching: asyncio.Task[None] | None = None
 
     def __serve_build_asgi_app__(self) -> Any:
         return make_api(
@@ -78,29 +79,31 @@ class Ingress:
         )
 
     def _open_round(self, number: int | None) -> Bundle:
-        return open_bundle(split_run(self._config.run), number)
+        return open_bundle(RunReader.open(self._config.run), number)
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
-        """Go over to the round that `user_config` names, in the background.
+        """Switch to the round that `user_config` names, in the background.
 
         Raises:
-            ConfigError: it names anything else, or a round that cannot be served.
+            ConfigError: it has another key, or the round cannot be served.
+            CheckpointError: see `bundle.open_bundle`.
         """
         unknown = sorted(set(user_config) - {"round"})
         if unknown:
             raise ConfigError(f"user_config: unknown key {unknown[0]!r}; it has: round")
         if user_config.get("round") is not None:
             bundle = self._open_round(int(user_config["round"]))
-            self._rolling = asyncio.create_task(self._roll(bundle))
+            self._switching = asyncio.create_task(self._switch(bundle))
 
-    async def _roll(self, bundle: Bundle) -> None:
+    async def _switch(self, bundle: Bundle) -> None:
         try:
             await self._service.switch(bundle)
         except Problem as problem:
-            # Another replica of the ingress may be at it, with the same user_config.
+            # Another replica of the ingress may be switching, since all are given the same user_config.
             log.warning("user_config.round %d: %s", bundle.round, problem.detail)
 
     async def pid(self) -> int:
+        """Process id of the replica that answers."""
         return os.getpid()
 
 
@@ -108,17 +111,19 @@ def app_builder(arguments: ServingConfig | Mapping[str, Any]) -> serve.Applicati
     """The application of a run.
 
     Args:
-        arguments: typed, or plain as `serve run` and deploy files hand them over.
+        arguments: typed, or the plain values of `serve run` and deploy files.
 
     Raises:
-        UserError: an argument is wrong, the run cannot be served, or nobody could ask.
+        UserError: an argument is wrong, the run cannot be served, or there is neither a key nor anonymous access.
     """
     arguments = validate_as(ServingConfig, arguments)
-    run = split_run(arguments.run)
+    run = RunReader.open(arguments.run)
     Keys.read(arguments.auth)
     state_dir = arguments.state_dir or storage.join(run.path, "serving")
     if not storage.is_local(state_dir):
-        raise ConfigError(f"state_dir: {state_dir} is no local folder; name one, which all replicas of the index share")
+        raise ConfigError(
+            f"state_dir: {state_dir} is not a local folder; name one that all replicas of the index share"
+        )
     state_dir = storage.absolute(state_dir)
     bundle = _served(arguments, state_dir)
     inner = {
@@ -135,8 +140,12 @@ def app_builder(arguments: ServingConfig | Mapping[str, Any]) -> serve.Applicati
 
 
 def _served(config: ServingConfig, state_dir: str) -> Bundle:
-    """What to begin with: the round that is asked for, the one that was served last, or the best."""
-    run = split_run(config.run)
+    """The bundle to start with: the one that was served last, else that of `round`, else that of the best round.
+
+    Raises:
+        ConfigError: `round` is another one than was served last; see also `open_bundle` and `ItemStore.state`.
+    """
+    run = RunReader.open(config.run)
     store = ItemStore(state_dir)
     try:
         state = store.state()
@@ -145,7 +154,7 @@ def _served(config: ServingConfig, state_dir: str) -> Bundle:
     if state is not None:
         if config.round is not None and state.current.round != config.round:
             raise ConfigError(
-                f"round: {state_dir} serves round {state.current.round}; leave round out, and go over to round "
+                f"round: {state_dir} serves round {state.current.round}; leave round out, and switch to round "
                 f"{config.round} with POST /admin/switch"
             )
         return state.current
@@ -182,19 +191,19 @@ def _thumbnail(data: bytes, longest_px: int) -> bytes:
 
 
 def _ray_metrics() -> Any:
-    """Mirrors numbers into Ray's own metrics, which every node exports."""
+    """A function that copies values into Ray's own metrics, which every node exports."""
     from ray.util.metrics import Counter, Gauge, Histogram
 
     bounds = list(SECONDS)
-    tell: dict[str, Any] = {
-        REQUESTS: Counter(REQUESTS, "Requests.", ("route", "status")).inc,
-        REQUEST_SECONDS: Histogram(REQUEST_SECONDS, "Seconds.", bounds, ("route",)).observe,
-        STAGE_SECONDS: Histogram(STAGE_SECONDS, "Seconds by stage.", bounds, ("stage",)).observe,
-        CACHE: Counter(CACHE, "Attribute texts looked up.", ("result",)).inc,
-        ROUND: Gauge(ROUND, "Round that is served.").set,
+    record: dict[str, Any] = {
+        REQUESTS: Counter(REQUESTS, "HTTP requests.", ("route", "status")).inc,
+        REQUEST_SECONDS: Histogram(REQUEST_SECONDS, "Seconds per HTTP request.", bounds, ("route",)).observe,
+        STAGE_SECONDS: Histogram(STAGE_SECONDS, "Seconds per stage of a search.", bounds, ("stage",)).observe,
+        CACHE: Counter(CACHE, "Lookups in the attribute cache.", ("result",)).inc,
+        ROUND: Gauge(ROUND, "Served round.").set,
     }
 
     def mirror(name: str, value: float, labels: Mapping[str, str]) -> None:
-        tell[name](value, tags=dict(labels))
+        record[name](value, tags=dict(labels))
 
     return mirror

@@ -1,4 +1,4 @@
-"""What a request may be: sizes checked before work is done with them."""
+"""Limits of requests: sizes are checked before any work is done."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 class BodyLimit:
-    """ASGI middleware: 413 for bodies above a size, counted as they come.
+    """ASGI middleware that answers 413 to bodies above a size, counted while they are received.
 
     Args:
-        app: what is limited.
+        app: the application behind it.
         most: bytes.
     """
 
@@ -40,13 +40,13 @@ class BodyLimit:
         if declared.isdigit() and int(declared) > self._most:
             await self._refuse(send)
             return
-        come, answered = 0, False
+        received, answered = 0, False
 
         async def limited() -> MutableMapping[str, Any]:
-            nonlocal come
+            nonlocal received
             message = await receive()
-            come += len(message.get("body", b""))
-            if come > self._most:
+            received += len(message.get("body", b""))
+            if received > self._most:
                 raise _TooLarge
             return message
 
@@ -76,33 +76,33 @@ class BodyLimit:
 
 
 class _TooLarge(BaseException):
-    """Past every handler of errors, so that nobody answers for it."""
+    """A BaseException, so that no error handler of the application answers it."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Checks of a deployment's limits; each raises Problem 422 and names the field."""
+    """Checks requests against a deployment's limits; each check raises Problem 422 and names the field."""
 
     config: LimitsConfig
 
     def upload(self, body: ItemContent, where: str = "") -> Upload:
-        """The item of a body; slow, since the image is decoded."""
+        """The item of a body; takes long, since the image is decoded."""
         title = " ".join(self.text(body.title, f"{where}title").split())
         image = self.image(body.image, f"{where}image") if body.image is not None else None
         return self.item(title, image, where)
 
     def item(self, title: str, image: bytes | None, where: str = "") -> Upload:
-        """An item, which must have something."""
+        """An item, which must have an image or a title."""
         if not title and image is None:
-            raise Problem(422, f"{where}image and title are both missing; send one of them")
+            raise Problem(422, f"{where}image and title are both missing; send at least one")
         return Upload(title, image)
 
     def text(self, text: str, field: str) -> str:
-        """A title."""
+        """A text, such as a title."""
         if len(text) > self.config.title_characters:
             raise Problem(422, f"{field}: longer than {self.config.title_characters} characters")
         if any("\ud800" <= character <= "\udfff" for character in text):
-            raise Problem(422, f"{field}: holds half of a character (a lone surrogate)")
+            raise Problem(422, f"{field}: contains a lone surrogate")
         return text
 
     def image(self, encoded: str, field: str) -> bytes:
@@ -112,7 +112,7 @@ class Limits:
         try:
             data = base64.b64decode(encoded, validate=True)
         except (binascii.Error, ValueError) as error:
-            raise Problem(422, f"{field}: is no base64") from error
+            raise Problem(422, f"{field}: is not base64") from error
         return self.image_bytes(data, field)
 
     def image_bytes(self, data: bytes, field: str) -> bytes:
@@ -132,21 +132,21 @@ class Limits:
         return normalise_attributes(given or {})
 
     def attribute_text(self, given: dict[str, str] | None, field: str) -> str:
-        """The same as canonical text."""
+        """Attributes as canonical text."""
         return format_attributes(self.attributes(given, field))
 
     def filters(self, body: FiltersBody) -> Filters:
-        """Filters in the form in which the index compares them."""
+        """Filters in the normal form that the index compares."""
         category = self.text(body.category, "filters.category") if body.category is not None else None
         return Filters(category, self.attributes(body.attributes, "filters.attributes"))
 
     def k(self, k: int) -> int:
-        """Hits of a search."""
+        """Number of hits of a search."""
         if k > self.config.k:
             raise Problem(422, f"k: at most {self.config.k}")
         return k
 
     def batch(self, count: int) -> None:
-        """Inputs of a request."""
+        """Number of inputs of a request."""
         if not 1 <= count <= self.config.batch:
             raise Problem(422, f"input: 1 to {self.config.batch} texts or items")

@@ -1,4 +1,4 @@
-"""What an ingress replica counts, for `/metrics` and, through Ray, for the cluster's Prometheus."""
+"""Metrics of an ingress replica, for `/metrics` and, through Ray, for the cluster's Prometheus."""
 
 from __future__ import annotations
 
@@ -19,57 +19,61 @@ ROUND = "afmrl_serving_round"
 
 
 class ServingMetrics:
-    """Counters of one replica.
+    """Metrics of one replica.
 
     Args:
-        replica: label that tells replicas apart.
-        mirror: told of every number too, as (name, value, labels); none = `/metrics` only.
+        replica: label of all metrics.
+        mirror: also called with every value, as (name, value, labels); None = `/metrics` only.
     """
 
     def __init__(self, replica: str, mirror: Callable[[str, float, Mapping[str, str]], None] | None = None) -> None:
         self._registry = CollectorRegistry()
         self._replica, self._mirror = replica, mirror
         common: Any = {"registry": self._registry}
-        self._requests = Counter(REQUESTS, "Requests.", ("replica", "route", "method", "status"), **common)
-        self._seconds = Histogram(REQUEST_SECONDS, "Seconds.", ("replica", "route"), buckets=SECONDS, **common)
-        self._stages = Histogram(STAGE_SECONDS, "Seconds by stage.", ("replica", "stage"), buckets=SECONDS, **common)
-        self._cache = Counter(CACHE, "Attribute texts looked up.", ("replica", "result"), **common)
-        self._round = Gauge(ROUND, "Round that is served.", ("replica",), **common)
+        self._requests = Counter(REQUESTS, "HTTP requests.", ("replica", "route", "method", "status"), **common)
+        self._seconds = Histogram(
+            REQUEST_SECONDS, "Seconds per HTTP request.", ("replica", "route"), buckets=SECONDS, **common
+        )
+        self._stages = Histogram(
+            STAGE_SECONDS, "Seconds per stage of a search.", ("replica", "stage"), buckets=SECONDS, **common
+        )
+        self._cache = Counter(CACHE, "Lookups in the attribute cache.", ("replica", "result"), **common)
+        self._round = Gauge(ROUND, "Served round.", ("replica",), **common)
 
     def text(self) -> bytes:
-        """Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
-    def _tell(self, name: str, value: float, **labels: str) -> None:
+    def _report(self, name: str, value: float, **labels: str) -> None:
         if self._mirror is not None:
             self._mirror(name, value, labels)
 
     def request(self, route: str, method: str, status: int, seconds: float) -> None:
-        """A request was answered."""
+        """Record an HTTP request."""
         self._requests.labels(self._replica, route, method, str(status)).inc()
         self._seconds.labels(self._replica, route).observe(seconds)
-        self._tell(REQUESTS, 1, route=route, status=str(status))
-        self._tell(REQUEST_SECONDS, seconds, route=route)
+        self._report(REQUESTS, 1, route=route, status=str(status))
+        self._report(REQUEST_SECONDS, seconds, route=route)
 
-    def spent(self, stage: str, seconds: float) -> None:
-        """A stage of a search is done."""
-        self._stages.labels(self._replica, stage).observe(seconds)
-        self._tell(STAGE_SECONDS, seconds, stage=stage)
+    def stage(self, name: str, seconds: float) -> None:
+        """Record a stage of a search."""
+        self._stages.labels(self._replica, name).observe(seconds)
+        self._report(STAGE_SECONDS, seconds, stage=name)
 
-    def cached(self, hit: bool) -> None:
-        """Attributes were looked up."""
+    def attribute_cache(self, *, hit: bool) -> None:
+        """Record a lookup in the attribute cache."""
         result = "hit" if hit else "miss"
         self._cache.labels(self._replica, result).inc()
-        self._tell(CACHE, 1, result=result)
+        self._report(CACHE, 1, result=result)
 
     def round(self, number: int) -> None:
-        """A round is served."""
+        """Record the served round."""
         self._round.labels(self._replica).set(number)
-        self._tell(ROUND, number)
+        self._report(ROUND, number)
 
 
 class Observed:
-    """ASGI middleware that counts requests by route; unknown paths are one route, so that nobody can make many."""
+    """ASGI middleware that records requests by route; all unknown paths count as one, which bounds the labels."""
 
     def __init__(self, app: Any, metrics: ServingMetrics) -> None:
         self._app, self._metrics = app, metrics

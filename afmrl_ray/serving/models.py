@@ -1,4 +1,4 @@
-"""The two models of the rounds that are served: plain code that replicas and tests call alike."""
+"""The encoder and the generator of the rounds that are served: plain code, which the deployments call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 
 from afmrl_ray.config.catalogue import Inputs
-from afmrl_ray.errors import ConfigError
 from afmrl_ray.models.adapters import load_trained
 from afmrl_ray.models.annotate import write_attributes
 from afmrl_ray.models.encoder import EmbeddingModel
@@ -30,7 +29,7 @@ Loaded = TypeVar("Loaded")
 
 @dataclass(frozen=True)
 class EncoderInput:
-    """An item for the encoder, with the attribute text that it is shown with."""
+    """An item and the attribute text that the encoder sees with it."""
 
     upload: Upload
     attributes: str = ""
@@ -38,18 +37,18 @@ class EncoderInput:
 
 @dataclass(frozen=True)
 class Embedding:
-    """A vector [D] float32 of unit length, and the tokens it cost."""
+    """A vector [D] float32 of unit length, and the number of tokens of its input."""
 
     vector: np.ndarray
     tokens: int
 
 
 class RoundModels(Generic[Loaded]):
-    """Models by bundle, the least recently asked for dropped.
+    """A cache of loaded models by bundle; the least recently used is dropped.
 
     Args:
-        load: of a bundle.
-        kept: most at a time.
+        load: loads the model of a bundle.
+        kept: most models at a time.
     """
 
     def __init__(self, load: Callable[[Bundle], Loaded], kept: int) -> None:
@@ -58,7 +57,7 @@ class RoundModels(Generic[Loaded]):
         self._lock, self._loading = Lock(), Lock()
 
     def get(self, bundle: Bundle) -> Loaded:
-        """What belongs to a bundle, loaded if it is not there; others are at hand meanwhile."""
+        """The model of a bundle, loaded if it is not cached; cached ones can be used meanwhile."""
         found = self._find(bundle)
         if found is not None:
             return found
@@ -84,7 +83,7 @@ def _device() -> str:
 
 
 def inputs_of(upload: Upload) -> Inputs:
-    """What there is of an item."""
+    """Which inputs an item has."""
     if upload.image is None:
         return "text"
     return "both" if upload.title else "image"
@@ -100,8 +99,8 @@ class ServedEncoder:
     """Encoders of the rounds that are served.
 
     Args:
-        rounds_kept: that stay loaded.
-        tokens: most of a forward pass, visual ones and padding counted.
+        rounds_kept: number of models that stay loaded.
+        tokens: most tokens of a forward pass, visual ones and padding counted.
     """
 
     def __init__(self, *, rounds_kept: int, tokens: int) -> None:
@@ -110,25 +109,23 @@ class ServedEncoder:
 
     @staticmethod
     def _load(bundle: Bundle) -> _Encoder:
-        if bundle.encoder.kind != "qwen2_vl":
-            raise ConfigError(f"encoder.kind {bundle.encoder.kind} is for comparison only and is not served")
         model = load_trained(bundle.encoder_path, "encoder", dtype=bundle.encoder.dtype, device=_device())
         processor = ItemProcessor.from_pretrained(bundle.encoder_path, bundle.encoder.image)
         return _Encoder(EmbeddingModel(model).eval(), processor)
 
     def load(self, bundle: Bundle) -> None:
-        """Have a bundle's model at hand."""
+        """Load the model of a bundle."""
         self._rounds.get(bundle)
 
-    def prepare(self, bundle: Bundle, given: EncoderInput) -> ModelInput:
-        """Decode the image and tokenise."""
+    def prepare(self, bundle: Bundle, item: EncoderInput) -> ModelInput:
+        """Decode the image and tokenise the text, as in the encoder's training."""
         return encoder_input(
             self._rounds.get(bundle).processor,
-            Uploads([given.upload]),
+            Uploads([item.upload]),
             0,
-            config=bundle.encoder,
-            inputs=inputs_of(given.upload),
-            attributes=given.attributes,
+            config=bundle.encoder.config(),
+            inputs=inputs_of(item.upload),
+            attributes=item.attributes,
         )
 
     @torch.no_grad()
@@ -137,9 +134,9 @@ class ServedEncoder:
         encoder = self._rounds.get(bundle)
         found: dict[int, np.ndarray] = {}
         for part in cut_by_tokens([len(row) for row in rows], self._tokens):
-            batch = collate([rows[place] for place in part], encoder.processor.pad_id, encoder.model.device)
+            batch = collate([rows[position] for position in part], encoder.processor.pad_id, encoder.model.device)
             found.update(zip(part, encoder.model(**batch).cpu().numpy(), strict=True))
-        return np.stack([found[place] for place in range(len(rows))])
+        return np.stack([found[position] for position in range(len(rows))])
 
 
 @dataclass(frozen=True)
@@ -152,7 +149,7 @@ class ServedGenerator:
     """Generators of the rounds that are served; attributes are decoded greedily.
 
     Args:
-        rounds_kept: that stay loaded.
+        rounds_kept: number of models that stay loaded.
         max_pairs: see `models.annotate.write_attributes`.
     """
 
@@ -166,11 +163,11 @@ class ServedGenerator:
         return _Generator(model.eval(), ItemProcessor.from_pretrained(bundle.generator_path, bundle.generator.image))
 
     def load(self, bundle: Bundle) -> None:
-        """Have a bundle's model at hand."""
+        """Load the model of a bundle."""
         self._rounds.get(bundle)
 
     def tokens(self, bundle: Bundle, upload: Upload) -> int:
-        """What an item costs at most: its prompt and the longest answer."""
+        """Most tokens that an item can take: its prompt and the longest completion."""
         size = None
         if upload.image is not None and bundle.generator.inputs != "text":
             with Image.open(io.BytesIO(upload.image), formats=FORMATS) as image:
@@ -181,32 +178,30 @@ class ServedGenerator:
     def write(self, bundle: Bundle, uploads: Sequence[Upload]) -> list[tuple[str, str]]:
         """Attribute text and reason of invalidity of each item; one of the two is empty.
 
-        A generator that was trained on images cannot say anything without one: reason `no_image`.
+        An item without the inputs that the generator was trained on gets the reason `no_image`.
         """
         generator = self._rounds.get(bundle)
         found: list[tuple[str, str]] = [("", "no_image")] * len(uploads)
         wanted = bundle.generator.inputs
         for inputs in ("image", "text", "both"):
-            places = [place for place, upload in enumerate(uploads) if _shown(upload, wanted) == inputs]
-            if places:
-                items = Uploads([uploads[place] for place in places])
-                config = bundle.generator.model_copy(update={"inputs": inputs})
+            positions = [n for n, upload in enumerate(uploads) if _usable_inputs(upload, wanted) == inputs]
+            if positions:
                 written = write_attributes(
                     generator.model,
                     generator.processor,
-                    items,
-                    range(len(places)),
-                    config=config,
+                    Uploads([uploads[position] for position in positions]),
+                    range(len(positions)),
+                    config=bundle.generator.config().model_copy(update={"inputs": inputs}),
                     max_pairs=self._max_pairs,
                 )
-                for place, one in zip(places, written, strict=True):
-                    found[place] = one
+                for position, result in zip(positions, written, strict=True):
+                    found[position] = result
         return found
 
 
-def _shown(upload: Upload, wanted: Inputs) -> Inputs | None:
-    """What the generator is shown of an item, given what it was trained on; none = nothing that it knows."""
+def _usable_inputs(upload: Upload, wanted: Inputs) -> Inputs | None:
+    """Inputs of an item that a generator trained on `wanted` can use; None = it has none of them."""
     if wanted != "both":
-        there = upload.image is not None if wanted == "image" else bool(upload.title)
-        return wanted if there else None
+        available = upload.image is not None if wanted == "image" else bool(upload.title)
+        return wanted if available else None
     return inputs_of(upload) if upload.image is not None or upload.title else None

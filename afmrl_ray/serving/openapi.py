@@ -1,4 +1,4 @@
-"""What the OpenAPI document says beyond what FastAPI sees."""
+"""The OpenAPI document: what FastAPI derives from the routes, and what it cannot derive."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from afmrl_ray.serving.schemas import FiltersBody, SearchBody
 
 
 def search_bodies() -> dict[str, Any]:
-    """Both bodies of a search, which its route reads itself."""
+    """Both request bodies of a search, whose route parses them itself."""
     form = {
         "type": "object",
         "properties": {
@@ -31,7 +31,7 @@ def search_bodies() -> dict[str, Any]:
 
 
 def openapi(api: FastAPI) -> dict[str, Any]:
-    """FastAPI's schema, with the body that it does not see and the refusals that every route knows."""
+    """FastAPI's schema, with the bodies of a search and the error responses of every route."""
     if api.openapi_schema is None:
         found = get_openapi(title=api.title, version=api.version, description=api.description, routes=api.routes)
         schemas = found["components"]["schemas"]
@@ -41,25 +41,25 @@ def openapi(api: FastAPI) -> dict[str, Any]:
             schemas[model.__name__] = own
         found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         found["security"] = [{"key": []}]
-        refusals = {
+        errors = {
             str(status): {"description": text, "content": {"application/problem+json": {"schema": {"type": "object"}}}}
-            for status, text in _REFUSALS.items()
+            for status, text in _ERRORS.items()
         }
         for operations in found["paths"].values():
             for operation in operations.values():
-                operation["responses"] = {**refusals, **operation["responses"], "422": refusals["422"]}
+                operation["responses"] = {**errors, **operation["responses"], "422": errors["422"]}
         api.openapi_schema = found
     return api.openapi_schema
 
 
-_REFUSALS = {
-    400: "The body cannot be read.",
-    401: "No known API key.",
-    403: "The key may not do this.",
-    404: "There is no such thing.",
-    409: "Not now.",
+_ERRORS = {
+    400: "The body is malformed.",
+    401: "The API key is missing or unknown.",
+    403: "The key's role does not permit this.",
+    404: "Not found.",
+    409: "A switch is under way, or the round cannot be served.",
     413: "The body is too large.",
-    415: "The body is of a kind that is not taken.",
-    422: "The request does not fit.",
-    503: "Ask again after Retry-After seconds.",
+    415: "The content type is not supported.",
+    422: "The request is invalid.",
+    503: "Overloaded; repeat the request after Retry-After seconds.",
 }

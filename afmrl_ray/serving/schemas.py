@@ -1,4 +1,4 @@
-"""Bodies of requests and answers; limits that a deployment sets are checked by `limits.Limits`."""
+"""Bodies of requests and responses; the limits of a deployment are checked by `limits.Limits`."""
 
 from __future__ import annotations
 
@@ -8,42 +8,43 @@ from pydantic import BaseModel, ConfigDict, Field
 
 AttributesSource = Literal["generated", "given", "none"]
 
-_PICTURE = "JPEG, PNG or WebP in base64; a data URL is taken too."
+_IMAGE = "JPEG, PNG or WebP in base64, or a data URL of one."
 
 
 class Body(BaseModel):
-    """A request's body: unknown fields are refused."""
+    """The body of a request; unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class FiltersBody(Body):
-    """What hits must be."""
+    """Conditions that every hit meets."""
 
-    category: str | None = Field(None, description="Their category.")
-    attributes: dict[str, str] = Field(default_factory=dict, description="Pairs that each of them has.")
+    category: str | None = Field(None, description="Category of the hits.")
+    attributes: dict[str, str] = Field(default_factory=dict, description="Attributes that every hit has.")
 
 
 class ItemContent(Body):
     """An item: an image, a title or both."""
 
-    image: str | None = Field(None, description=_PICTURE)
+    image: str | None = Field(None, description=_IMAGE)
     title: str = Field("", description="The seller's text.")
 
 
 class SearchBody(ItemContent):
     """A search."""
 
-    k: int = Field(10, ge=1, description="Hits wanted.")
+    k: int = Field(10, ge=1, description="Number of hits.")
     attributes_source: AttributesSource | None = Field(
-        None, description="Where the attributes come from; by default what the deployment is set to, or given ones."
+        None,
+        description="Source of the attributes; by default `given` if there are any, else the deployment's setting.",
     )
     attributes: dict[str, str] | None = Field(None, description="For `attributes_source: given`.")
     filters: FiltersBody = Field(default_factory=FiltersBody)
 
 
 class HitBody(BaseModel):
-    """A hit; `thumbnail` is its image's address."""
+    """A hit; `score` is the cosine similarity, `thumbnail` the path of its image."""
 
     item_id: str
     score: float
@@ -55,7 +56,7 @@ class HitBody(BaseModel):
 
 
 class AttributesUsed(BaseModel):
-    """Attributes as they went into the encoder; `reason` says why there are none."""
+    """Attributes that the encoder was given; `reason` says why there are none."""
 
     attributes: dict[str, str]
     attributes_source: AttributesSource
@@ -64,7 +65,7 @@ class AttributesUsed(BaseModel):
 
 
 class SearchAnswer(AttributesUsed):
-    """Hits, best first, and what they were found with."""
+    """Hits, best first, and the attributes, round and bundle of the search; `milliseconds` is the time by stage."""
 
     hits: list[HitBody]
     round: int
@@ -80,19 +81,19 @@ class AttributesAnswer(AttributesUsed):
 
 
 class ItemInput(ItemContent):
-    """An input for an embedding beyond plain text."""
+    """An item to be embedded, instead of plain text."""
 
     attributes: dict[str, str] | None = Field(None, description="For `attributes_source: given`.")
-    attributes_source: AttributesSource = Field("none", description="Where the attributes come from.")
+    attributes_source: AttributesSource = Field("none", description="Source of the attributes.")
 
 
 class EmbeddingsBody(Body):
-    """OpenAI's request for embeddings, extended by items."""
+    """OpenAI's request for embeddings; inputs may be items too."""
 
     input: str | list[str] | ItemInput | list[ItemInput] = Field(description="Texts, or items.")
-    model: str = Field("afmrl", description="`afmrl`, or the key of the served bundle, to be sure of it.")
+    model: str = Field("afmrl", description="`afmrl`, or the key of the bundle that must be served.")
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = Field(None, ge=1, description="Only the model's own number.")
+    dimensions: int | None = Field(None, ge=1, description="Must be that of the model.")
     user: str | None = Field(None, description="Ignored.")
 
 
@@ -105,14 +106,14 @@ class EmbeddingBody(BaseModel):
 
 
 class Usage(BaseModel):
-    """Tokens, visual ones counted."""
+    """Number of tokens, visual ones counted."""
 
     prompt_tokens: int
     total_tokens: int
 
 
 class EmbeddingsAnswer(BaseModel):
-    """OpenAI's answer."""
+    """OpenAI's response."""
 
     object: Literal["list"] = "list"
     data: list[EmbeddingBody]
@@ -121,12 +122,12 @@ class EmbeddingsAnswer(BaseModel):
 
 
 class ItemBody(ItemContent):
-    """An item to be put in; one of the same id is replaced."""
+    """An item to be upserted."""
 
     item_id: str = Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9._:~-]+$")
     category: str | None = Field(None, max_length=200)
     product_id: str | None = Field(None, max_length=200)
-    attributes: dict[str, str] | None = Field(None, description="None = the generator writes them.")
+    attributes: dict[str, str] | None = Field(None, description="By default the generator writes them.")
 
 
 class ItemAnswer(AttributesUsed):
@@ -139,14 +140,14 @@ class ItemAnswer(AttributesUsed):
     thumbnail: str
 
 
-class RolloverBody(Body):
-    """Where to go."""
+class SwitchBody(Body):
+    """The round to serve."""
 
-    round: int | None = Field(None, ge=0, le=100_000, description="None = the last round that was promoted.")
+    round: int | None = Field(None, ge=0, le=100_000, description="By default the last promoted round.")
 
 
-class RolloverAnswer(BaseModel):
-    """What took over; `embedded` items had been put in and were embedded anew."""
+class SwitchAnswer(BaseModel):
+    """Keys of the bundles served now and before; `embedded` upserted items were embedded for the switch."""
 
     served: str
     before: str
@@ -154,11 +155,11 @@ class RolloverAnswer(BaseModel):
 
 
 class ModelAnswer(BaseModel):
-    """What is served."""
+    """What is served; `switching_to` is the bundle that a switch under way leads to."""
 
     round: int
     bundle: str
-    rolling: str | None
+    switching_to: str | None
     history: list[str]
     fingerprints: dict[str, str]
     metrics: dict[str, Any]

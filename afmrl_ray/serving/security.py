@@ -1,4 +1,4 @@
-"""Who may ask: API keys, of which only SHA-256 digests are kept."""
+"""Authentication by API keys, of which only SHA-256 digests are stored."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _LINE = re.compile(r"^([A-Za-z0-9._-]+):(user|admin):([0-9a-f]{64})$")
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks; `name` is none for requests from this machine without a key."""
+    """Who sent a request; `name` is None for requests from this machine without a key."""
 
     name: str | None
     admin: bool
 
 
 class Keys:
-    """The keys of a deployment.
+    """The API keys of a deployment.
 
     Args:
-        digests: (name, role) by SHA-256 of the key.
+        digests: (name, role) by the key's SHA-256.
         anonymous_on_loopback: see `AuthConfig`.
     """
 
@@ -45,14 +45,14 @@ class Keys:
         """Read the file of keys.
 
         Raises:
-            ConfigError: there is none and anonymous requests are not allowed either, or a line is no key.
+            ConfigError: no file is named and anonymous requests are not allowed, or a line of the file is not a key.
         """
         path = config.keys_file or os.environ.get(KEYS_VARIABLE)
         if path is None:
             if not config.anonymous_on_loopback:
                 raise ConfigError(
                     f"auth.keys_file is not set, nor is {KEYS_VARIABLE}: make a key with jobs/api_key.py, or set "
-                    "auth.anonymous_on_loopback=true to serve this machine alone"
+                    "auth.anonymous_on_loopback=true to serve this machine only"
                 )
             return cls({}, anonymous_on_loopback=True)
         try:
@@ -67,49 +67,49 @@ class Keys:
                 raise ConfigError(f"auth.keys_file: {path}, key {number} is not name:role:sha256, see jobs/api_key.py")
             found[match[3]] = match[1], match[2]
         if not found:
-            raise ConfigError(f"auth.keys_file: {path} holds no key; make one with jobs/api_key.py")
+            raise ConfigError(f"auth.keys_file: {path} contains no key; make one with jobs/api_key.py")
         return cls(found, anonymous_on_loopback=config.anonymous_on_loopback)
 
     def caller(self, authorization: str | None, host: str | None) -> Caller:
-        """Who asks.
+        """Who sent a request.
 
         Args:
             authorization: header.
             host: address that the request came from.
 
         Raises:
-            Problem: 401 without a key that is known.
+            Problem: 401, the key is missing or unknown.
         """
         if authorization is None:
             if self._anonymous and _is_loopback(host):
                 return Caller(None, admin=True)
-            raise Problem(401, "an API key is needed: Authorization: Bearer KEY", {"WWW-Authenticate": "Bearer"})
+            raise Problem(401, "an API key is required: Authorization: Bearer KEY", {"WWW-Authenticate": "Bearer"})
         scheme, _, key = authorization.partition(" ")
         given = digest(key.strip())
         for known, (name, role) in self._digests.items():
             if scheme.lower() == "bearer" and hmac.compare_digest(known, given):
                 return Caller(name, admin=role == "admin")
         if self._anonymous and not self._digests and _is_loopback(host):
-            # Clients that must send some key, such as OpenAI's.
+            # Some clients, such as OpenAI's, always send a key.
             return Caller(None, admin=True)
-        raise Problem(401, "the API key is not known", {"WWW-Authenticate": "Bearer"})
+        raise Problem(401, "the API key is unknown", {"WWW-Authenticate": "Bearer"})
 
 
 def digest(key: str) -> str:
-    """SHA-256 of a key: it is random and long, so nothing is gained by a slower one."""
+    """SHA-256 of a key, hexadecimal; a key is long and random, so a slow hash would add nothing."""
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def new_key(name: str, role: str) -> tuple[str, str]:
-    """A new key and its line of the file.
+    """A new key, and its line of the file.
 
     Raises:
-        ConfigError: the name does not fit into the file.
+        ConfigError: the name has other characters than letters, digits, dots, dashes and underscores.
     """
     key = "afmrl-" + secrets.token_urlsafe(32)
     line = f"{name}:{role}:{digest(key)}"
     if _LINE.match(line) is None:
-        raise ConfigError(f"{name!r} is no name of a key: letters, digits, dots, dashes and underscores")
+        raise ConfigError(f"{name!r} is not a valid name of a key: use letters, digits, dots, dashes and underscores")
     return key, line
 
 

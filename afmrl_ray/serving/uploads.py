@@ -1,4 +1,4 @@
-"""Items that came with a request: checked before anything is decoded, shown to the models as a catalogue's."""
+"""Items of requests: checked before they are decoded, and read by the models as rows of a catalogue."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from afmrl_ray.catalogue.checks import image_fault
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 
-_WHY = {
+_FAULTS = {
     "decompression_bomb": "has more pixels than limits.image_pixels allows",
     "aspect_ratio": "is longer than 200 times its width",
     "undecodable_image": "is damaged or cut off",
@@ -26,7 +26,7 @@ class Upload:
 
     Attributes:
         title: the seller's text; empty = none.
-        image: encoded image; none = there is none.
+        image: encoded; None = none.
     """
 
     title: str = ""
@@ -34,14 +34,14 @@ class Upload:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of title and image."""
+        """SHA-256 of title and image, hexadecimal."""
         total = hashlib.sha256(self.title.encode("utf-8", "surrogatepass"))
         total.update(b"\0" if self.image is None else b"\1" + self.image)
         return total.hexdigest()
 
 
 class Uploads:
-    """`models.prompts.Items` over uploads."""
+    """Uploads as `models.prompts.Items`; a row is a position."""
 
     def __init__(self, uploads: Sequence[Upload]) -> None:
         self._uploads = uploads
@@ -58,17 +58,17 @@ class Uploads:
             return image.convert("RGB")
 
     def title(self, row: int, columns: tuple[str, ...] = ("title",)) -> str:
-        """The title, whatever columns a catalogue would take it from."""
+        """The title; uploads have no columns to choose from."""
         return self._uploads[row].title
 
 
 def upload_fault(data: bytes, max_pixels: int) -> str | None:
-    """Why encoded bytes are no image that is taken; the format is judged by the bytes, the size by the header."""
+    """Why encoded bytes are refused as an image; None = they are not. The size is read from the image's header."""
     try:
         Image.open(io.BytesIO(data), formats=FORMATS).close()
     except Image.DecompressionBombError:
-        return f"the image {_WHY['decompression_bomb']}"
+        return f"the image {_FAULTS['decompression_bomb']}"
     except Exception:  # noqa: BLE001 - damaged headers make Pillow's decoders raise anything
-        return "the image is no JPEG, PNG or WebP"
+        return "the image is not a JPEG, PNG or WebP"
     fault = image_fault(data, max_pixels)
-    return f"the image {_WHY.get(fault, fault)}" if fault else None
+    return f"the image {_FAULTS.get(fault, fault)}" if fault else None

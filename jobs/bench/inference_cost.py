@@ -41,7 +41,7 @@ from afmrl_ray.report.plots import Draw, Panel, Theme, draw_png
 from afmrl_ray.retrieval.embed import Encoder, EncoderRef
 from afmrl_ray.retrieval.evaluate import interval, rank
 from afmrl_ray.retrieval.metrics import hit_at_k
-from afmrl_ray.runs.directory import RunDirectory, Stage
+from afmrl_ray.runs import RunDirectory, Stage
 
 OUT = Path("runs/bench")
 _BATCH = 64

@@ -24,7 +24,7 @@ from afmrl_ray.report import write_report
 from afmrl_ray.report.ladder import LADDER, ladder_table, read_ladder
 from afmrl_ray.report.ladder_plots import ladder_panels
 from afmrl_ray.report.plots import draw_png
-from afmrl_ray.runs.directory import RunDirectory
+from afmrl_ray.runs import RunDirectory
 
 _KEYS = [rung.key for rung in RUNGS]
 

@@ -20,7 +20,7 @@ from afmrl_ray.cit.ladder import RUNGS, check_ladder
 from afmrl_ray.cit.ladder_record import ladder_record
 from afmrl_ray.cli import job_main
 from afmrl_ray.config import Config, with_values
-from afmrl_ray.runs.directory import RunDirectory
+from afmrl_ray.runs import RunDirectory
 
 OUT = Path("runs/bench/ladder_sweep.json")
 _KEYS = ("vlm2vec", "agcl", "distilled", "rl", "oracle-input")

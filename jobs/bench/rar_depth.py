@@ -27,7 +27,7 @@ from afmrl_ray.cli import job_main
 from afmrl_ray.config import Config, with_values
 from afmrl_ray.models.annotate import GeneratorRef
 from afmrl_ray.retrieval.embed import EncoderRef
-from afmrl_ray.runs.directory import Stage
+from afmrl_ray.runs import Stage
 from afmrl_ray.training.metrics_log import read_metrics
 
 OUT = Path("runs/bench")

@@ -37,7 +37,7 @@ from serve_run import make_run
 from afmrl_ray.catalogue import StagedCatalogue
 from afmrl_ray.config.serving import ServingConfig
 from afmrl_ray.errors import ConfigError
-from afmrl_ray.runs.directory import RunDirectory
+from afmrl_ray.runs import RunDirectory
 from afmrl_ray.serving import app_builder
 from afmrl_ray.serving.bundle import Bundle, open_bundle
 from afmrl_ray.serving.models import EncoderInput, ServedEncoder

@@ -11,9 +11,10 @@ from afmrl_ray.attributes.text import format_attributes, normalise_attributes
 from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue, make_catalogue, open_catalogue, write_catalogue
 from afmrl_ray.cit.stages.index import index_gallery, write_index
 from afmrl_ray.config import Config, validate
+from afmrl_ray.models.model_settings import ModelSettings, encoder_settings, generator_settings
 from afmrl_ray.models.tiny import build_encoder, build_generator, save_checkpoint, train_tokenizer
 from afmrl_ray.retrieval.embed import EncoderRef, open_encoder
-from afmrl_ray.runs.directory import RunDirectory, StageOutcome
+from afmrl_ray.runs import RunDirectory, StageOutcome
 
 PICTURE = {"min_pixels": 3136, "max_pixels": 3136}
 
@@ -49,8 +50,9 @@ def make_run(folder: Path, name: str, width: int, layers: int) -> tuple[RunDirec
     texts = [format_attributes(normalise_attributes(item.attributes)) for item in items]
     tokenizer = train_tokenizer([item.title or "" for item in items] + texts, config.tiny.vocabulary)
 
-    def model(build: Any, seed: int, directory: str) -> StageOutcome:
+    def model(build: Any, seed: int, settings: ModelSettings, directory: str) -> StageOutcome:
         save_checkpoint(build(config.tiny, tokenizer, seed), tokenizer, config.tiny, f"{directory}/model")
+        settings.write(f"{directory}/model")
         return StageOutcome({"model": "model"}, {})
 
     def attributes(directory: str) -> StageOutcome:
@@ -60,8 +62,11 @@ def make_run(folder: Path, name: str, width: int, layers: int) -> tuple[RunDirec
         write_attributes(f"{directory}/attributes.parquet", rows, fingerprint="source")
         return StageOutcome({"attributes": "attributes.parquet"}, {})
 
-    encoder = run.run_stage("agcl-r0", {}, partial(model, build_encoder, 0))
-    run.run_stage("rar-r0", {}, partial(model, build_generator, 1))
+    of_encoder = encoder_settings(config.encoder, catalogue=ref.fingerprint, upstream={})
+    of_generator = generator_settings(config.generator, catalogue=ref.fingerprint, upstream={})
+    read: dict[str, Any] = {name: getattr(config, name).fingerprinted() for name in ("encoder", "generator", "index")}
+    encoder = run.run_stage("agcl-r0", {"config": read}, partial(model, build_encoder, 0, of_encoder))
+    run.run_stage("rar-r0", {"config": read}, partial(model, build_generator, 1, of_generator))
     written = run.run_stage("attributes-r1", {}, attributes)
     primary_protocol: dict[str, Any] = {"fine": {"metrics": {}}}
     run.run_stage("evaluate-r0", {}, lambda _: StageOutcome({}, {"protocols": primary_protocol}))
@@ -73,7 +78,7 @@ def make_run(folder: Path, name: str, width: int, layers: int) -> tuple[RunDirec
         shown = [text_of(catalogue.item(row).item_id) for row in rows.tolist()]
         opened = open_encoder(EncoderRef(encoder.output("model"), config.encoder), ref)
         vectors = opened.embed(rows.tolist(), shown, inputs="both")
-        return write_index(config, catalogue, rows, vectors, text_of, directory)
+        return write_index(config, catalogue, index_gallery(config), rows, vectors, text_of, directory)
 
-    run.run_stage("index-r0", {"upstream": upstream}, index)
+    run.run_stage("index-r0", {"upstream": upstream, "config": read}, index)
     return run, catalogue

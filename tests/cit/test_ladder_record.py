@@ -12,7 +12,7 @@ from afmrl_ray.errors import ConfigError
 from afmrl_ray.retrieval.evaluate import Measured
 from afmrl_ray.retrieval.per_query import write_per_query
 from afmrl_ray.retrieval.seeds import over_seeds
-from afmrl_ray.runs.directory import RunDirectory, StageOutcome
+from afmrl_ray.runs import RunDirectory, StageOutcome
 
 HITS = {
     "evaluate-baseline": ([0, 1, 0, 1], [0, 1, 1, 1]),

@@ -16,6 +16,7 @@ import pytest
 from afmrl_ray import storage
 from afmrl_ray.cit.driver import open_run, run_cit
 from afmrl_ray.config import dump_yaml, validate
+from afmrl_ray.models.model_settings import ModelSettings
 from afmrl_ray.runs import RunDirectory, Stage
 from afmrl_ray.training.metrics_log import read_metrics
 from tests.cit.conftest import run_values
@@ -42,6 +43,17 @@ def weights(stage: Stage) -> bytes:
     return b"".join(storage.read_bytes(storage.join(folder, name)) for name in names)
 
 
+def check_model_settings(stage: Stage, section, catalogue: str) -> None:
+    """The folder of a model records what it was trained with."""
+    folder = Path(stage.output("model"))
+    settings = ModelSettings.read(str(folder))
+    not_recorded = {"path", "vision_cache"}
+    assert settings.config().model_dump(exclude=not_recorded) == section.model_dump(exclude=not_recorded)
+    assert (settings.catalogue, settings.upstream) == (catalogue, stage.inputs["upstream"])
+    adapter = folder / "adapter_config.json"
+    assert settings.base == (json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else None)
+
+
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_a_run_commits_every_stage_skips_them_next_time_and_reruns_what_a_change_touches(ray_local, tmp_path):
@@ -59,6 +71,8 @@ def test_a_run_commits_every_stage_skips_them_next_time_and_reruns_what_a_change
     rar = run.committed("rar-r0").metrics
     assert rar["heldout_before"]["low"] <= rar["heldout_before"]["mean"] <= rar["heldout_before"]["high"]
     assert weights(run.committed("rar-r0")) != weights(run.committed("distill"))
+    for name, section in (("agcl-r0", config.encoder), ("distill", config.generator), ("rar-r0", config.generator)):
+        check_model_settings(run.committed(name), section, pipeline.catalogue_ref.fingerprint)
 
     with open_run(config) as pipeline:
         run_cit(pipeline)

@@ -13,7 +13,7 @@ from afmrl_ray.cit import driver
 from afmrl_ray.cit.mlflow_tracker import MLflowTracker, key_of
 from afmrl_ray.config import validate, with_values
 from afmrl_ray.errors import CatalogueError, ConfigError
-from afmrl_ray.runs.directory import RunDirectory, StageOutcome
+from afmrl_ray.runs import RunDirectory, StageOutcome
 from afmrl_ray.training.metrics_log import MetricsLog
 from tests.cit.test_driver import Stubbed, opened
 

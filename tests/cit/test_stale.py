@@ -8,7 +8,7 @@ import pytest
 
 from afmrl_ray.cit import stale
 from afmrl_ray.cit.stale import stale_stages
-from afmrl_ray.runs.directory import Stage
+from afmrl_ray.runs import Stage
 
 CONFIG: dict[str, Any] = {
     "run": {"seed": 0},

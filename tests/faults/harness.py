@@ -23,7 +23,7 @@ import psutil
 
 from afmrl_ray import storage
 from afmrl_ray.config import dump_yaml, validate
-from afmrl_ray.runs.directory import RunDirectory, Stage
+from afmrl_ray.runs import RunDirectory, Stage
 from afmrl_ray.training.metrics_log import read_metrics, results_of
 from tests.cit.conftest import run_values
 

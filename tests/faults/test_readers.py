@@ -20,7 +20,7 @@ from afmrl_ray.catalogue import check_table
 from afmrl_ray.catalogue.checks import image_fault
 from afmrl_ray.config import load_config
 from afmrl_ray.errors import CatalogueError, ConfigError, StorageError
-from afmrl_ray.runs.directory import RECORD, RunDirectory, StageOutcome
+from afmrl_ray.runs import STAGE_RECORD, RunDirectory, StageOutcome
 from afmrl_ray.serving.uploads import upload_fault
 
 READERS = 5
@@ -157,7 +157,7 @@ RECORD_KEYS = ("name", "fingerprint", "inputs", "attempt", "outputs", "digests",
 def test_stage_files(data: st.DataObject, tmp_path: Path) -> None:
     run = RunDirectory(str(tmp_path), "run")
     run.create()
-    path = tmp_path / "run" / "stages" / "a" / RECORD
+    path = tmp_path / "run" / "stages" / "a" / STAGE_RECORD
 
     def body(directory: str) -> StageOutcome:
         Path(directory, "out").write_text("x")

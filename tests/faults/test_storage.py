@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from afmrl_ray.errors import StorageError
-from afmrl_ray.runs.directory import RunDirectory, StageOutcome
+from afmrl_ray.runs import RunDirectory, StageOutcome
 from tests.cluster.s3 import create_bucket, s3_environment
 from tests.faults.conftest import TRIALS, Undisturbed
 from tests.faults.flaky_s3 import FlakyS3

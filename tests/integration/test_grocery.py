@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from afmrl_ray.cit.evaluation import baselines_stage
 
-from afmrl_ray.catalogue import CatalogueRef, open_catalogue
+from afmrl_ray.catalogue import open_catalogue
+from afmrl_ray.cit.pipeline import Pipeline
 from afmrl_ray.config import load_config
+from afmrl_ray.runs import RunDirectory, StageName
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared/data/grocery/products.parquet"
@@ -21,8 +22,8 @@ def test_pixel_baseline_and_chance_are_those_of_the_datas_readme(tmp_path):
     )
     catalogue = open_catalogue(str(DATA), config=config.catalogue)
     assert catalogue.counts == {"rows": 5502, "kept": 5502, "quarantined": {}}
-    reference = CatalogueRef(str(DATA), config.catalogue, catalogue.fingerprint)
-    found = baselines_stage(config, reference, str(tmp_path / "floor")).metrics
+    pipeline = Pipeline(config, RunDirectory(str(tmp_path), "grocery"), catalogue)
+    found = pipeline.stage(StageName("baselines")).metrics
     published = {"G1": ((7.0, 26.3, 40.6), (1.2, 6.2, 12.3)), "G2": ((13.9, 30.1, 41.9), (1.4, 6.7, 13.0))}
     for name, (pixels, chance) in published.items():
         for k, by_pixels, by_chance in zip((1, 5, 10), pixels, chance, strict=True):

@@ -9,7 +9,7 @@ import pytest
 
 from afmrl_ray.config import dump_yaml
 from afmrl_ray.report.collect import collect
-from afmrl_ray.runs.directory import RunDirectory
+from afmrl_ray.runs import RunDirectory
 from tests.cit.test_ladder import ladder_config
 from tests.jobs.benches import bench, commits
 

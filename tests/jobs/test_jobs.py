@@ -165,22 +165,6 @@ def test_a_mistake_is_one_line_with_exit_code_2_and_nothing_is_written(
     assert not storage.exists()
 
 
-def test_an_encoder_alone_is_exported_for_sentence_transformers(tiny_checkpoints, tmp_path, capsys):
-    def export(role, out):
-        arguments = ["--model", tiny_checkpoints[role], "--role", role, "--out", str(out), "--sentence-transformers"]
-        return main_of("export")([*arguments, "encoder.image.max_pixels=50000", "encoder.instruction=Look."])
-
-    assert export("encoder", tmp_path / "encoder") == 0
-    assert capsys.readouterr().out.strip().endswith(str(tmp_path / "encoder"))
-    assert json.loads((tmp_path / "encoder" / "preprocessor_config.json").read_text())["size"]["longest_edge"] == 50000
-    card = (tmp_path / "encoder" / "README.md").read_text()
-    assert '"Look."' in card
-    assert export("generator", tmp_path / "generator") == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error == "error: --sentence-transformers: a generator gives no embeddings; use --role encoder"
-    assert not (tmp_path / "generator").exists()
-
-
 def test_a_failure_that_is_nobodys_mistake_says_how_to_go_on(monkeypatch, capsys):
     from afmrl_ray import cli
 

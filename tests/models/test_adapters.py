@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from afmrl_ray.config.models import AdapterConfig, ImageConfig
+from afmrl_ray.config.models import AdapterConfig, EncoderConfig, ImageConfig
 from afmrl_ray.errors import CheckpointError
 from afmrl_ray.models.adapters import ADAPTER_FILE, load_start, load_trained, make_trainable, save_trained
 from afmrl_ray.models.backbones import load_backbone
@@ -15,6 +15,7 @@ from afmrl_ray.models.encoder import EmbeddingModel
 from afmrl_ray.models.export import export_merged
 from afmrl_ray.models.item_processor import ItemProcessor
 from afmrl_ray.models.model_input import collate
+from afmrl_ray.models.model_settings import encoder_settings
 from tests.models.test_item_processor import noise
 
 LORA = AdapterConfig(kind="lora", r=4)
@@ -96,13 +97,14 @@ def test_an_exported_adapter_is_an_ordinary_model_with_the_same_embeddings(adapt
 
     path, embeddings = adapter
     out = str(tmp_path / "merged")
-    export_merged(path, "encoder", out)
+    settings = encoder_settings(EncoderConfig(), catalogue="c", upstream={})
+    export_merged(path, out, settings)
     stock = Qwen2VLForConditionalGeneration.from_pretrained(out, dtype=torch.float32)
     torch.testing.assert_close(embed(stock, batch), embeddings, atol=1e-5, rtol=1e-4)
     assert not os.path.exists(os.path.join(out, "adapter_config.json"))
     ItemProcessor.from_pretrained(out, ImageConfig())
     with pytest.raises(CheckpointError, match="is not empty"):
-        export_merged(path, "encoder", out)
+        export_merged(path, out, settings)
 
 
 def test_rslora_and_dora_are_what_they_say(tiny_checkpoints):

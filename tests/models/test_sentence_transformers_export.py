@@ -18,11 +18,13 @@ from afmrl_ray.models.adapters import load_start, load_trained, save_trained
 from afmrl_ray.models.encoder import EmbeddingModel
 from afmrl_ray.models.item_processor import ItemProcessor
 from afmrl_ray.models.model_input import collate
+from afmrl_ray.models.model_settings import encoder_settings
 from afmrl_ray.models.prompts import encoder_input
 from afmrl_ray.models.sentence_transformers_export import export_sentence_transformers
 from afmrl_ray.models.tiny import train_tokenizer
 
 CONFIG = EncoderConfig(image=ImageConfig(min_pixels=1600, max_pixels=14000), max_tokens=150)
+SETTINGS = encoder_settings(CONFIG, catalogue="c", upstream={})
 COLOURS = "color: red; pattern: striped"
 LONG = "new hot sale mug with handle " * 30
 SYSTEM = """<|im_start|>system\nYou're a "helpful" assistänt. 🛒<|im_end|>\n"""
@@ -116,7 +118,7 @@ def exported(request, tiny_checkpoints, tmp_path_factory):
     with torch.no_grad():
         own = EmbeddingModel(load_trained(source, "encoder")).eval()(**collate(rows, processor.pad_id))
     out = str(tmp_path_factory.mktemp("exported") / "folder")
-    export_sentence_transformers(source, out, CONFIG)
+    export_sentence_transformers(source, out, SETTINGS)
     return out, own, rows
 
 
@@ -200,14 +202,14 @@ def test_what_cannot_be_exported_is_said(tiny_checkpoints, tmp_path):
     (tmp_path / "full" / "note").touch()
     shutil.copytree(tiny_checkpoints["encoder"], tmp_path / "melting")
     train_tokenizer(["mug\n\nmug"] * 30, 420).save_pretrained(tmp_path / "melting")
-    two_lines = CONFIG.model_copy(update={"instruction": "\nRepresent."})
+    two_lines = SETTINGS.model_copy(update={"instruction": "\nRepresent."})
     with pytest.raises(ConfigError, match=r"encoder\.instruction: begins with a line break"):
         export_sentence_transformers(str(tmp_path / "melting"), str(tmp_path / "new"), two_lines)
     assert not (tmp_path / "new").exists()
     with pytest.raises(CheckpointError, match="the encoder must be qwen2_vl"):
-        export_sentence_transformers(tiny_checkpoints["generator"], str(tmp_path / "new"), CONFIG)
+        export_sentence_transformers(tiny_checkpoints["generator"], str(tmp_path / "new"), SETTINGS)
     with pytest.raises(CheckpointError, match="is not empty"):
-        export_sentence_transformers(tiny_checkpoints["encoder"], str(tmp_path / "full"), CONFIG)
+        export_sentence_transformers(tiny_checkpoints["encoder"], str(tmp_path / "full"), SETTINGS)
 
 
 @pytest.fixture

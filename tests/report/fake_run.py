@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from afmrl_ray import storage
-from afmrl_ray.runs.directory import RunDirectory, Stage, StageOutcome
+from afmrl_ray.runs import RunDirectory, Stage, StageOutcome
 
 CONFIG = {
     "run": {"name": "fake", "seed": 0},

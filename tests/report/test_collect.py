@@ -9,7 +9,7 @@ import pytest
 from afmrl_ray import storage
 from afmrl_ray.errors import StorageError
 from afmrl_ray.report.collect import Estimate, collect
-from afmrl_ray.runs.directory import RunDirectory, StageOutcome
+from afmrl_ray.runs import RunDirectory, StageOutcome
 from tests.report.fake_run import CONFIG, STEPS, FakeRun
 
 

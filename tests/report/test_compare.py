@@ -13,7 +13,7 @@ from safetensors.numpy import save
 from afmrl_ray import storage
 from afmrl_ray.errors import StorageError
 from afmrl_ray.report import compare, comparison_text, write_comparison
-from afmrl_ray.runs.directory import RunDirectory, StageOutcome
+from afmrl_ray.runs import RunDirectory, StageOutcome
 from jobs.report import main
 from tests.report.fake_run import FakeRun
 from tests.report.test_write import ADDRESS, Page

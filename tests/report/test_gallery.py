@@ -13,7 +13,7 @@ from afmrl_ray.report import write_report
 from afmrl_ray.report.collect import collect
 from afmrl_ray.report.examples import PairChange, pair_changes
 from afmrl_ray.report.gallery import make_gallery
-from afmrl_ray.runs.directory import RunDirectory, StageOutcome
+from afmrl_ray.runs import RunDirectory, StageOutcome
 from tests.report.fake_run import FakeItems, FakeRun
 
 ITEM = "item-00000"

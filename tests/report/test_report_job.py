@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from afmrl_ray.runs.directory import RunDirectory
+from afmrl_ray.runs import RunDirectory
 from jobs.report import directory, main
 from tests.report.fake_run import FakeRun
 from tests.report.test_compare import HITS, measured

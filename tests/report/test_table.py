@@ -8,7 +8,7 @@ import pytest
 
 from afmrl_ray.report import run_table
 from afmrl_ray.report.table import metric_label, metric_order
-from afmrl_ray.runs.directory import RunDirectory
+from afmrl_ray.runs import RunDirectory
 from tests.report.fake_run import FakeRun
 
 

@@ -15,7 +15,8 @@ import pytest
 from afmrl_ray import storage
 from afmrl_ray.runs import memory
 from afmrl_ray.errors import StorageError
-from afmrl_ray.runs.directory import RECORD, RunDirectory, Stage, StageOutcome, digest_path
+from afmrl_ray.runs import STAGE_RECORD, RunDirectory, Stage, StageOutcome
+from afmrl_ray.runs.directory import digest_path
 
 
 class Counting:
@@ -38,7 +39,7 @@ def run(tmp_path: Path) -> RunDirectory:
 
 
 def record_of(run: RunDirectory, name: str) -> dict[str, Any]:
-    return json.loads((Path(run.path) / "stages" / name / RECORD).read_text())
+    return json.loads((Path(run.path) / "stages" / name / STAGE_RECORD).read_text())
 
 
 def test_a_committed_stage_is_skipped_by_another_process_too(run: RunDirectory, tmp_path: Path) -> None:
@@ -150,7 +151,7 @@ def test_a_flipped_byte_in_a_committed_output_ends_the_job_with_what_to_do(run: 
     again = RunDirectory(str(tmp_path), "run")
     with pytest.raises(StorageError, match=r"stage a: .*out.txt is not what was committed .* remove .*stage.json"):
         again.run_stage("a", {}, body)
-    (Path(run.path) / "stages" / "a" / RECORD).unlink()
+    (Path(run.path) / "stages" / "a" / STAGE_RECORD).unlink()
     assert storage.read_bytes(again.run_stage("a", {}, body).output("out")) == b"content"
     assert body.calls == 2
 
@@ -201,8 +202,8 @@ def test_stages_come_in_the_order_of_their_commits_and_ignore_debris(run: RunDir
     for name in ("b", "a", "c"):
         run.run_stage(name, {}, Counting())
     # A driver that was killed while it wrote leaves the first; the other is a cache beside the attempts.
-    storage.write_bytes(storage.join(run.path, "stages", "d", f"{RECORD}.123.partial"), b"{")
-    storage.write_bytes(storage.join(run.path, "stages", "d", "answers", RECORD), b"{}")
+    storage.write_bytes(storage.join(run.path, "stages", "d", f"{STAGE_RECORD}.123.partial"), b"{")
+    storage.write_bytes(storage.join(run.path, "stages", "d", "answers", STAGE_RECORD), b"{}")
     run.run_stage("b", {"changed": True}, Counting())
     assert [stage.name for stage in run.stages()] == ["a", "c", "b"]
 

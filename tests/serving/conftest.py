@@ -13,27 +13,29 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from afmrl_ray import storage
 from afmrl_ray.attributes.store import AttributeRow, read_attributes, write_attributes
 from afmrl_ray.attributes.text import format_attributes, normalise_attributes
 from afmrl_ray.catalogue import CatalogueRef
-from afmrl_ray.cit.stages.index import index_gallery, thumbnail, write_index
+from afmrl_ray.cit.stages.index import index_gallery, write_index
 from afmrl_ray.config import Config, validate
 from afmrl_ray.config.models import TinyConfig
 from afmrl_ray.config.serving import ServingConfig
+from afmrl_ray.models.model_settings import ModelSettings, encoder_settings, generator_settings
 from afmrl_ray.models.tiny import build_encoder, save_checkpoint
 from afmrl_ray.retrieval.embed import EncoderRef, open_encoder
-from afmrl_ray.runs.directory import RunDirectory, StageOutcome
+from afmrl_ray.retrieval.item_table import thumbnail
+from afmrl_ray.runs import RunDirectory, StageOutcome
+from afmrl_ray.runs.records import RunReader
 from afmrl_ray.serving.api import make_api
-from afmrl_ray.serving.bundle import Bundle, open_bundle, split_run
+from afmrl_ray.serving.bundle import Bundle, open_bundle
+from afmrl_ray.serving.live_index import LiveIndex
 from afmrl_ray.serving.metrics import ServingMetrics
 from afmrl_ray.serving.models import Embedding, EncoderInput, ServedEncoder
-from afmrl_ray.serving.round_index import LiveIndex
 from afmrl_ray.serving.security import Keys
 from afmrl_ray.serving.service import SearchService
 from afmrl_ray.serving.uploads import Upload
 
-PICTURE = {"min_pixels": 3136, "max_pixels": 3136}
+PIXELS = {"min_pixels": 3136, "max_pixels": 3136}
 
 
 def image_bytes(colour: str = "red", size: tuple[int, int] = (56, 56), kind: str = "PNG") -> bytes:
@@ -51,8 +53,8 @@ def served_config(storage_path: Path) -> Config:
             "run": {"name": "served", "storage_path": str(storage_path)},
             "catalogue": {"cache_dir": str(storage_path / "staging")},
             "synthetic": {"preset": "tiny", "image_px": 56},
-            "encoder": {"image": PICTURE},
-            "generator": {"image": PICTURE, "max_new_tokens": 24},
+            "encoder": {"image": PIXELS},
+            "generator": {"image": PIXELS, "max_new_tokens": 24},
             "index": {"gallery": {"split": ["test"], "role": "gallery"}},
             "evaluation": {"protocols": [{"kind": "retrieval", "name": "fine"}], "primary_protocol": "fine"},
         }
@@ -78,6 +80,11 @@ def served_run(
         hidden_size=48, num_layers=2, num_heads=4, vision_width=32, vision_depth=2, patch_px=14, vocabulary=420
     )
 
+    settings: dict[str, ModelSettings] = {
+        "encoder": encoder_settings(config.encoder, catalogue=tiny_catalogue_ref.fingerprint, upstream={}),
+        "generator": generator_settings(config.generator, catalogue=tiny_catalogue_ref.fingerprint, upstream={}),
+    }
+
     def model(role: str, number: int) -> Callable[[str], StageOutcome]:
         def body(directory: str) -> StageOutcome:
             target = f"{directory}/model"
@@ -86,6 +93,7 @@ def served_run(
                 save_checkpoint(build_encoder(tiny, tokenizer, 100 + number), tokenizer, tiny, target)
             else:
                 shutil.copytree(tiny_checkpoints[role], target)
+            settings[role].write(target)
             return StageOutcome({"model": "model"}, {})
 
         return body
@@ -102,7 +110,8 @@ def served_run(
         run.run_stage(f"rar-r{number}", {"n": number}, model("generator", number))
         written = run.run_stage(f"attributes-r{number + 1}", {"n": number}, attributes)
         protocols = {"fine": {"metrics": {"hit@1": {"mean": 0.4 + number / 10, "low": None, "high": None}}}}
-        run.run_stage(f"evaluate-r{number}", {}, lambda _, p=protocols: StageOutcome({}, {"protocols": p}))
+        read = {"config": {"evaluation": config.evaluation.fingerprinted()}}
+        run.run_stage(f"evaluate-r{number}", read, lambda _, p=protocols: StageOutcome({}, {"protocols": p}))
         run.run_stage(f"promotion-r{number}", {}, lambda _: StageOutcome({}, {"promoted": True, "why": []}))
         upstream = {stage.name: stage.fingerprint for stage in (encoder, written)}
         rows = catalogue.rows(index_gallery(config))
@@ -112,14 +121,14 @@ def served_run(
         )
         run.run_stage(
             f"index-r{number}",
-            {"upstream": upstream},
-            partial(write_index, config, catalogue, rows, vectors, text_of),
+            {"upstream": upstream, "config": {"index": config.index.fingerprinted()}},
+            partial(write_index, config, catalogue, index_gallery(config), rows, vectors, text_of),
         )
     return run
 
 
 class PlainEncoder:
-    """`service.EncoderPort` without Ray."""
+    """`ports.EncoderPort` without Ray."""
 
     def __init__(self) -> None:
         self._encoder = ServedEncoder(rounds_kept=2, tokens=4096)
@@ -133,7 +142,7 @@ class PlainEncoder:
 
 
 class PlainGenerator:
-    """`service.GeneratorPort` whose text is a function of what it is given, and which counts its calls."""
+    """`ports.GeneratorPort` that writes a function of its input, and counts its calls."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -149,7 +158,7 @@ class PlainGenerator:
 
 
 class PlainIndex:
-    """`service.IndexPort` without Ray."""
+    """`ports.IndexPort` without Ray."""
 
     def __init__(self, state_dir: str, bundle: Bundle, **settings: Any) -> None:
         self.live = LiveIndex(state_dir, bundle, **{"rounds_kept": 2, "max_delta_items": 1000, **settings})
@@ -164,10 +173,7 @@ class PlainIndex:
         return self.live.write(lambda store: store.upsert(item, embedded))
 
     async def delete(self, item_id):
-        there = self.live.current().get(item_id) is not None
-        if there:
-            self.live.write(lambda store: store.delete(item_id))
-        return there
+        return self.live.delete(item_id)
 
     async def get(self, item_id):
         return self.live.current().get(item_id)
@@ -181,8 +187,8 @@ class PlainIndex:
     async def begin_switch(self, bundle):
         self.live.write(lambda store: store.begin_switch(bundle))
 
-    async def lacking(self, key, limit):
-        return self.live.store.lacking(key, limit)
+    async def without_vector(self, key, limit):
+        return self.live.store.without_vector(key, limit)
 
     async def add_vector(self, item, key, embedded):
         self.live.write(lambda store: store.add_vector(item, key, embedded))
@@ -213,7 +219,7 @@ class Application:
             self.config,
             Keys.read(self.config.auth),
             self.metrics,
-            lambda n: open_bundle(split_run(run.path), n),
+            lambda n: open_bundle(RunReader.open(run.path), n),
             lambda data: thumbnail(Image.open(io.BytesIO(data)), 64),
         )
 
@@ -240,11 +246,7 @@ def bundles(served_run: RunDirectory) -> tuple[Bundle, Bundle]:
 
 
 def unit(*values: float, dimensions: int = 48) -> np.ndarray:
-    """A unit vector whose first numbers are in proportion to `values`."""
+    """A unit vector whose first elements are proportional to `values`."""
     vector = np.zeros(dimensions, dtype=np.float32)
     vector[: len(values)] = values
     return vector / np.linalg.norm(vector)
-
-
-def stage_record(run: RunDirectory, name: str) -> dict[str, Any]:
-    return storage.read_json(storage.join(run.path, "stages", name, "stage.json"))

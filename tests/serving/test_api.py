@@ -1,4 +1,4 @@
-"""The HTTP API over plain objects: what it answers, what it refuses, and that both are as documented."""
+"""The HTTP API over plain objects: answers, limits and errors."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def test_hits_are_those_of_exact_search_over_the_gallery(client, application: Ap
     vectors = live._index.reconstruct_n(0, live._index.ntotal)
     scores = vectors @ np.array(query["embedding"], dtype=np.float32)
     wanted = sorted(
-        ((-round(float(score), 5), live._record(row).item_id) for row, score in enumerate(scores)), key=lambda x: x[0]
+        ((-round(float(score), 5), live._table.record(row).item_id) for row, score in enumerate(scores)),
+        key=lambda x: x[0],
     )[:100]
     assert [-round(hit["score"], 5) for hit in answer["hits"]] == pytest.approx(
         [score for score, _ in wanted], abs=2e-5
@@ -53,7 +54,7 @@ def test_hits_are_those_of_exact_search_over_the_gallery(client, application: Ap
     assert {hit["item_id"] for hit in answer["hits"][:5]} == {item for _, item in wanted[:5]}
 
 
-def test_an_indexed_item_is_found_by_what_it_was_indexed_with(client, tiny_catalogue_ref) -> None:
+def test_an_indexed_item_is_found_by_its_own_content(client, tiny_catalogue_ref) -> None:
     catalogue = tiny_catalogue_ref.open()
     found = gallery_item(client)
     row = catalogue.column("item_id").index(found["item_id"])
@@ -69,7 +70,7 @@ def test_an_indexed_item_is_found_by_what_it_was_indexed_with(client, tiny_catal
     assert answer["hits"][0]["score"] == pytest.approx(1, abs=1e-5)
 
 
-def test_attributes_of_the_query_move_the_hits(client) -> None:
+def test_attributes_of_the_query_change_the_scores(client) -> None:
     def scores(**more) -> list[float]:
         return [hit["score"] for hit in client.post("/v1/search", json={"title": "mug", **more}).json()["hits"]]
 
@@ -78,7 +79,7 @@ def test_attributes_of_the_query_move_the_hits(client) -> None:
     assert none != written
 
 
-def test_filters_leave_out_everything_else(client, tiny_catalogue_ref) -> None:
+def test_every_hit_meets_the_filters(client, tiny_catalogue_ref) -> None:
     catalogue = tiny_catalogue_ref.open()
     category = catalogue.item(0).category
     found = gallery_item(client)
@@ -94,12 +95,12 @@ def test_filters_leave_out_everything_else(client, tiny_catalogue_ref) -> None:
     )
 
 
-def test_items_that_are_put_in_are_found_and_filtered_and_gone_when_deleted(client) -> None:
+def test_an_upserted_item_is_found_and_filtered_until_it_is_deleted(client) -> None:
     item = {"item_id": "new:1", "title": "Green disc", "image": encoded(image_bytes("green")), "category": "discs"}
     before = client.get("/v1/model").json()["items"]
-    put = client.post("/v1/items", json=item)
-    assert put.status_code == 200
-    assert put.json()["attributes"] == {"color": "red", "round": "1", "size": "10"}
+    upserted = client.post("/v1/items", json=item)
+    assert upserted.status_code == 200
+    assert upserted.json()["attributes"] == {"color": "red", "round": "1", "size": "10"}
     search = {"title": item["title"], "image": item["image"], "k": 3}
     hit = client.post("/v1/search", json=search).json()["hits"][0]
     assert (hit["item_id"], hit["score"]) == ("new:1", pytest.approx(1, abs=1e-5))
@@ -133,7 +134,7 @@ def test_an_item_of_the_gallery_can_be_replaced_and_deleted(client) -> None:
     assert found["item_id"] not in {hit["item_id"] for hit in hits}
 
 
-def test_attributes_are_written_once_for_a_image_and_title(client, application: Application) -> None:
+def test_attributes_are_generated_once_for_an_image_and_title(client, application: Application) -> None:
     body = {"image": encoded(image_bytes()), "title": "Red disc"}
     first, again = (client.post("/v1/attributes", json=body).json() for _ in range(2))
     assert (first["cached"], again["cached"]) == (False, True)
@@ -146,7 +147,7 @@ def test_attributes_are_written_once_for_a_image_and_title(client, application: 
     assert 'afmrl_serving_attribute_cache_total{replica="test",result="miss"} 3.0' in text
 
 
-def test_a_generator_that_fails_is_told_and_the_search_goes_on(client) -> None:
+def test_a_search_without_valid_attributes_states_the_reason(client) -> None:
     answer = client.post("/v1/search", json={"title": "unreadable"}).json()
     assert (answer["attributes"], answer["attributes_source"], answer["reason"]) == ({}, "none", "no_pair")
     assert len(answer["hits"]) == 10
@@ -181,9 +182,9 @@ def test_embeddings_in_both_encodings(client) -> None:
         ("search", {"title": "x", "extra": 1}, 422, "extra"),
         ("search", {"title": "x", "attributes_source": "given"}, 422, "attributes: missing"),
         ("search", {"title": "x", "attributes": {str(n): "a" for n in range(33)}}, 422, "more than 32 pairs"),
-        ("search", {"image": "%%%"}, 422, "no base64"),
-        ("search", {"image": encoded(b"GIF89a")}, 422, "no JPEG, PNG or WebP"),
-        ("search", {"image": encoded(image_bytes(kind="GIF"))}, 422, "no JPEG, PNG or WebP"),
+        ("search", {"image": "%%%"}, 422, "not base64"),
+        ("search", {"image": encoded(b"GIF89a")}, 422, "not a JPEG, PNG or WebP"),
+        ("search", {"image": encoded(image_bytes(kind="GIF"))}, 422, "not a JPEG, PNG or WebP"),
         ("search", {"image": encoded(image_bytes()[:-40])}, 422, "damaged or cut off"),
         ("search", {"image": encoded(image_bytes(size=(4001, 4000)))}, 422, "more pixels"),
         ("search", {"image": encoded(image_bytes(size=(17, 3420)))}, 422, "longer than 200 times"),
@@ -199,7 +200,7 @@ def test_embeddings_in_both_encodings(client) -> None:
         ("items", {"item_id": "a"}, 422, "both missing"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(client, path: str, body, status: int, says: str) -> None:
+def test_an_invalid_request_is_refused_and_the_field_is_named(client, path: str, body, status: int, says: str) -> None:
     answer = client.post(f"/v1/{path}", json=body)
     assert answer.status_code == status
     assert answer.headers["content-type"] == "application/problem+json"
@@ -212,7 +213,7 @@ def test_what_does_not_fit_is_refused_by_name(client, path: str, body, status: i
 @pytest.mark.parametrize(
     "title", ["\ud800", "\x00", "🫖" * 1000, "<|im_end|><|image_pad|>", "a\u202eb", "'; DROP TABLE"]
 )
-def test_strange_titles_are_titles(client, title: str) -> None:
+def test_unusual_titles_are_accepted(client, title: str) -> None:
     body = json.dumps({"title": title, "k": 1})
     answer = client.post("/v1/search", content=body, headers={"content-type": "application/json"})
     assert answer.status_code in ((422,) if title == "\ud800" else (200,))
@@ -229,13 +230,13 @@ def test_strange_titles_are_titles(client, title: str) -> None:
         (b"--x\r\n", "multipart/form-data", 400),
     ],
 )
-def test_broken_bodies(client, content: bytes, kind: str, status: int) -> None:
+def test_malformed_bodies_are_refused(client, content: bytes, kind: str, status: int) -> None:
     answer = client.post("/v1/search", content=content, headers={"content-type": kind})
     assert answer.status_code == status
     assert answer.headers["content-type"] == "application/problem+json"
 
 
-def test_bodies_above_the_limit_are_refused_before_they_are_read(served_run, tmp_path) -> None:
+def test_a_body_above_the_limit_is_refused_before_it_is_read(served_run, tmp_path) -> None:
     application = Application(served_run, tmp_path, limits={"body_mb": 0.01})
     with application.client() as client:
         assert client.post("/v1/search", json={"title": "x"}).status_code == 200
@@ -250,7 +251,7 @@ def test_bodies_above_the_limit_are_refused_before_they_are_read(served_run, tmp
         assert answer.headers["content-type"] == "application/problem+json"
 
 
-def test_a_request_that_takes_too_long_is_given_up(served_run, tmp_path) -> None:
+def test_a_request_past_its_deadline_is_answered_503(served_run, tmp_path) -> None:
     application = Application(served_run, tmp_path, limits={"request_s": 0.2})
 
     async def never(bundle, upload: Upload) -> tuple[str, str]:
@@ -265,7 +266,7 @@ def test_a_request_that_takes_too_long_is_given_up(served_run, tmp_path) -> None
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
 
 
-def test_a_failure_of_the_server_tells_nothing_of_its_inside(served_run, tmp_path) -> None:
+def test_a_server_error_reveals_no_internals(served_run, tmp_path) -> None:
     application = Application(served_run, tmp_path)
 
     async def broken(bundle, upload: Upload) -> tuple[str, str]:
@@ -278,7 +279,7 @@ def test_a_failure_of_the_server_tells_nothing_of_its_inside(served_run, tmp_pat
     assert "secret" not in answer.text
 
 
-def test_cors_is_off_unless_asked_for(served_run, tmp_path) -> None:
+def test_cors_is_off_unless_configured(served_run, tmp_path) -> None:
     ask = {"origin": "https://shop.example", "access-control-request-method": "POST"}
     with Application(served_run, tmp_path / "a").client() as client:
         assert "access-control-allow-origin" not in client.options("/v1/search", headers=ask).headers
@@ -299,7 +300,7 @@ def test_unknown_paths_are_one_route_in_the_metrics(client) -> None:
     assert lines == ['afmrl_serving_requests_total{method="any",replica="test",route="unknown",status="404"} 5.0']
 
 
-def test_the_page_needs_no_other_address(client) -> None:
+def test_the_page_loads_nothing_from_other_hosts(client) -> None:
     page = client.get("/")
     assert page.headers["content-type"].startswith("text/html")
     assert "default-src 'self'" in page.headers["content-security-policy"]

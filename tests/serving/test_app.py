@@ -1,4 +1,4 @@
-"""The application on a real Ray Serve: existing clients, kills, switch under load, durability across restarts."""
+"""The application on a real Ray Serve: OpenAI's client, kills, switches under load, durability across restarts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import yaml
 
 from afmrl_ray.config.serving import ServingConfig
 from afmrl_ray.errors import ConfigError
-from afmrl_ray.runs.directory import RunDirectory
+from afmrl_ray.runs import RunDirectory
 from afmrl_ray.serving import app_builder
 from tests.serving.conftest import image_bytes
 
@@ -154,7 +154,7 @@ def test_documentation_health_and_metrics(server: Server) -> None:
     assert "afmrl_serving_requests_total" in server.ask("GET", "/metrics").text
 
 
-def test_a_image_is_enriched_embedded_and_searched(server: Server) -> None:
+def test_a_search_generates_attributes_embeds_and_searches(server: Server) -> None:
     image = base64.b64encode(image_bytes()).decode()
     answer = server.search("", image=image, attributes_source="generated").json()
     assert len(answer["hits"]) == 3
@@ -182,7 +182,7 @@ def test_items_survive_the_death_of_replicas(server: Server, deployments: tuple[
 
 
 @pytest.mark.slow
-def test_kills_under_load_cost_no_answer(server: Server) -> None:
+def test_kills_under_load_cause_no_wrong_answer(server: Server) -> None:
     wanted = server.search("red mug", attributes_source="generated").json()["hits"]
     with Load(server) as load:
         for deployment in ("Encoder", "Index", "Generator"):
@@ -193,7 +193,7 @@ def test_kills_under_load_cost_no_answer(server: Server) -> None:
     assert all(body["hits"] == wanted for status, body in load.answers if status == 200)
 
 
-def test_rollover_under_load_fails_no_request_and_mixes_no_rounds(server: Server, bundles) -> None:
+def test_a_switch_under_load_fails_no_request_and_mixes_no_rounds(server: Server, bundles) -> None:
     def hits(number: int) -> Any:
         assert server.ask("POST", "/admin/switch", {"round": number}).status_code == 200
         return server.search("red mug", attributes_source="generated").json()["hits"]
@@ -214,10 +214,10 @@ def test_rollover_under_load_fails_no_request_and_mixes_no_rounds(server: Server
 
 
 @pytest.mark.slow
-def test_a_new_user_config_moves_to_its_round(
+def test_a_new_user_config_switches_to_its_round(
     server: Server, served_run: RunDirectory, state_dir: str, tmp_path: Path
 ) -> None:
-    """By the way that operators take: `serve deploy` of a file whose `user_config` names another round."""
+    """As operators do it: `serve deploy` of a file whose `user_config` names another round."""
     arguments = settings(served_run, state_dir).model_dump(mode="json")
 
     def serving(number: int) -> None:

@@ -15,7 +15,7 @@ import pytest
 import requests
 import uvicorn
 
-from afmrl_ray.runs.directory import RunDirectory
+from afmrl_ray.runs import RunDirectory
 from afmrl_ray.serving.security import new_key
 from tests.serving.conftest import Application, image_bytes
 
@@ -70,7 +70,7 @@ def site(served_run: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 class Tab:
-    """An open page; `requests` are the addresses that it asked for."""
+    """An open page; `requests` are the URLs that it requested."""
 
     def __init__(self, browser: Any, site: Site, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
         self.page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
@@ -186,7 +186,9 @@ def test_hostile_text_is_shown_and_not_run(browser: Any, site: Site) -> None:
     assert requests.delete(site.address + "/v1/items/hostile", timeout=30).status_code == 204
 
 
-def test_a_refusal_is_told_and_a_key_opens(browser: Any, served_run: RunDirectory, tmp_path: Path) -> None:
+def test_a_missing_key_is_shown_as_an_error_and_can_be_entered(
+    browser: Any, served_run: RunDirectory, tmp_path: Path
+) -> None:
     key, line = new_key("shop", "user")
     (tmp_path / "keys").write_text(line + "\n")
     auth = {"keys_file": str(tmp_path / "keys")}

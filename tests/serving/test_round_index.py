@@ -10,8 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from afmrl_ray.serving.bundle import Bundle
-from afmrl_ray.serving.round_index import Filters, LiveIndex, merge
-from afmrl_ray.serving.store import Embedded, ItemStore, StoredItem
+from afmrl_ray.serving.live_index import LiveIndex, merge
+from afmrl_ray.serving.records import EmbeddedItem, StoredItem
+from afmrl_ray.serving.round_index import Filters
+from afmrl_ray.serving.store import ItemStore
 from tests.serving.conftest import unit
 
 
@@ -21,7 +23,7 @@ def item(item_id: str, title: str = "t", category: str | None = "c") -> StoredIt
 
 def upsert(live: LiveIndex, stored: StoredItem, vector: np.ndarray, text: str = "color: red") -> None:
     bundle = live.state.current
-    missing = live.write(lambda store: store.upsert(stored, {bundle.key: Embedded(text, vector)}))
+    missing = live.write(lambda store: store.upsert(stored, {bundle.key: EmbeddedItem(text, vector)}))
     assert missing is None
 
 
@@ -40,7 +42,7 @@ NAMES = ("new-1", "new-2", "new-3")
 CHANGES = st.lists(
     st.one_of(
         st.tuples(st.just("upsert"), st.integers(0, 5), st.sampled_from(sorted(VECTORS)), st.sampled_from(["x", "y"])),
-        st.tuples(st.just("out"), st.integers(0, 5), st.just(""), st.just("")),
+        st.tuples(st.just("delete"), st.integers(0, 5), st.just(""), st.just("")),
         st.tuples(st.sampled_from(["merge", "restart"]), st.just(0), st.just(""), st.just("")),
     ),
     max_size=12,
@@ -53,7 +55,7 @@ def test_search_equals_a_plain_recomputation(bundles, tmp_path_factory, changes,
     folder, bundle = tmp_path_factory.mktemp("state"), bundles[1]
     live, other = opened(folder, bundle), opened(folder, bundle)
     index = live.current()
-    base = [index._record(row) for row in range(index._index.ntotal)]
+    base = [index._table.record(row) for row in range(index._index.ntotal)]
     names = [record.item_id for record in base[:3]] + list(NAMES)
     vectors = index._index.reconstruct_n(0, len(base))
     wanted = {record.item_id: (vectors[row], record.category) for row, record in enumerate(base)}
@@ -61,7 +63,7 @@ def test_search_equals_a_plain_recomputation(bundles, tmp_path_factory, changes,
         if kind == "upsert":
             upsert(live, item(names[which], category=of_category), VECTORS[vector])
             wanted[names[which]] = VECTORS[vector], of_category
-        elif kind == "out":
+        elif kind == "delete":
             live.write(lambda store, name=names[which]: store.delete(name))
             wanted.pop(names[which], None)
         elif kind == "merge":
@@ -93,7 +95,7 @@ def test_another_replica_sees_a_change_at_once(bundles, tmp_path: Path) -> None:
     assert "new" not in found(one, VECTORS["a"])
 
 
-def test_what_was_put_in_is_found_by_a_process_that_starts_later(bundles, tmp_path: Path) -> None:
+def test_an_upserted_item_is_found_after_a_restart(bundles, tmp_path: Path) -> None:
     upsert(opened(tmp_path, bundles[1]), item("new", title="kept"), VECTORS["a"])
     later = opened(tmp_path, bundles[1])
     assert found(later, VECTORS["a"])[0] == "new"
@@ -102,7 +104,7 @@ def test_what_was_put_in_is_found_by_a_process_that_starts_later(bundles, tmp_pa
     assert (record.title, record.attributes, record.thumbnail) == ("kept", "color: red", b"thumbnail")
 
 
-def test_merging_keeps_everything_and_searches_the_new_index(bundles, tmp_path: Path) -> None:
+def test_a_merge_keeps_every_item_and_searches_the_new_index(bundles, tmp_path: Path) -> None:
     live = opened(tmp_path, bundles[1], max_delta_items=1)
     for name, vector in VECTORS.items():
         upsert(live, item(f"new-{name}"), vector, text=f"color: {name}")
@@ -115,7 +117,7 @@ def test_merging_keeps_everything_and_searches_the_new_index(bundles, tmp_path: 
     assert before is not None
     assert after is not None
     assert [hit.item_id for hit in after] == [hit.item_id for hit in before]
-    assert live.current().unmerged == 0
+    assert live.current().delta_items == 0
     assert found(live, VECTORS["a"], filters=Filters(attributes=(("color", "d"),))) == ["new-d"]
     record = live.current().get("new-a")
     assert record is not None
@@ -130,11 +132,11 @@ def test_one_replica_merges_at_a_time(bundles, tmp_path: Path) -> None:
     upsert(live, item("new"), VECTORS["a"])
     assert live.store.acquire_lock("merge", 60)
     assert merge(str(tmp_path), bundles[1]) is None
-    live.store.release("merge")
+    live.store.release_lock("merge")
     assert merge(str(tmp_path), bundles[1]) is not None
 
 
-def test_a_vector_of_another_round_finds_nothing(bundles, tmp_path: Path) -> None:
+def test_a_vector_of_another_bundle_is_not_searched(bundles, tmp_path: Path) -> None:
     live = opened(tmp_path, bundles[1])
     assert live.search(bundles[0].key, VECTORS["a"], 3, Filters()) is None
 
@@ -143,38 +145,41 @@ def test_an_item_needs_a_vector_of_every_round_that_is_or_will_be_served(bundles
     store = ItemStore(str(tmp_path))
     store.start(bundles[0])
     store.begin_switch(bundles[1])
-    one, both = {bundles[0].key: Embedded("", VECTORS["a"])}, {b.key: Embedded("", VECTORS["a"]) for b in bundles}
+    one, both = (
+        {bundles[0].key: EmbeddedItem("", VECTORS["a"])},
+        {b.key: EmbeddedItem("", VECTORS["a"]) for b in bundles},
+    )
     assert store.upsert(item("new"), one) == {bundles[1].key: bundles[1]}
-    assert store.known("new") is None
+    assert store.item("new") is None
     assert store.upsert(item("new"), both) is None
     assert store.finish_switch(bundles[1].key)
     state = store.state()
     assert state is not None
-    assert (state.current, state.rolling, state.history) == (bundles[1], None, (bundles[0],))
+    assert (state.current, state.switching_to, state.history) == (bundles[1], None, (bundles[0],))
 
 
-def test_a_rollover_waits_for_items_without_a_vector(bundles, tmp_path: Path) -> None:
+def test_a_switch_waits_for_items_without_a_vector(bundles, tmp_path: Path) -> None:
     store = ItemStore(str(tmp_path))
     store.start(bundles[0])
     stored = item("new")
-    store.upsert(stored, {bundles[0].key: Embedded("", VECTORS["a"])})
+    store.upsert(stored, {bundles[0].key: EmbeddedItem("", VECTORS["a"])})
     store.begin_switch(bundles[1])
-    assert store.lacking(bundles[1].key, 5) == [stored]
+    assert store.without_vector(bundles[1].key, 5) == [stored]
     assert not store.finish_switch(bundles[1].key)
     changed = item("new", title="changed")
-    store.upsert(changed, {b.key: Embedded("", VECTORS["b"]) for b in bundles})
-    # The switch's own embedding of the item as it was comes too late.
-    store.add_vector(stored, bundles[1].key, Embedded("", VECTORS["d"]))
-    (news,) = store.news(bundles[1].key, 0)
-    assert news.upsert is not None
-    assert np.array_equal(news.upsert.vector, VECTORS["b"])
+    store.upsert(changed, {b.key: EmbeddedItem("", VECTORS["b"]) for b in bundles})
+    # The vector that the switch computed for the replaced item arrives too late.
+    store.add_vector(stored, bundles[1].key, EmbeddedItem("", VECTORS["d"]))
+    (change,) = store.changes(bundles[1].key, 0)
+    assert change.item is not None
+    assert np.array_equal(change.item.vector, VECTORS["b"])
     assert store.finish_switch(bundles[1].key)
 
 
-def test_a_write_that_fails_leaves_nothing(bundles, tmp_path: Path) -> None:
+def test_a_failed_write_changes_nothing(bundles, tmp_path: Path) -> None:
     store = ItemStore(str(tmp_path))
     store.start(bundles[0])
     with pytest.raises(AttributeError):
         store.upsert(item("new"), {bundles[0].key: None})  # type: ignore[dict-item]
-    assert store.known("new") is None
-    assert store.news(bundles[0].key, 0) == []
+    assert store.item("new") is None
+    assert store.changes(bundles[0].key, 0) == []

@@ -1,4 +1,4 @@
-"""Who may ask what."""
+"""Authentication and roles."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def test_roles(served_run, tmp_path, keys_file) -> None:
     application = Application(served_run, tmp_path / "s", auth={"keys_file": path})
     item = {"item_id": "a", "title": "x", "attributes": {}}
     with application.client() as client:
-        for headers, search, put in (({}, 401, 401), (bearer("no"), 401, 401), (bearer(user), 200, 403)):
+        for headers, search, upsert in (({}, 401, 401), (bearer("no"), 401, 401), (bearer(user), 200, 403)):
             assert client.post("/v1/search", json={"title": "x"}, headers=headers).status_code == search
-            assert client.post("/v1/items", json=item, headers=headers).status_code == put
-            assert client.post("/admin/switch", json={}, headers=headers).status_code == put
-            assert client.delete("/v1/items/a", headers=headers).status_code == put
+            assert client.post("/v1/items", json=item, headers=headers).status_code == upsert
+            assert client.post("/admin/switch", json={}, headers=headers).status_code == upsert
+            assert client.delete("/v1/items/a", headers=headers).status_code == upsert
         assert client.post("/v1/items", json=item, headers=bearer(admin)).status_code == 200
         assert client.post("/admin/switch", json={"round": 1}, headers=bearer(admin)).status_code == 200
         assert client.get("/metrics").status_code == 401
@@ -44,14 +44,14 @@ def test_roles(served_run, tmp_path, keys_file) -> None:
         assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
 
 
-def test_anonymous_requests_come_from_this_machine_only(served_run, tmp_path) -> None:
+def test_anonymous_requests_are_accepted_from_this_machine_only(served_run, tmp_path) -> None:
     application = Application(served_run, tmp_path)
     for host, status in (("127.0.0.1", 200), ("::1", 200), ("10.1.2.3", 401), ("testclient", 401)):
         with application.client(host=host) as client:
             assert client.get("/v1/model").status_code == status
 
 
-def test_only_digests_are_kept(keys_file) -> None:
+def test_only_digests_are_stored(keys_file) -> None:
     path, user, admin = keys_file
     with open(path) as file:
         text = file.read()
@@ -61,16 +61,16 @@ def test_only_digests_are_kept(keys_file) -> None:
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("", "holds no key"), ("shop:user:abc", "key 1 is not"), ("a:root:" + "0" * 64, "key 1 is not")],
+    [("", "contains no key"), ("shop:user:abc", "key 1 is not"), ("a:root:" + "0" * 64, "key 1 is not")],
 )
-def test_files_that_are_no_keys(tmp_path, text: str, says: str) -> None:
+def test_invalid_key_files_are_refused(tmp_path, text: str, says: str) -> None:
     path = tmp_path / "keys"
     path.write_text(text)
     with pytest.raises(ConfigError, match=says):
         Keys.read(AuthConfig(keys_file=str(path)))
 
 
-def test_without_keys_nothing_is_served_unless_so_said(monkeypatch, keys_file) -> None:
+def test_serving_without_keys_must_be_allowed_explicitly(monkeypatch, keys_file) -> None:
     monkeypatch.delenv("AFMRL_API_KEYS_FILE", raising=False)
     with pytest.raises(ConfigError, match=r"auth\.anonymous_on_loopback"):
         Keys.read(AuthConfig())
@@ -80,7 +80,7 @@ def test_without_keys_nothing_is_served_unless_so_said(monkeypatch, keys_file) -
     assert Keys.read(AuthConfig()).caller(f"Bearer {keys_file[2]}", None).admin
 
 
-def test_the_job_prints_a_key_and_keeps_its_digest(tmp_path, capsys) -> None:
+def test_the_job_prints_a_key_and_stores_its_digest(tmp_path, capsys) -> None:
     from jobs.api_key import main
 
     path = tmp_path / "keys"
@@ -92,7 +92,7 @@ def test_the_job_prints_a_key_and_keeps_its_digest(tmp_path, capsys) -> None:
     assert main(["shop", "--file", str(tmp_path)]) == 2
 
 
-def test_serve_hands_over_plain_arguments_with_flat_keys(served_run, tmp_path) -> None:
+def test_plain_arguments_of_serve_run_with_dotted_keys_are_accepted(served_run, tmp_path) -> None:
     """As `serve run module:builder section.field=value` does."""
     from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build
 

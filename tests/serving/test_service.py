@@ -1,4 +1,4 @@
-"""Switch: no request mixes rounds, nothing that was put in is lost, and the way back works."""
+"""Switching the round: no request mixes rounds, no upserted item is lost, and switching back works."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 from afmrl_ray.serving.bundle import Bundle
 from afmrl_ray.serving.errors import Problem
 from afmrl_ray.serving.models import Embedding, EncoderInput
+from afmrl_ray.serving.records import StoredItem
 from afmrl_ray.serving.round_index import Filters
-from afmrl_ray.serving.service import SearchResult
-from afmrl_ray.serving.store import StoredItem
+from afmrl_ray.serving.service import SearchResult, SwitchResult
 from afmrl_ray.serving.uploads import Upload
 from tests.serving.conftest import Application
 
@@ -32,7 +32,7 @@ def new_item(name: str = "new", given: str | None = None) -> StoredItem:
     return StoredItem(name, f"title of {name}", None, None, given, None, None)
 
 
-def test_a_search_in_flight_starts_again_when_another_round_takes_over(at_round_0, bundles) -> None:
+def test_a_search_under_way_starts_again_when_another_round_is_served(at_round_0, bundles) -> None:
     application, reached, go = at_round_0, asyncio.Event(), asyncio.Event()
     embed = application.encoder.embed
 
@@ -58,32 +58,32 @@ def test_a_search_in_flight_starts_again_when_another_round_takes_over(at_round_
     assert flight.hits == after.hits
 
 
-def test_what_was_put_in_goes_along_and_comes_back(at_round_0, bundles) -> None:
+def test_upserted_items_survive_a_switch_and_the_switch_back(at_round_0, bundles) -> None:
     application = at_round_0
 
     async def run() -> None:
         await application.service.upsert(new_item("a"))
         await application.service.upsert(new_item("b", given="shape: round"))
         moved = await application.service.switch(bundles[1])
-        assert moved == {"served": bundles[1].key, "before": bundles[0].key, "embedded": 2}
+        assert moved == SwitchResult(served=bundles[1].key, before=bundles[0].key, embedded=2)
         a, b = await application.service.get("a"), await application.service.get("b")
         assert (a.attributes, b.attributes) == ("color: red; round: 1; size: 10", "shape: round")
         await application.service.upsert(new_item("c"))
         assert await application.service.delete("b")
         back = await application.service.switch(bundles[0])
-        assert back["embedded"] == 1
-        for name, there in (("a", True), ("b", False), ("c", True)):
+        assert back.embedded == 1
+        for name, exists in (("a", True), ("b", False), ("c", True)):
             found = await search(application, f"title of {name}", attributes_source="generated")
-            assert (found.hits[0].item_id == name) == there
+            assert (found.hits[0].item_id == name) == exists
             assert found.bundle == bundles[0]
-            if there:
+            if exists:
                 assert found.hits[0].score == pytest.approx(1, abs=1e-5)
                 assert found.hits[0].attributes == "color: red; round: 0; size: 10"
 
     asyncio.run(run())
 
 
-def test_an_item_put_in_while_rounds_change_is_found_afterwards(at_round_0, bundles) -> None:
+def test_an_item_upserted_during_a_switch_is_found_afterwards(at_round_0, bundles) -> None:
     application, reached, go = at_round_0, asyncio.Event(), asyncio.Event()
     prepare = application.encoder.prepare
 
@@ -103,7 +103,7 @@ def test_an_item_put_in_while_rounds_change_is_found_afterwards(at_round_0, bund
         assert refused.value.status == 409
         assert (await search(application, "title of during")).bundle == bundles[0]
         go.set()
-        assert (await moving)["embedded"] == 0
+        assert (await moving).embedded == 0
         return await search(application, "title of during")
 
     found = asyncio.run(run())
@@ -111,7 +111,7 @@ def test_an_item_put_in_while_rounds_change_is_found_afterwards(at_round_0, bund
     assert found.hits[0].item_id == "during"
 
 
-def test_a_rollover_that_another_one_replaced_gives_way(at_round_0, bundles) -> None:
+def test_a_switch_ends_when_another_one_replaces_it(at_round_0, bundles) -> None:
     application = at_round_0
     third = bundles[1].model_copy(update={"key": "r2-x"})
     prepare = application.encoder.prepare
@@ -121,7 +121,7 @@ def test_a_rollover_that_another_one_replaced_gives_way(at_round_0, bundles) -> 
         await application.index.begin_switch(third)
 
     application.encoder.prepare = replaced
-    with pytest.raises(Problem, match="gave way"):
+    with pytest.raises(Problem, match="replaced by another"):
         asyncio.run(application.service.switch(bundles[1]))
     assert application.index.live.state.current == bundles[0]
 

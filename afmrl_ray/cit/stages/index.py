@@ -1,22 +1,17 @@
-"""The stage that makes a round servable: the gallery's FAISS index and, beside it, what is shown of every item."""
+"""The stage that makes a round servable: the gallery's FAISS index, and the table of its items."""
 
 from __future__ import annotations
 
-import io
 import logging
 import os
-import sqlite3
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from afmrl_ray import storage
 from afmrl_ray.attributes.store import read_attributes
-from afmrl_ray.attributes.text import stored_attributes
 from afmrl_ray.catalogue import StagedCatalogue
 from afmrl_ray.cit.spec import CATALOGUE, StageContext, StageSpec
 from afmrl_ray.config import Config
@@ -25,35 +20,13 @@ from afmrl_ray.config.evaluation import RetrievalProtocol
 from afmrl_ray.errors import ConfigError
 from afmrl_ray.retrieval.ann import build_index, chosen_kind, open_index, recall_against_exact, save_index
 from afmrl_ray.retrieval.embed import EncoderRef, View, embed_rows
+from afmrl_ray.retrieval.item_table import ITEMS, VECTORS, ItemRecord, thumbnail, write_items
 from afmrl_ray.runs import StageName, StageOutcome
 from afmrl_ray.training.cluster import pool_demand
 
 log = logging.getLogger(__name__)
 
-VECTORS, ITEMS = "vectors.faiss", "items.sqlite"
 _RECALL_AT = 10
-_SCHEMA = """
-CREATE TABLE items (
-    row INTEGER PRIMARY KEY, item_id TEXT NOT NULL UNIQUE, title TEXT NOT NULL, category TEXT, product_id TEXT,
-    attributes TEXT NOT NULL, thumbnail BLOB
-);
-CREATE TABLE pairs (name TEXT NOT NULL, value TEXT NOT NULL, row INTEGER NOT NULL);
-"""
-_INDEXES = """
-CREATE INDEX items_category ON items (category, row);
-CREATE INDEX pairs_value ON pairs (name, value, row);
-"""
-
-
-class ItemRecord(NamedTuple):
-    """What is shown of an item, and what searches filter by."""
-
-    item_id: str
-    title: str
-    category: str | None
-    product_id: str | None
-    attributes: str
-    thumbnail: bytes | None
 
 
 def declare_index(config: Config, number: int) -> StageSpec:
@@ -142,27 +115,3 @@ def _records(
         title = catalogue.title(row, gallery.title_columns) or item.title or ""
         small = thumbnail(catalogue.image(row), thumbnail_px)
         yield ItemRecord(item.item_id, title, item.category, item.product_id, text_of(item.item_id), small)
-
-
-def write_items(path: str, records: Iterable[ItemRecord]) -> None:
-    """Write what is shown of every item to a local SQLite file; place in `records` = id in the index."""
-    connection = sqlite3.connect(path)
-    try:
-        connection.executescript(_SCHEMA)
-        for place, record in enumerate(records):
-            connection.execute("INSERT INTO items VALUES (?, ?, ?, ?, ?, ?, ?)", (place, *record))
-            pairs = [(*pair, place) for pair in stored_attributes(record.attributes)]
-            connection.executemany("INSERT INTO pairs VALUES (?, ?, ?)", pairs)
-        connection.executescript(_INDEXES)
-        connection.commit()
-    finally:
-        connection.close()
-
-
-def thumbnail(image: Image.Image, longest_px: int) -> bytes:
-    """A small JPEG."""
-    small = image.convert("RGB")
-    small.thumbnail((longest_px, longest_px))
-    target = io.BytesIO()
-    small.save(target, "JPEG", quality=85)
-    return target.getvalue()

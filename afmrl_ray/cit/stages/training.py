@@ -14,6 +14,7 @@ from afmrl_ray.cit.stages.data import missing_checkpoints
 from afmrl_ray.config import Config
 from afmrl_ray.distill.train import DistillJob, train_distill
 from afmrl_ray.models.annotate import GeneratorRef
+from afmrl_ray.models.model_settings import encoder_settings, generator_settings
 from afmrl_ray.rar.trainer import RARJob, train_rar
 from afmrl_ray.retrieval.embed import EncoderRef, View, embed_rows, save_embeddings
 from afmrl_ray.runs import StageName, StageOutcome
@@ -44,6 +45,18 @@ def base_checkpoint(context: StageContext, role: str) -> str:
     return absolute(path) if is_dir(path) else path
 
 
+def _trained(context: StageContext, role: str, metrics: dict[str, Any]) -> StageOutcome:
+    """Write the settings that a model was trained with beside its weights, in `model/`."""
+    catalogue, upstream = context.catalogue.fingerprint, context.upstream_fingerprints
+    settings = (
+        encoder_settings(context.config.encoder, catalogue=catalogue, upstream=upstream)
+        if role == "encoder"
+        else generator_settings(context.config.generator, catalogue=catalogue, upstream=upstream)
+    )
+    settings.write(context.path("model"))
+    return StageOutcome({"model": "model"}, metrics)
+
+
 def declare_distill(config: Config) -> StageSpec:
     return StageSpec(
         StageName("distill"),
@@ -59,7 +72,7 @@ def distill_stage(context: StageContext) -> StageOutcome:
     """Fine-tunes the generator on the teacher's attributes."""
     start, labels = base_checkpoint(context, "generator"), context.output("labels", "attributes")
     job = DistillJob(start, labels, context.catalogue, context.directory, context.name)
-    return StageOutcome({"model": "model"}, train_distill(context.config, job))
+    return _trained(context, "generator", train_distill(context.config, job))
 
 
 def declare_agcl(config: Config, number: int) -> StageSpec:
@@ -112,7 +125,7 @@ def agcl_stage(context: StageContext) -> StageOutcome:
     start = context.output("previous", "model") if "previous" in upstream else base_checkpoint(context, "encoder")
     attributes = context.output("attributes", "attributes") if "attributes" in upstream else None
     job = AGCLJob(start, attributes, context.catalogue, context.directory, context.name)
-    return StageOutcome({"model": "model"}, train_agcl(context.config, job))
+    return _trained(context, "encoder", train_agcl(context.config, job))
 
 
 def declare_gallery(config: Config, number: int) -> StageSpec:
@@ -176,7 +189,7 @@ def declare_rar(config: Config, number: int) -> StageSpec:
 
 def rar_stage(context: StageContext) -> StageOutcome:
     """Trains the generator by GRPO, rewarded with the retrieval of the round's frozen encoder."""
-    return StageOutcome({"model": "model"}, train_rar(context.config, rar_job(context)))
+    return _trained(context, "generator", train_rar(context.config, rar_job(context)))
 
 
 def rar_job(context: StageContext) -> RARJob:
