@@ -22,6 +22,7 @@ from afmrl_ray.runs.records import RUN_RECORD, STAGE_RECORD, RunReader, Stage
 
 log = logging.getLogger(__name__)
 
+
 @dataclass(frozen=True)
 class StageOutcome:
     """The result of a stage function.

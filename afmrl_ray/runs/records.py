@@ -122,6 +122,11 @@ class RunReader:
         found = [stage for name in names if (stage := self.committed(name)) is not None]
         return sorted(found, key=lambda stage: (stage.committed_at, stage.name))
 
+    def rounds(self, kind: str) -> list[int]:
+        """Rounds whose stage of a kind is committed, ascending."""
+        names = [StageName.parse(stage.name) for stage in self.stages()]
+        return sorted(name.round for name in names if name.kind == kind and name.round is not None)
+
 
 def rerun_advice(path: str) -> str | None:
     """How to run the stage again that wrote a file or folder; None if the path does not lie in a stage's attempt."""

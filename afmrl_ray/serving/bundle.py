@@ -11,7 +11,7 @@ from afmrl_ray.config.index import IndexConfig
 from afmrl_ray.config.load import validate_as
 from afmrl_ray.errors import ConfigError
 from afmrl_ray.models.model_settings import EncoderSettings, GeneratorSettings
-from afmrl_ray.runs.records import RunReader, Stage
+from afmrl_ray.runs import RunReader, Stage, StageName
 
 
 class Bundle(BaseModel):
@@ -48,12 +48,6 @@ class Bundle(BaseModel):
     metrics: dict[str, Any]
 
 
-def rounds_with(run: RunReader, prefix: str) -> list[int]:
-    """Rounds N whose stage `<prefix>N` is committed, ascending."""
-    names = [stage.name.removeprefix(prefix) for stage in run.stages() if stage.name.startswith(prefix)]
-    return sorted(int(name) for name in names if name.isdecimal())
-
-
 def best_round(run: RunReader) -> int:
     """The last promoted round, or the last evaluated one if none has been judged or promoted.
 
@@ -62,10 +56,10 @@ def best_round(run: RunReader) -> int:
     """
     judged = [
         (number, stage.metrics["promoted"])
-        for number in rounds_with(run, "promotion-r")
-        if (stage := run.committed(f"promotion-r{number}")) is not None
+        for number in run.rounds("promotion")
+        if (stage := run.committed(StageName("promotion", number))) is not None
     ]
-    found = [number for number, promoted in judged if promoted] or rounds_with(run, "evaluate-r")
+    found = [number for number, promoted in judged if promoted] or run.rounds("evaluate")
     if not found:
         raise ConfigError(f"{run.path} has no round that was evaluated; run jobs/run_cit.py first")
     return found[-1]
@@ -83,10 +77,10 @@ def open_bundle(run: RunReader, number: int | None = None) -> Bundle:
         CheckpointError: a model folder has no valid settings; the message names the stage to run again.
     """
     number = best_round(run) if number is None else number
-    index = _needed(run, f"index-r{number}", number)
-    encoder = _needed(run, f"agcl-r{number}", number)
-    generator = _needed(run, f"rar-r{number}", number)
-    attributes = _needed(run, f"attributes-r{number + 1}", number)
+    index = _needed(run, StageName("index", number), number)
+    encoder = _needed(run, StageName("agcl", number), number)
+    generator = _needed(run, StageName("rar", number), number)
+    attributes = _needed(run, StageName("attributes", number + 1), number)
     built_from = index.inputs["upstream"]
     for stage in (encoder, attributes):
         if built_from.get(stage.name) != stage.fingerprint:
@@ -128,7 +122,7 @@ def _index_settings(run: RunReader, stage: Stage, number: int) -> IndexConfig:
 
 def _primary_metrics(run: RunReader, number: int) -> dict[str, Any]:
     """Name and mean metrics of the protocol that was primary in a round's evaluation; empty without an evaluation."""
-    evaluated = run.committed(f"evaluate-r{number}")
+    evaluated = run.committed(StageName("evaluate", number))
     settings = evaluated.settings("evaluation") if evaluated is not None else None
     if evaluated is None or settings is None:
         return {}
@@ -137,10 +131,10 @@ def _primary_metrics(run: RunReader, number: int) -> dict[str, Any]:
     return {"protocol": name, **{metric: value["mean"] for metric, value in metrics.items()}}
 
 
-def _needed(run: RunReader, name: str, number: int) -> Stage:
+def _needed(run: RunReader, name: StageName, number: int) -> Stage:
     stage = run.committed(name)
     if stage is None:
-        rounds = rounds_with(run, "index-r")
+        rounds = run.rounds("index")
         available = f"; rounds with an index: {', '.join(map(str, rounds))}" if rounds else ""
         raise ConfigError(
             f"{run.path}: round {number} cannot be served, stage {name} is not committed{available}. "

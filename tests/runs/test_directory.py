@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 
 from afmrl_ray import storage
-from afmrl_ray.runs import memory
 from afmrl_ray.errors import StorageError
-from afmrl_ray.runs import STAGE_RECORD, RunDirectory, Stage, StageOutcome
+from afmrl_ray.runs import STAGE_RECORD, RunDirectory, Stage, StageOutcome, memory
 from afmrl_ray.runs.directory import digest_path
 
 
