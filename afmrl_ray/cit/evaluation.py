@@ -20,7 +20,7 @@ from afmrl_ray.config.catalogue import ItemSelector
 from afmrl_ray.config.evaluation import RetrievalProtocol
 from afmrl_ray.retrieval.baselines import chance, pixel_embeddings
 from afmrl_ray.retrieval.embed import EncoderRef, View, embed_rows
-from afmrl_ray.retrieval.evaluate import Measured, Value, evaluate, paired_gain, retrieval_protocol, sides
+from afmrl_ray.retrieval.evaluate import ProtocolResult, Value, evaluate, paired_gain, retrieval_protocol, selections
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def evaluate_stage(inputs: EvaluationInputs, directory: str) -> StageOutcome:
 
     # Every item once in every way in which any protocol shows it.
     wanted: dict[View, np.ndarray] = {}
-    for side, with_attributes in sides(config.evaluation):
+    for side, with_attributes in selections(config.evaluation):
         shown = view(side, with_attributes)
         wanted[shown] = np.union1d(wanted.get(shown, np.empty(0, np.int64)), catalogue.rows(side))
     embedded = embed_rows(
@@ -102,7 +102,7 @@ def promotion_stage(config: Config, *, last: Stage | None, before: Stage | None,
     return StageOutcome({}, metrics)
 
 
-def write_per_query(path: str, measured: Mapping[str, Measured]) -> None:
+def write_per_query(path: str, measured: Mapping[str, ProtocolResult]) -> None:
     """Keep the numbers of every query, so that evaluations can be compared query by query."""
     from safetensors.numpy import save
 

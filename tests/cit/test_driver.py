@@ -19,7 +19,7 @@ from afmrl_ray.cit.evaluation import write_per_query
 from afmrl_ray.cit.pipeline import Pipeline
 from afmrl_ray.cit.stages import RunDirectory, StageOutcome
 from afmrl_ray.config import validate
-from afmrl_ray.retrieval.evaluate import Measured
+from afmrl_ray.retrieval.evaluate import ProtocolResult
 
 BENCH = Path(__file__).resolve().parents[2] / "jobs/bench"
 GIVEN = object()
@@ -42,7 +42,7 @@ class Stubbed(Pipeline):
 
     def evaluate(self, number):
         def body(directory):
-            found = Measured({}, np.arange(10), {"hit@1": np.ones(10)})
+            found = ProtocolResult({}, np.arange(10), {"hit@1": np.ones(10)})
             write_per_query(storage.join(directory, "per_query.safetensors"), {"fine": found})
             return StageOutcome({"per_query": "per_query.safetensors"}, {"share": 0.5})
 

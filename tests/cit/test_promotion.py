@@ -16,7 +16,7 @@ from afmrl_ray.cit.stages import RunDirectory, StageOutcome
 from afmrl_ray.config import validate
 from afmrl_ray.config.cit import GateConfig
 from afmrl_ray.errors import ConfigError
-from afmrl_ray.retrieval.evaluate import Measured, Value
+from afmrl_ray.retrieval.evaluate import ProtocolResult, Value
 
 SURE, UNSURE, FINE = Value(-0.05, -0.07, -0.03), Value(-0.05, -0.09, -0.01), Value(0.01, -0.01, 0.03)
 
@@ -61,7 +61,7 @@ class ByRule(Pipeline):
             right = {name: np.arange(1000) < 1000 * shares[number] for name, shares in self._shares.items()}
             metrics = {each.name: GUARDED[each.kind] for each in self.config.evaluation.protocols}
             measured = {
-                name: Measured({}, np.arange(1000), {metrics[name]: values.astype(float)})
+                name: ProtocolResult({}, np.arange(1000), {metrics[name]: values.astype(float)})
                 for name, values in right.items()
             }
             write_per_query(storage.join(directory, "per_query.safetensors"), measured)
