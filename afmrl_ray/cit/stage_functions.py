@@ -13,7 +13,7 @@ from afmrl_ray.agcl.train import AGCLJob, train_agcl
 from afmrl_ray.attributes.quality import quality
 from afmrl_ray.attributes.store import AttributeRow, AttributeStore, read_attributes, write_attributes
 from afmrl_ray.attributes.teachers import TeacherItem, make_teacher
-from afmrl_ray.attributes.text import InvalidAttributes, chosen_attributes, format_attributes, normalise_attributes
+from afmrl_ray.attributes.text import InvalidAttributes, format_attributes, normalise_attributes, select_attributes
 from afmrl_ray.catalogue import (
     Catalogue,
     CatalogueRef,
@@ -136,7 +136,7 @@ def oracle_stage_fn(config: Config, catalogue_ref: CatalogueRef, directory: str)
     catalogue, names = catalogue_ref.open(), taught_names(config)
     rows = catalogue.rows(config.annotate.items)
     truth = catalogue.column(config.annotate.ground_truth_column)
-    source = [chosen_attributes(parse_source_attributes(truth[row]), names) for row in rows.tolist()]
+    source = [select_attributes(parse_source_attributes(truth[row]), names) for row in rows.tolist()]
     found = [format_attributes(normalise_attributes(attributes)) for attributes in source]
     path = storage.join(directory, "attributes.parquet")
     items = catalogue.column("item_id")
