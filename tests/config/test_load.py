@@ -1,3 +1,5 @@
+"""Loading and validation of the config."""
+
 from __future__ import annotations
 
 import re
@@ -75,7 +77,7 @@ def test_a_printed_config_loads_as_the_same_config(tmp_path):
         ),
         (
             ["cit.selection_protocol=labels"],
-            "cit.selection_protocol 'labels' is not a retrieval protocol .*there are: fine",
+            "cit.selection_protocol 'labels' is not a retrieval protocol .*which has: fine",
         ),
         (["teacher.kind=oracle"], "teacher.*'column', 'openai', 'model'"),
         (
@@ -173,7 +175,7 @@ def test_the_error_for_a_misspelt_key_names_the_nearest_key(key, position):
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "message"),
     [
         (
             {"evaluation": {"protocols": [{"kind": "retrieval", "name": "fine", "galery": {}}]}},
@@ -191,8 +193,8 @@ def test_the_error_for_a_misspelt_key_names_the_nearest_key(key, position):
         ({"tiny": {"hidden_size": 100, "num_heads": 3}}, "hidden_size 100 does not divide among num_heads 3"),
     ],
 )
-def test_errors_inside_lists_name_the_field(values, words):
-    with pytest.raises(ConfigError, match=words):
+def test_errors_inside_lists_name_the_field(values, message):
+    with pytest.raises(ConfigError, match=message):
         validate(values)
 
 
