@@ -1,4 +1,4 @@
-"""What all jobs share: arguments, config, logging, exit codes (DESIGN 4.5 and 4.7)."""
+"""Command line of all jobs: arguments, config, logging, exit codes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tqdm import tqdm
 from afmrl_ray.config import Config, dump_yaml, load_config
 from afmrl_ray.errors import UserError
 
-EXIT_DONE, EXIT_FAILED, EXIT_USER = 0, 1, 2
+EXIT_SUCCESS, EXIT_FAILURE, EXIT_USER_ERROR = 0, 1, 2
 
-Body = Callable[[Config, argparse.Namespace], None]
+Job = Callable[[Config, argparse.Namespace], None]
 Arguments = Callable[[argparse.ArgumentParser], None]
 
 log = logging.getLogger("afmrl_ray")
@@ -22,31 +22,33 @@ log = logging.getLogger("afmrl_ray")
 
 def round_argument(parser: argparse.ArgumentParser) -> None:
     """Add `--round`, for the jobs that run one stage of a round."""
-    parser.add_argument("--round", type=_round, default=0, help="round of the run, from 0; earlier ones run if needed")
+    parser.add_argument(
+        "--round", type=_round, default=0, help="round of the run, from 0; missing earlier stages run first"
+    )
 
 
 def _round(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no round: 0, 1, 2, ...")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a round number: 0, 1, 2, ...")
     return int(text)
 
 
 def job_main(
     description: str,
-    body: Body,
+    job: Job,
     argv: Sequence[str] | None,
     *,
     arguments: Arguments | None = None,
     dry_run: Callable[[Config], str] | None = None,
 ) -> int:
-    """Run a job and return its exit code: 0 done, 2 the user's input is wrong, 1 anything else.
+    """Run a job and return its exit code: 0 on success, 2 for a `UserError`, 1 for any other failure.
 
     Args:
         description: first line of `--help`.
-        body: the job.
-        argv: command line without the program's name; none = the process's own.
-        arguments: adds options of the job's own.
-        dry_run: text printed after the config by `--dry-run`.
+        job: called with the config and the parsed arguments.
+        argv: command line without the program's name; none = that of the process.
+        arguments: adds the job's own options.
+        dry_run: returns the text that `--dry-run` prints after the config.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", metavar="FILE", help="YAML file; sections and fields as in --print-config")
@@ -63,22 +65,22 @@ def job_main(
             sys.stdout.write(dump_yaml(config))
             if options.dry_run and dry_run is not None:
                 sys.stdout.write("\n" + dry_run(config) + "\n")
-            return EXIT_DONE
-        body(config, options)
+            return EXIT_SUCCESS
+        job(config, options)
     except UserError as error:
-        _tell(f"error: {' '.join(str(error).split())}")
-        return EXIT_USER
+        _print_line(f"error: {' '.join(str(error).split())}")
+        return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        _tell("interrupted; run the same command again to resume")
-        return EXIT_FAILED
+        _print_line("interrupted; run the same command again to resume")
+        return EXIT_FAILURE
     except Exception as error:
         log.exception("the job failed")
         where = "; ".join(getattr(error, "__notes__", [])) or "outside any stage"
-        _tell(f"failed ({where}); committed stages are kept: run the same command again to resume")
-        return EXIT_FAILED
-    return EXIT_DONE
+        _print_line(f"failed ({where}); committed stages are kept: run the same command again to resume")
+        return EXIT_FAILURE
+    return EXIT_SUCCESS
 
 
-def _tell(line: str) -> None:
-    """Print a line of its own, not behind a progress bar that the job left standing."""
+def _print_line(line: str) -> None:
+    """Print a line to stderr, below progress bars that are still on the screen."""
     tqdm.write(line, file=sys.stderr)

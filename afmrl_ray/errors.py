@@ -1,25 +1,26 @@
-"""What a user can get wrong: one exception each, all `UserError`, all ended by a job with exit code 2 and one line.
+"""Exceptions of the package.
 
-Anything that is not a `UserError` is a failure of the run itself (exit code 1).
+A job reports a `UserError` in one line and exits with code 2. Every other exception is a failure of the run (exit code
+1).
 """
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """The user's input or config is wrong; the message names the field or file and says what to do instead."""
+    """Wrong input or config; the message names the field or file and says how to fix it."""
 
 
 class ConfigError(UserError):
-    """A config key is unknown, a value has the wrong type or settings contradict one another."""
+    """A config key is unknown, a value has the wrong type, or settings contradict each other."""
 
 
 class CatalogueError(UserError):
-    """A catalogue is missing, lacks columns, holds too many bad rows, or a split of it cannot serve its purpose."""
+    """A catalogue is missing, lacks columns, has too many unusable rows, or lacks the items that a stage needs."""
 
 
 class CheckpointError(UserError):
-    """A model path is missing, is of another architecture, or its adapter does not fit the model."""
+    """A model path is missing, has another architecture, or its adapter does not match the model."""
 
 
 class StorageError(UserError):
@@ -31,20 +32,20 @@ class ResourceError(UserError):
 
 
 class TeacherError(UserError):
-    """The teacher of the distillation cannot be reached, or answers nothing usable."""
+    """The distillation teacher cannot be reached, or its answers are unusable."""
 
 
 class RewardServiceError(RuntimeError):
-    """More rewards failed for reasons of infrastructure than `rar.reward.max_failed_fraction` allows."""
+    """A greater fraction of rewards failed (timeout, dead actor) than `rar.reward.max_failed_fraction` allows."""
 
 
 class GalleryVersionError(RuntimeError):
-    """A reward actor searched another gallery than this round's."""
+    """A reward actor searched the gallery of another round."""
 
 
 class WeightSyncError(RuntimeError):
-    """A rollout worker does not hold the weights that the learner pushed."""
+    """A rollout worker does not have the weights that the learner pushed."""
 
 
 class WeightsLostError(RuntimeError):
-    """The object store no longer has the weights: the learner that exported them died, or the node that held them."""
+    """The object store lost the weights: the learner that exported them, or the node that stored them, died."""

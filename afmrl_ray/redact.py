@@ -1,4 +1,4 @@
-"""What is shown or handed on, without what opens a door."""
+"""Removal of credentials from values that are logged or stored."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _CREDENTIALS = re.compile(r"(?<=://)[^/?#\s]+@")
 
 
 def without_credentials(value: Any) -> Any:
-    """The same text or JSON value with `***` for user name and password in its URIs."""
+    """A text or JSON value with user name and password in its URIs replaced by `***`."""
     if isinstance(value, dict):
         return {key: without_credentials(inner) for key, inner in value.items()}
     if isinstance(value, list):

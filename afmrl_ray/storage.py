@@ -1,7 +1,7 @@
-"""Files on any filesystem that pyarrow knows: a folder, `s3://`, `gs://`, `hdfs://`.
+"""Files on any filesystem that pyarrow supports: local, `s3://`, `gs://`, `hdfs://`.
 
-Paths are strings: a local path or a URI. A single-file write is atomic where the filesystem can rename (local) or
-publishes whole objects (object stores), so a reader never sees half a file.
+Paths are strings: a local path or a URI. Writes of single files are atomic on local filesystems (by renaming) and on
+object stores (which publish whole objects), so a reader never sees a partial file.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pyarrow import fs as pafs
 
 from afmrl_ray.errors import StorageError
 
-_PIECE_BYTES = 2**22
+_CHUNK_BYTES = 2**22
 
 
 def resolve(path: str) -> tuple[pafs.FileSystem, str]:
-    """Return the filesystem of `path` and the path inside it; a local path is made absolute.
+    """The filesystem of `path`, and the path inside it; a local path is made absolute.
 
     Raises:
-        StorageError: the URI's scheme is unknown to pyarrow.
+        StorageError: pyarrow does not support the URI's scheme.
     """
     if "://" not in path:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path))
@@ -36,46 +36,48 @@ def resolve(path: str) -> tuple[pafs.FileSystem, str]:
 
 
 def is_local(path: str) -> bool:
-    """Whether `path` lies on this machine's own filesystem."""
+    """Whether `path` is on the local filesystem."""
     return isinstance(resolve(path)[0], pafs.LocalFileSystem)
 
 
 def join(path: str, *parts: str) -> str:
-    """Join with forward slashes, which serve local paths and URIs alike."""
+    """Join with forward slashes, for local paths and URIs."""
     return "/".join([path.rstrip("/"), *parts])
 
 
 def absolute(path: str) -> str:
-    """A path that means the same from every folder; a URI does already."""
+    """The absolute path of a local path; URIs are returned unchanged."""
     return path if "://" in path else resolve(path)[1]
 
 
 def parent(path: str) -> str:
-    """The folder that holds `path`. (`..` is a name like any other on an object store.)"""
+    """The folder of `path`. (Object stores do not resolve `..`.)"""
     return path.rstrip("/").rsplit("/", 1)[0]
 
 
 def split(path: str) -> tuple[str, str]:
-    """The folder that holds `path`, and the name of `path` in it; slashes at the end do not count."""
+    """The folder of `path` and the last component of `path`; trailing slashes are ignored."""
     folder, slash, name = path.rstrip("/").rpartition("/")
     return folder or slash, name
 
 
 def exists(path: str) -> bool:
+    """Whether a file or directory exists at `path`."""
     filesystem, inner = resolve(path)
     return filesystem.get_file_info(inner).type != pafs.FileType.NotFound
 
 
 def is_dir(path: str) -> bool:
+    """Whether `path` is a directory."""
     filesystem, inner = resolve(path)
     return filesystem.get_file_info(inner).type == pafs.FileType.Directory
 
 
 def make_dir(path: str) -> None:
-    """Create a directory and its parents.
+    """Create a directory and its parents; an existing directory is left unchanged.
 
     Raises:
-        StorageError: it cannot be created.
+        StorageError: the directory cannot be created.
     """
     filesystem, inner = resolve(path)
     try:
@@ -85,7 +87,7 @@ def make_dir(path: str) -> None:
 
 
 def remove(path: str) -> None:
-    """Remove a file or a whole directory; nothing happens if it is not there."""
+    """Remove a file or a directory tree; a missing path is ignored."""
     filesystem, inner = resolve(path)
     kind = filesystem.get_file_info(inner).type
     if kind == pafs.FileType.Directory:
@@ -95,13 +97,14 @@ def remove(path: str) -> None:
 
 
 def read_bytes(path: str) -> bytes:
+    """The content of a file."""
     filesystem, inner = resolve(path)
     with filesystem.open_input_stream(inner) as stream:
         return stream.read()
 
 
 def write_bytes(path: str, data: bytes) -> None:
-    """Write a file so that readers see all of it or none of it; parents are created.
+    """Write a file atomically; parent directories are created.
 
     Raises:
         StorageError: the path cannot be written.
@@ -127,20 +130,21 @@ def read_json(path: str) -> Any:
     """The value in a JSON file.
 
     Raises:
-        StorageError: it is cut off or damaged.
+        StorageError: the file is not valid JSON.
     """
     try:
         return json.loads(read_bytes(path))
     except (ValueError, RecursionError) as error:
-        raise StorageError(f"{path}: is damaged, it holds no JSON ({error})") from error
+        raise StorageError(f"{path}: is damaged, it is not valid JSON ({error})") from error
 
 
 def write_json(path: str, value: Any) -> None:
+    """Write a value as JSON with sorted keys; see `write_bytes`."""
     write_bytes(path, json.dumps(value, indent=2, sort_keys=True).encode() + b"\n")
 
 
 def list_files(path: str) -> Iterator[str]:
-    """Yield the files below a directory as sorted paths relative to it."""
+    """The files below a directory, as sorted paths relative to it."""
     filesystem, inner = resolve(path)
     selector = pafs.FileSelector(inner, recursive=True, allow_not_found=True)
     for name in sorted(info.path for info in filesystem.get_file_info(selector) if info.type == pafs.FileType.File):
@@ -148,7 +152,7 @@ def list_files(path: str) -> Iterator[str]:
 
 
 def copy_dir(source: str, target: str) -> None:
-    """Copy a directory tree between any two filesystems."""
+    """Copy a directory tree, also between filesystems."""
     from_fs, from_path = resolve(source)
     to_fs, to_path = resolve(target)
     to_fs.create_dir(to_path, recursive=True)
@@ -156,7 +160,7 @@ def copy_dir(source: str, target: str) -> None:
 
 
 def localise(path: str, cache_dir: str) -> str:
-    """Return a local directory with the content of `path`: itself when local, else a copy below `cache_dir`."""
+    """A local directory with the content of `path`: `path` itself if it is local, else a copy below `cache_dir`."""
     if is_local(path):
         return resolve(path)[1]
     target = Path(cache_dir) / hashlib.sha256(path.encode()).hexdigest()[:16]
@@ -166,21 +170,21 @@ def localise(path: str, cache_dir: str) -> str:
         try:
             os.replace(partial, target)
         except OSError:
-            # Another process finished the same copy first: both are complete, keep theirs.
+            # Another process finished the same copy first; both are complete, so its copy is kept.
             remove(partial)
     return str(target)
 
 
 def digest_file(path: str) -> str:
-    """SHA-256 of a file's bytes, read in pieces."""
+    """SHA-256 of a file's content, read in chunks."""
     filesystem, inner = resolve(path)
     total = hashlib.sha256()
     with filesystem.open_input_stream(inner) as stream:
-        while piece := stream.read(_PIECE_BYTES):
-            total.update(piece)
+        while chunk := stream.read(_CHUNK_BYTES):
+            total.update(chunk)
     return total.hexdigest()
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a JSON value in canonical form, as 64 hex digits."""
+    """SHA-256 of a JSON value in canonical form, 64 hex digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

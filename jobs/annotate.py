@@ -1,4 +1,4 @@
-"""Write attributes for the catalogue with the generator as it is before a round."""
+"""Write attributes for the catalogue with the generator that a round starts from."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from afmrl_ray.config import Config
 from afmrl_ray.runs import StageName
 
 
-def body(config: Config, options: argparse.Namespace) -> None:
+def run(config: Config, options: argparse.Namespace) -> None:
     with open_run(config) as pipeline:
         stage = pipeline.stage(StageName("attributes", options.round))
         print(f"{stage.name}: {stage.directory}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return job_main(__doc__ or "", body, argv, arguments=round_argument, dry_run=dry_run)
+    return job_main(__doc__ or "", run, argv, arguments=round_argument, dry_run=dry_run)
 
 
 if __name__ == "__main__":

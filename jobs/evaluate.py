@@ -1,4 +1,4 @@
-"""Measure a round by every protocol."""
+"""Evaluate a round with every protocol."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from afmrl_ray.config import Config
 from afmrl_ray.runs import StageName
 
 
-def body(config: Config, options: argparse.Namespace) -> None:
+def run(config: Config, options: argparse.Namespace) -> None:
     with open_run(config) as pipeline:
         stage = pipeline.stage(StageName("evaluate", options.round))
         print(f"{stage.name}: {stage.directory}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return job_main(__doc__ or "", body, argv, arguments=round_argument, dry_run=dry_run)
+    return job_main(__doc__ or "", run, argv, arguments=round_argument, dry_run=dry_run)
 
 
 if __name__ == "__main__":

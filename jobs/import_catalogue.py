@@ -1,4 +1,4 @@
-"""Turn CSV, JSONL or M5Product into a catalogue, check it, and put its bad rows aside."""
+"""Import CSV, JSONL or M5Product as a catalogue, check it, and quarantine its unusable rows."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from afmrl_ray.errors import ConfigError
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", required=True, help=".csv or .jsonl file, or M5Product's JSON of items")
     parser.add_argument("--images", required=True, help="folder of the images")
-    parser.add_argument("--out", required=True, help="Parquet file to write")
-    parser.add_argument("--column", action="append", default=[], metavar="CANONICAL=OWN", help="column of another name")
+    parser.add_argument("--out", required=True, help="Parquet file to write, path or URI")
+    parser.add_argument(
+        "--column", action="append", default=[], metavar="CANONICAL=OWN", help="column with another name"
+    )
     parser.add_argument(
         "--ids", action="append", default=[], metavar="SPLIT:ROLE=FILE", help="M5Product id list, e.g. test:query=q.txt"
     )
     parser.add_argument("--labels", help="M5Product's JSON of instance labels by id")
 
 
-def body(config: Config, options: argparse.Namespace) -> None:
+def run(config: Config, options: argparse.Namespace) -> None:
     if options.source.endswith(".json"):
         lists = {}
         for given in options.ids:
@@ -48,7 +50,7 @@ def body(config: Config, options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return job_main(__doc__ or "", body, argv, arguments=arguments)
+    return job_main(__doc__ or "", run, argv, arguments=arguments)
 
 
 if __name__ == "__main__":

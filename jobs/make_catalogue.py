@@ -1,4 +1,4 @@
-"""Make the synthetic catalogue of `synthetic.*` as one Parquet file, with a contact sheet if asked for."""
+"""Write the synthetic catalogue of section `synthetic` as one Parquet file, and optionally a contact sheet."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from afmrl_ray.config import Config
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", default="catalogue.parquet", help="file to write, path or URI")
-    parser.add_argument("--sheet", help="PNG to write with the first 30 test queries")
+    parser.add_argument("--out", default="catalogue.parquet", help="Parquet file to write, path or URI")
+    parser.add_argument("--sheet", help="PNG contact sheet to write, of the first 30 queries")
 
 
-def body(config: Config, options: argparse.Namespace) -> None:
+def run(config: Config, options: argparse.Namespace) -> None:
     write_catalogue(make_catalogue(config.synthetic), options.out)
     catalogue = open_catalogue(options.out, config=config.catalogue)
     if options.sheet:
@@ -31,7 +31,7 @@ def body(config: Config, options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return job_main(__doc__ or "", body, argv, arguments=arguments)
+    return job_main(__doc__ or "", run, argv, arguments=arguments)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,5 @@
+"""Files on local filesystems and URIs."""
+
 from __future__ import annotations
 
 import hashlib
@@ -10,7 +12,7 @@ from afmrl_ray import storage
 from afmrl_ray.errors import StorageError
 
 
-def test_a_local_path_and_its_uri_are_the_same_file(tmp_path):
+def test_a_local_path_and_its_uri_name_the_same_file(tmp_path):
     path = str(tmp_path / "a" / "b.json")
     storage.write_json(path, {"x": [1, 2]})
     assert storage.read_json(f"file://{path}") == {"x": [1, 2]}
@@ -26,7 +28,7 @@ def write_many(path: str, letter: str) -> None:
         storage.write_bytes(path, letter.encode() * 200_000)
 
 
-def test_a_reader_never_sees_half_a_file(tmp_path):
+def test_a_reader_never_sees_a_partial_file(tmp_path):
     path = str(tmp_path / "shared")
     storage.write_bytes(path, b"a" * 200_000)
     writers = [multiprocessing.get_context("spawn").Process(target=write_many, args=(path, x)) for x in "ab"]
@@ -39,7 +41,7 @@ def test_a_reader_never_sees_half_a_file(tmp_path):
     assert os.listdir(tmp_path) == ["shared"]
 
 
-def test_places_that_cannot_be_written_are_named(tmp_path):
+def test_errors_name_paths_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("x")
     for call in (lambda p: storage.write_bytes(p, b""), storage.make_dir):
         with pytest.raises(StorageError, match=r"file/below.*cannot be written"):
@@ -48,7 +50,7 @@ def test_places_that_cannot_be_written_are_named(tmp_path):
         storage.resolve("nosuch://bucket/x")
 
 
-def test_copies_and_digests_are_of_the_content(tmp_path):
+def test_copies_and_digests_depend_on_the_content(tmp_path):
     storage.write_bytes(str(tmp_path / "from" / "deep" / "a"), b"x" * 9_000_000)
     storage.copy_dir(str(tmp_path / "from"), str(tmp_path / "to"))
     copied = str(tmp_path / "to" / "deep" / "a")

@@ -1,7 +1,7 @@
-"""BM25 between attribute texts, all queries against all documents by one sparse product.
+"""BM25 between attribute texts: all queries against all documents by one sparse product.
 
-Statistics come from `rank_bm25.BM25Okapi`, so that the variant (Robertson idf, negative ones floored at epsilon times
-the mean idf) is that package's and not our reading of it.
+Corpus statistics come from `rank_bm25.BM25Okapi`, and so does the variant: Robertson idf, negative ones replaced by
+epsilon times the mean idf.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _SEPARATORS = str.maketrans(";:", "  ")
 
 
 def tokenize(text: str) -> list[str]:
-    """Lower-cased words of an attribute text, names and values alike, split at `;`, `:` and white space."""
+    """Lower-cased words of an attribute text, of names and values, split at `;`, `:` and white space."""
     return text.translate(_SEPARATORS).lower().split()
 
 
 class BM25:
-    """Okapi BM25 with the numbers of `rank_bm25.BM25Okapi`.
+    """Okapi BM25; scores equal those of `rank_bm25.BM25Okapi`.
 
     Args:
         k1: saturation of term frequency.
@@ -39,16 +39,16 @@ class BM25:
         self._average_length = 0.0
 
     def fit(self, corpus: Sequence[str]) -> BM25:
-        """Take document frequencies and the mean length from `corpus`; returns itself.
+        """Compute document frequencies and the mean length of `corpus`; returns self.
 
         Raises:
-            CatalogueError: no text of the corpus has a word.
+            CatalogueError: no text of the corpus contains a word.
         """
         documents = [tokenize(text) for text in corpus]
         if not any(documents):
             raise CatalogueError(
-                f"BM25: none of the {len(documents)} attribute texts has a word; annotate these items, or train the "
-                "generator longer where all that it wrote is invalid (reasons: attributes-r*/stage.json), or set "
+                f"BM25: none of the {len(documents)} attribute texts contains a word; annotate these items, or train "
+                "the generator longer if all its output is invalid (reasons: attributes-r*/stage.json), or set "
                 "agcl.lexical.enabled=false"
             )
         statistics = BM25Okapi(documents, k1=self.k1, b=self.b, epsilon=self.epsilon)
@@ -58,36 +58,41 @@ class BM25:
         return self
 
     def scores(self, queries: Sequence[str], documents: Sequence[str]) -> np.ndarray:
-        """BM25 of every document for every query.
+        """BM25 scores of every document for every query.
 
-        A word counts as often as it stands in the query. Words outside the corpus score nothing, but lengthen the
-        document. Documents outside the corpus use the corpus' statistics.
+        A word that occurs several times in a query counts as often. Words outside the corpus score 0, but count in the
+        length of a document. Documents outside the corpus are scored with the statistics of the corpus.
+
+        Args:
+            queries: Q texts.
+            documents: N texts.
 
         Returns:
-            [Q, D] float32.
+            [Q, N] float32.
 
         Raises:
             RuntimeError: called before `fit`.
         """
         if not self._columns:
             raise RuntimeError("BM25.scores before BM25.fit")
-        asked, _ = self._counts(queries)
-        there, lengths = self._counts(documents)
+        in_queries, _ = self._counts(queries)
+        in_documents, lengths = self._counts(documents)
         saturation = self.k1 * (1 - self.b + self.b * lengths / self._average_length)
-        frequency = there.data
-        there.data = frequency * (self.k1 + 1) / (frequency + np.repeat(saturation, np.diff(there.indptr)))
-        asked.data *= self._idf[asked.indices]
-        # Names of attributes stand in nearly every text, so the result is dense: a dense right side, cut down to the
-        # words that are asked for, is several times faster than a sparse one. Chunks bound its memory.
-        words = np.unique(asked.indices)
-        asked, there = asked[:, words], there[:, words]
+        frequency = in_documents.data
+        length_norm = np.repeat(saturation, np.diff(in_documents.indptr))
+        in_documents.data = frequency * (self.k1 + 1) / (frequency + length_norm)
+        in_queries.data *= self._idf[in_queries.indices]
+        # Attribute names occur in nearly every text, so the result is dense. A dense right operand, restricted to the
+        # words of the queries, is several times faster than a sparse one; chunks bound its memory.
+        words = np.unique(in_queries.indices)
+        in_queries, in_documents = in_queries[:, words], in_documents[:, words]
         scores = np.empty((len(queries), len(documents)), dtype=np.float32)
         for start in range(0, len(documents), _CHUNK):
-            scores[:, start : start + _CHUNK] = asked @ there[start : start + _CHUNK].T.toarray()
+            scores[:, start : start + _CHUNK] = in_queries @ in_documents[start : start + _CHUNK].T.toarray()
         return scores
 
     def _counts(self, texts: Sequence[str]) -> tuple[sparse.csr_array, np.ndarray]:
-        """Word counts [len(texts), V] without words outside the corpus, and lengths in words with them."""
+        """Counts [B, V] of the words of the corpus in B texts, and lengths [B] in words, unknown ones included."""
         tokens = [tokenize(text) for text in texts]
         known = [[column for word in words if (column := self._columns.get(word)) is not None] for words in tokens]
         indptr = np.concatenate([[0], np.cumsum([len(columns) for columns in known], dtype=np.int64)])

@@ -1,4 +1,4 @@
-"""How good written attributes are by themselves: pairs held against those that a source gives."""
+"""Quality of generated attributes: their pairs compared with those of a source."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ NAME_SHARE = "name_share/"
 
 @dataclass(frozen=True)
 class PairScores:
-    """Written pairs against the source's, counted over all items (micro average).
+    """Generated pairs compared with the source's, micro-averaged over items.
 
     Attributes:
-        precision: share of written pairs that the source has, name and value alike; 0 where none is written.
-        recall: share of the source's pairs that are written; 0 where it has none.
-        f1: their harmonic mean.
-        names_right: share of written pairs whose name the source has, whatever the value.
+        precision: fraction of generated pairs that are in the source, name and value; 0 without generated pairs.
+        recall: fraction of the source's pairs that are generated; 0 without pairs in the source.
+        f1: harmonic mean of both.
+        names_right: fraction of generated pairs whose name is in the source, with any value.
     """
 
     precision: float
@@ -31,25 +31,25 @@ class PairScores:
 
 
 def pair_scores(written: Sequence[Attributes], source: Sequence[Attributes]) -> PairScores:
-    """Compare item by item; both in normal form, in the same order.
+    """Compare attributes item by item, both in normal form.
 
     Args:
-        written: [N] attributes that a generator wrote, empty where they were invalid.
-        source: [N] attributes of the source.
+        written: [N] generated attributes, empty where they were invalid.
+        source: [N] attributes of the source, in the same order.
     """
-    right = names = wrote = there = 0
+    right = names = generated = expected = 0
     for own, truth in zip(written, source, strict=True):
         right += len(set(own) & set(truth))
         names += len({name for name, _ in own} & {name for name, _ in truth})
-        wrote += len(own)
-        there += len(truth)
-    precision, recall = right / max(1, wrote), right / max(1, there)
+        generated += len(own)
+        expected += len(truth)
+    precision, recall = right / max(1, generated), right / max(1, expected)
     f1 = 2 * precision * recall / (precision + recall) if right else 0.0
-    return PairScores(precision, recall, f1, names / max(1, wrote))
+    return PairScores(precision, recall, f1, names / max(1, generated))
 
 
 def name_shares(written: Iterable[Attributes], names: Sequence[str]) -> dict[str, float]:
-    """Share of items that have each of `names`; 0 where there are no items."""
+    """Fraction of items with an attribute of each of `names`; 0 without items."""
     counts: Counter[str] = Counter()
     total = 0
     for attributes in written:
@@ -59,15 +59,20 @@ def name_shares(written: Iterable[Attributes], names: Sequence[str]) -> dict[str
 
 
 def common_names(source: Iterable[Attributes], *, most: int) -> list[str]:
-    """The `most` most frequent names, ties by alphabet."""
+    """The `most` most frequent names; ties in alphabetical order."""
     counts = Counter(name for attributes in source for name, _ in attributes)
     return sorted(counts, key=lambda name: (-counts[name], name))[:most]
 
 
 def quality(written: Sequence[Attributes], source: Sequence[Attributes], *, most_names: int = 20) -> dict[str, Any]:
-    """JSON values of `pair_scores`, and by name the share of items that have it, written and in the source.
+    """`pair_scores` and the fraction of items with each attribute name, generated and in the source, as JSON values.
 
-    Items without attributes in the source are left out; the result is empty where none has any.
+    Items without attributes in the source are left out; the result is empty if no item is left.
+
+    Args:
+        written: [N] generated attributes, empty where they were invalid.
+        source: [N] attributes of the source, in the same order.
+        most_names: number of names, the source's most frequent ones.
     """
     known = [(own, truth) for own, truth in zip(written, source, strict=True) if truth]
     if not known:

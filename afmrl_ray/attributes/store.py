@@ -1,4 +1,4 @@
-"""Attributes of many items as one Parquet table, keyed by item and by the generator that wrote them."""
+"""Attribute tables: the attributes of many items in one Parquet file, with the fingerprint of their generator."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from afmrl_ray import storage
-from afmrl_ray.attributes.text import Attributes, InvalidAttributes, format_attributes, parse_attributes
+from afmrl_ray.attributes.text import Attributes, InvalidAttributes, format_attributes, stored_attributes
 from afmrl_ray.errors import CatalogueError
 
 _SCHEMA = pa.schema(
@@ -32,7 +32,7 @@ class AttributeRow:
     Attributes:
         item_id: the item.
         text: canonical attribute text; empty if invalid.
-        reason: why there are none; none (or empty) if there are.
+        reason: why the text is invalid; none (or empty) if it is valid.
     """
 
     item_id: str
@@ -41,53 +41,55 @@ class AttributeRow:
 
     @classmethod
     def of(cls, item_id: str, result: Attributes | InvalidAttributes) -> AttributeRow:
-        """The row of what a parser or teacher returned."""
+        """The row for a result of a parser or teacher."""
         if isinstance(result, InvalidAttributes):
             return cls(item_id, "", result.reason)
         return cls(item_id, format_attributes(result))
 
 
 class MeanLength(NamedTuple):
-    """Mean size of valid attributes: pairs, and words of the text."""
+    """Mean size of valid attributes: number of pairs, and number of words of the text."""
 
     pairs: float
     words: float
 
 
 class AttributeStore:
-    """Attribute texts by item, in memory."""
+    """Attribute texts by item, in memory.
+
+    Attributes:
+        fingerprint: of the generator or teacher that wrote them.
+    """
 
     def __init__(self, texts: dict[str, str], reasons: dict[str, str], fingerprint: str) -> None:
         self._texts = texts
         self._reasons = reasons
         self.fingerprint = fingerprint
-        """Of the generator or teacher that wrote them."""
 
     def __len__(self) -> int:
         return len(self._texts) + len(self._reasons)
 
     def text(self, item_id: str) -> str:
-        """Canonical attribute text; empty if the item's were invalid or the item is not there."""
+        """Canonical attribute text of an item; empty if it is invalid or the table lacks the item."""
         return self._texts.get(item_id, "")
 
     def get(self, item_id: str) -> Attributes:
-        """Attributes; empty if the item's were invalid or the item is not there."""
-        text = self.text(item_id)
-        return _pairs(text) if text else ()
+        """Attributes of an item; empty if they are invalid or the table lacks the item."""
+        return stored_attributes(self.text(item_id))
 
     @property
     def invalid_fraction(self) -> float:
-        """Share of the rows that are invalid."""
+        """Fraction of the rows that are invalid."""
         return len(self._reasons) / max(1, len(self))
 
     @property
     def reasons(self) -> dict[str, int]:
-        """Invalid rows by reason."""
+        """Number of invalid rows by reason."""
         return dict(Counter(self._reasons.values()))
 
     @property
     def mean_length(self) -> MeanLength:
-        """Over the valid rows; zero where there are none."""
+        """Mean size over the valid rows; zero if there are none."""
         count = max(1, len(self._texts))
         pairs = sum(text.count(";") + 1 for text in self._texts.values())
         words = sum(len(text.split()) for text in self._texts.values())
@@ -98,20 +100,22 @@ def write_attributes(path: str, rows: Iterable[AttributeRow], *, fingerprint: st
     """Write an attribute table to `path`, one Parquet file on any filesystem.
 
     Args:
+        path: local or URI.
+        rows: one per item.
         fingerprint: of the generator or teacher.
 
     Raises:
-        CatalogueError: there are no rows, an item comes twice, or a text is not canonical.
+        CatalogueError: `rows` is empty, contains an item twice, or contains a text that is not canonical.
         StorageError: the path cannot be written.
     """
     rows = list(rows)
     if not rows:
-        raise CatalogueError(f"{path}: no item to write attributes of; check the sides that are annotated")
+        raise CatalogueError(f"{path}: no item to write attributes of; check annotate.items and distill.items")
     ids = [row.item_id for row in rows]
     if len(set(ids)) < len(ids):
         raise CatalogueError(f"{path}: item {Counter(ids).most_common(1)[0][0]!r} has attributes more than once")
     for row in rows:
-        if bool(row.text) == bool(row.reason) or (row.text and format_attributes(_pairs(row.text)) != row.text):
+        if bool(row.text) == bool(row.reason) or format_attributes(stored_attributes(row.text)) != row.text:
             raise CatalogueError(
                 f"{path}: item {row.item_id!r} needs either canonical attribute text or a reason, "
                 f"got {row.text!r} and {row.reason!r}"
@@ -129,13 +133,14 @@ def write_attributes(path: str, rows: Iterable[AttributeRow], *, fingerprint: st
 
 
 def read_attributes(path: str, *, expect_fingerprint: str | None = None) -> AttributeStore:
-    """Read what `write_attributes` wrote.
+    """Read a table of `write_attributes`.
 
     Args:
-        expect_fingerprint: of the generator whose attributes are wanted; none = any.
+        path: local or URI.
+        expect_fingerprint: of the generator that must have written the table; none = any.
 
     Raises:
-        CatalogueError: there is no such table, it lacks columns, or another generator wrote it.
+        CatalogueError: the table is missing, lacks columns, or was written by another generator.
     """
     try:
         table = pq.read_table(pa.BufferReader(storage.read_bytes(path)))
@@ -163,8 +168,3 @@ def read_attributes(path: str, *, expect_fingerprint: str | None = None) -> Attr
         else:
             reasons[item_id] = reason
     return AttributeStore(texts, reasons, generators[0])
-
-
-def _pairs(text: str) -> Attributes:
-    parsed = parse_attributes(text, max_attributes=text.count(";") + 1)
-    return () if isinstance(parsed, InvalidAttributes) else parsed

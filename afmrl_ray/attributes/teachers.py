@@ -1,4 +1,4 @@
-"""Where the labels of distillation come from: the catalogue's own column, or a model behind an HTTP endpoint."""
+"""Teachers, the sources of distillation labels: the catalogue's own column, or a model behind an HTTP endpoint."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from afmrl_ray import storage
 from afmrl_ray.attributes.text import (
     Attributes,
     InvalidAttributes,
-    chosen_attributes,
     format_attributes,
     normalise_attributes,
     parse_attributes,
+    select_attributes,
 )
 from afmrl_ray.config.teacher import ColumnTeacherConfig, OpenAITeacherConfig
 from afmrl_ray.errors import ConfigError, TeacherError
@@ -41,13 +41,13 @@ _SIGNATURES = (
 
 @dataclass(frozen=True)
 class TeacherItem:
-    """What a teacher may see of one item.
+    """One item as a teacher sees it.
 
     Attributes:
-        item_id: the item.
+        item_id: id of the item.
         title: seller's text; may be empty.
-        attributes: as the catalogue gives them.
-        image_bytes: fetches the encoded image, called only when it is needed; empty = no image.
+        attributes: of the catalogue.
+        image_bytes: returns the encoded image, empty if there is none; called only when the image is needed.
     """
 
     item_id: str
@@ -57,7 +57,7 @@ class TeacherItem:
 
 
 class Teacher(Protocol):
-    """Writes the attributes of items."""
+    """A source of attributes for items."""
 
     def annotate(self, items: Sequence[TeacherItem]) -> list[Attributes | InvalidAttributes]:
         """Attributes of each item, in order."""
@@ -67,11 +67,12 @@ class Teacher(Protocol):
 def make_teacher(
     config: ColumnTeacherConfig | OpenAITeacherConfig, *, cache_dir: str, max_attributes: int = sys.maxsize
 ) -> Teacher:
-    """The teacher that a config names (a `model` teacher is the generator's own annotate path).
+    """The teacher of a config, but for kind `model`, which `models.annotate` serves.
 
     Args:
-        cache_dir: path or URI of the folder that keeps answers of an endpoint.
-        max_attributes: an item with more is invalid.
+        config: `teacher` section.
+        cache_dir: path or URI of the folder that caches the answers of an endpoint.
+        max_attributes: maximum number of pairs; an item with more is invalid.
     """
     if isinstance(config, ColumnTeacherConfig):
         return ColumnTeacher(max_attributes, names=config.names)
@@ -82,8 +83,8 @@ class ColumnTeacher:
     """The catalogue's own attributes, in normal form.
 
     Args:
-        max_attributes: an item with more is invalid.
-        names: attributes that are taken, in this order; none = all, in the item's order.
+        max_attributes: maximum number of pairs; an item with more is invalid.
+        names: names of the attributes that are used, in this order; none = all, in the item's order.
     """
 
     def __init__(self, max_attributes: int, *, names: Sequence[str] | None = None) -> None:
@@ -92,23 +93,24 @@ class ColumnTeacher:
 
     def annotate(self, items: Sequence[TeacherItem]) -> list[Attributes | InvalidAttributes]:
         texts = [
-            format_attributes(normalise_attributes(chosen_attributes(item.attributes, self._names))) for item in items
+            format_attributes(normalise_attributes(select_attributes(item.attributes, self._names))) for item in items
         ]
         return [parse_attributes(text, max_attributes=self._max_attributes) for text in texts]
 
 
 class OpenAITeacher:
-    """A model behind an endpoint that speaks OpenAI's chat completions.
+    """A model behind an endpoint with OpenAI's chat completions API.
 
-    Every answer is kept under the digest of what was asked, as it comes in, so that a run that died asks nothing twice.
+    Every answer is cached at once, under the digest of its request, so that a run that was interrupted repeats no
+    request.
 
     Args:
         config: endpoint, model, prompt and limits.
-        max_attributes: more are invalid.
+        max_attributes: maximum number of pairs; an item with more is invalid.
         cache_dir: path or URI of the folder of answers.
 
     Raises:
-        ConfigError: the environment variable that should hold the key is not set.
+        ConfigError: the environment variable of the key is not set.
     """
 
     def __init__(self, config: OpenAITeacherConfig, *, max_attributes: int, cache_dir: str) -> None:
@@ -120,13 +122,13 @@ class OpenAITeacher:
         self._session.mount(self._url, requests.adapters.HTTPAdapter(pool_maxsize=config.concurrency))
         self._session.auth = _Bearer(_api_key(config.api_key_env))
         self._lock = threading.Lock()
-        self._asking: dict[str, threading.Lock] = {}
+        self._request_locks: dict[str, threading.Lock] = {}
 
     def annotate(self, items: Sequence[TeacherItem]) -> list[Attributes | InvalidAttributes]:
-        """Ask for every item that has no answer in the cache.
+        """Attributes of each item, in order; requests are sent only for items without a cached answer.
 
         Raises:
-            TeacherError: a request failed for good; the answers so far are kept.
+            TeacherError: a request failed after all retries; the answers so far are cached.
         """
         with ThreadPoolExecutor(max_workers=self._config.concurrency) as pool:
             try:
@@ -140,24 +142,24 @@ class OpenAITeacher:
         prompt = self._config.prompt.replace("{title}", item.title)
         path = storage.join(self._cache_dir, f"{self._key(image, item.title)}.json")
         with self._lock:
-            lock = self._asking.setdefault(path, threading.Lock())
+            lock = self._request_locks.setdefault(path, threading.Lock())
         with lock:
             if storage.exists(path):
                 answer = storage.read_json(path)
             else:
-                answer = self._ask(image, prompt)
+                answer = self._request(image, prompt)
                 storage.write_json(path, answer)
         return parse_attributes(answer["text"], max_attributes=self._max_attributes, complete=answer["complete"])
 
     def _key(self, image: bytes, title: str) -> str:
         config = self._config
-        # Two servers may give one name to different models.
+        # Two servers may use one name for different models.
         server = without_credentials(config.base_url.rstrip("/"))
         return storage.digest(
             [hashlib.sha256(image).hexdigest(), title, server, config.model, config.prompt, config.max_tokens]
         )
 
-    def _ask(self, image: bytes, prompt: str) -> dict[str, Any]:
+    def _request(self, image: bytes, prompt: str) -> dict[str, Any]:
         content: list[dict[str, Any]] = [{"type": "text", "text": prompt}]
         if image:
             content.insert(0, {"type": "image_url", "image_url": {"url": _data_url(image)}})
@@ -175,7 +177,7 @@ class OpenAITeacher:
             return {"text": str(text), "complete": choice.get("finish_reason") != "length"}
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise TeacherError(
-                f"{self._url}: the answer is no chat completion ({_excerpt(response)}); check teacher.base_url"
+                f"{self._url}: the answer is not a chat completion ({_excerpt(response)}); check teacher.base_url"
             ) from error
 
     def _post(self, body: dict[str, Any]) -> requests.Response:
@@ -186,7 +188,7 @@ class OpenAITeacher:
             except (requests.Timeout, requests.ConnectionError) as error:
                 problem = type(error).__name__
             except requests.RequestException as error:
-                raise TeacherError(f"{self._url}: cannot be asked ({error}); check teacher.base_url") from error
+                raise TeacherError(f"{self._url}: invalid request ({error}); check teacher.base_url") from error
             else:
                 if response.ok:
                     return response
@@ -201,16 +203,16 @@ class OpenAITeacher:
                 time.sleep(wait)
         raise TeacherError(
             f"{self._url}: no answer after {self._config.max_retries + 1} tries ({problem}); "
-            "run again to go on from the answers so far"
+            "run again to continue from the cached answers"
         )
 
     def _backoff(self, attempt: int) -> float:
-        """Seconds: doubled with every attempt, half of it drawn, so that threads do not return all at once."""
+        """Exponential backoff with jitter, seconds."""
         return min(self._config.backoff_s * 2**attempt, _LONGEST_BACKOFF_S) * random.uniform(0.5, 1.0)
 
 
 class _Bearer(requests.auth.AuthBase):
-    """Sends the key with each request; an explicit auth also keeps requests from looking into ~/.netrc."""
+    """Sends the key with each request; an explicit auth also keeps requests from reading ~/.netrc."""
 
     def __init__(self, key: str | None) -> None:
         self._key = key
@@ -225,7 +227,7 @@ def _api_key(variable: str | None) -> str | None:
     if variable is None:
         return None
     if not os.environ.get(variable):
-        raise ConfigError(f"teacher.api_key_env: the environment variable {variable} is not set; export the key in it")
+        raise ConfigError(f"teacher.api_key_env: the environment variable {variable} is not set; set it to the key")
     return os.environ[variable]
 
 
@@ -235,7 +237,7 @@ def _data_url(image: bytes) -> str:
 
 
 def _retry_after(response: requests.Response) -> float:
-    """Seconds that the endpoint asks to wait, given as a number or as a date; 0 where it does not say."""
+    """Seconds of the header Retry-After, a number or a date; 0 without it."""
     value = response.headers.get("Retry-After", "")
     if value.replace(".", "", 1).isdigit():
         return float(value)

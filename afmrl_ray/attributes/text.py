@@ -1,4 +1,7 @@
-"""The text form of attributes, `color: red; neckline: v-neck`, and the strict parser that RAR's -0.1 hangs on."""
+"""The text form of attributes, `color: red; neckline: v-neck`, and its strict parser.
+
+What the parser rejects gets the reward `rar.reward.invalid` in RAR.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,13 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Attributes = tuple[tuple[str, str], ...]
-"""Ordered (name, value) pairs in normal form: lower case, single spaces, no `;` or `:`, every name once."""
+"""Ordered (name, value) pairs in normal form: lower case, single spaces, no `;` or `:`, no repeated name."""
 
 InvalidReason = Literal["empty", "no_pair", "repeated_name", "too_many", "unfinished", "special_token"]
 INVALID_REASONS: tuple[InvalidReason, ...] = get_args(InvalidReason)
 
 SEPARATOR = ";"
-"""What ends a pair."""
+"""Separates pairs."""
 
 _SPECIAL_TOKEN = re.compile(r"<\|.*?\|>", re.DOTALL)
 _DROPPED = re.compile(r"[;:]|<\||\|>")
@@ -22,26 +25,26 @@ _DROPPED = re.compile(r"[;:]|<\||\|>")
 
 @dataclass(frozen=True)
 class InvalidAttributes:
-    """A text that is no attributes.
+    """Result of the parser for a text that is not valid attribute text.
 
     Attributes:
-        reason: `unfinished` (no end of text within the token limit), `special_token` (`<|...|>` in it), `empty`,
-            `no_pair` (a segment between semicolons is no `name: value`), `repeated_name`, `too_many`.
+        reason: `unfinished` (no end-of-text token within the token limit), `special_token` (contains `<|...|>`),
+            `empty`, `no_pair` (a segment between semicolons is not `name: value`), `repeated_name`, `too_many`.
     """
 
     reason: InvalidReason
 
 
 def format_attributes(pairs: Iterable[tuple[str, str]]) -> str:
-    """Join pairs in normal form to `name: value; name: value`; no pairs give the empty text."""
+    """Join pairs in normal form to `name: value; name: value`; without pairs the text is empty."""
     return "; ".join(f"{name}: {value}" for name, value in pairs)
 
 
 def normalise_attributes(attributes: Mapping[str, str | None] | Iterable[tuple[str, str | None]]) -> Attributes:
-    """Bring attributes as a source gives them into normal form, in their order.
+    """Bring attributes of a source into normal form, in their order.
 
-    Semicolons, colons and the brackets of special tokens become spaces; pairs with an empty name or value are left out,
-    and so is a name that was there before.
+    Semicolons, colons and the brackets of special tokens become spaces. Pairs with an empty name or value are dropped;
+    of a repeated name the first value counts.
     """
     pairs = attributes.items() if isinstance(attributes, Mapping) else attributes
     found: dict[str, str] = {}
@@ -52,29 +55,29 @@ def normalise_attributes(attributes: Mapping[str, str | None] | Iterable[tuple[s
     return tuple(found.items())
 
 
-def chosen_attributes(attributes: Mapping[str, str | None], names: Iterable[str] | None) -> Mapping[str, str | None]:
-    """The attributes of some names, in the order of the names; all as they are if there are no names."""
+def select_attributes(attributes: Mapping[str, str | None], names: Iterable[str] | None) -> Mapping[str, str | None]:
+    """The attributes with the given names, in the order of the names; all attributes if `names` is none."""
     if names is None:
         return attributes
     return {name: attributes[name] for name in names if name in attributes}
 
 
 def stored_attributes(text: str) -> Attributes:
-    """The pairs of a text that is kept as attributes, however many; none where it is not in normal form."""
+    """The pairs of a stored attribute text, without a limit on their number; empty if the text is invalid."""
     found = parse_attributes(text, max_attributes=text.count(SEPARATOR) + 1)
     return () if isinstance(found, InvalidAttributes) else found
 
 
 def parse_attributes(text: str, *, max_attributes: int, complete: bool = True) -> Attributes | InvalidAttributes:
-    """Read attributes that a model wrote; `parse(format(a)) == a` for non-empty `a` in normal form.
+    """Parse the output of a model; `parse(format(a)) == a` for non-empty `a` in normal form.
 
-    A segment is split at its first colon; further colons belong to the value and are dropped. A semicolon at the end is
-    forgiven, nothing else is.
+    A segment is split at its first colon; further colons belong to the value and become spaces. A trailing semicolon is
+    allowed; every other deviation from the format makes the text invalid.
 
     Args:
-        text: decoded completion up to its end-of-text token, special tokens left in.
-        max_attributes: most pairs allowed.
-        complete: whether the end-of-text token came within the token limit.
+        text: decoded completion up to its end-of-text token, special tokens included.
+        max_attributes: maximum number of pairs.
+        complete: whether the completion ended with its end-of-text token, within the token limit.
     """
     if not complete:
         return InvalidAttributes("unfinished")

@@ -1,4 +1,4 @@
-"""What is sold: schema, reading, staging, importers, images, the synthetic catalogue."""
+"""Catalogues: schema, reading, staging, importers, images, the synthetic catalogue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rows of a catalogue cannot be used, and why."""
+"""Checks of the rows of a catalogue: which cannot be used, and why."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ from PIL import Image
 from afmrl_ray.catalogue.schema import parse_source_attributes
 
 _WORKERS = 4
-# The image processor of Qwen2-VL refuses longer ones.
+# The image processor of Qwen2-VL accepts no greater ratio of the two sides.
 _MAX_ASPECT_RATIO = 200
 
 
 def bad_rows(table: pa.Table, max_image_pixels: int) -> dict[int, str]:
-    """Reason of quarantine by row: missing_item_id, duplicate_item_id, bad_attributes, empty, missing_image,
-    decompression_bomb, aspect_ratio or undecodable_image.
+    """Reason of quarantine by row.
+
+    Reasons are missing_item_id, duplicate_item_id, bad_attributes, empty, missing_image, decompression_bomb,
+    aspect_ratio and undecodable_image.
+
+    Args:
+        table: the catalogue, with encoded images in column `image`.
+        max_image_pixels: images with more pixels are decompression bombs.
     """
     found = _bad_text(table)
     images = table["image"]
@@ -35,7 +41,7 @@ def bad_rows(table: pa.Table, max_image_pixels: int) -> dict[int, str]:
 def _bad_text(table: pa.Table) -> dict[int, str]:
     found: dict[int, str] = {}
     seen: set[str] = set()
-    imageless = table["image"].is_null().to_pylist()
+    without_image = table["image"].is_null().to_pylist()
     columns = (table[name].to_pylist() for name in ("item_id", "title", "attributes"))
     for row, (item_id, title, attributes) in enumerate(zip(*columns, strict=True)):
         if item_id is None or item_id == "":
@@ -50,18 +56,18 @@ def _bad_text(table: pa.Table) -> dict[int, str]:
         except (ValueError, AttributeError, TypeError):
             found[row] = "bad_attributes"
             continue
-        if not title and not parsed and imageless[row]:
+        if not title and not parsed and without_image[row]:
             found[row] = "empty"
     return found
 
 
 def image_fault(data: bytes | None, max_pixels: int) -> str | None:
-    """Why encoded bytes are no usable image; the size is judged from the header before anything is decoded."""
+    """Why encoded bytes are no usable image, or none; the size is read from the header before anything is decoded."""
     if not data:
         return "missing_image"
     try:
         with warnings.catch_warnings():
-            # The limit that counts is the catalogue's own, below.
+            # The catalogue has its own limit, checked below.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as image:
                 if image.width * image.height > max_pixels:
@@ -71,6 +77,6 @@ def image_fault(data: bytes | None, max_pixels: int) -> str | None:
                 image.load()
     except Image.DecompressionBombError:
         return "decompression_bomb"
-    except Exception:  # noqa: BLE001 - damaged files make Pillow's many decoders raise anything
+    except Exception:  # noqa: BLE001 - Pillow's decoders raise exceptions of many types for damaged files
         return "undecodable_image"
     return None

@@ -1,4 +1,4 @@
-"""From other layouts to a catalogue's table: CSV or JSONL with an image folder, and M5Product as published."""
+"""Importers of other layouts: CSV or JSONL with a folder of images, and M5Product as published."""
 
 from __future__ import annotations
 
@@ -19,25 +19,32 @@ SCHEMA = pa.schema([*((name, pa.string()) for name in _COLUMNS), ("image", pa.bi
 
 
 @dataclass(frozen=True)
-class Imported:
-    """A table in the layout of DESIGN 4.1, and what was counted while it was made."""
+class ImportResult:
+    """Result of an import.
+
+    Attributes:
+        table: the columns of `catalogue.schema`, and the source's further columns.
+        counts: items, missing images and the like, by name.
+    """
 
     table: pa.Table
     counts: dict[str, int]
 
 
-def import_rows(path: str, images: str, *, columns: Mapping[str, str] | None = None, split: str = "train") -> Imported:
-    """Read a `.csv` or `.jsonl` file whose rows name images in a folder.
+def import_rows(
+    path: str, images: str, *, columns: Mapping[str, str] | None = None, split: str = "train"
+) -> ImportResult:
+    """Read a `.csv` or `.jsonl` file whose rows name image files in a folder.
 
     Args:
         path: the file.
         images: folder of the images.
-        columns: canonical name to the file's own, where they differ; `image` names the column of image file names.
-        split: for rows that name none.
+        columns: canonical column name to the file's name of it, where they differ; `image` is the column of file names.
+        split: of rows that name none.
 
     Raises:
-        CatalogueError: the file is missing, of another kind, not UTF-8, or lacks the columns of item id and image;
-            or `columns` names something that no catalogue has.
+        CatalogueError: the file is missing, of another type, not UTF-8, or lacks the columns of item id and image;
+            or `columns` names a column that no catalogue has.
     """
     unknown = sorted(set(columns or {}) - {*_COLUMNS, "image"})
     if unknown:
@@ -64,23 +71,23 @@ def import_rows(path: str, images: str, *, columns: Mapping[str, str] | None = N
                 "image": image,
             }
         )
-    return Imported(_table(made), counts)
+    return ImportResult(_table(made), counts)
 
 
 def import_m5product(
     metadata: str, images: str, *, lists: Mapping[tuple[str, str], str], labels: str | None = None
-) -> Imported:
+) -> ImportResult:
     """Read M5Product: a JSON object of items and text files of ids.
 
     Args:
-        metadata: JSON `{id: {"title", "pv": "k#:#v#;#k#:#v", "label"}}`.
+        metadata: JSON file `{id: {"title", "pv": "k#:#v#;#k#:#v", "label"}}`.
         images: folder with `<id>.jpg`.
         lists: (split, role) to a file with one id per line; ids in no list go to split train.
-        labels: JSON `{id: label}` of the instance labels of fine-grained retrieval, which become product ids; none =
-            the items' own labels are product ids too.
+        labels: JSON file `{id: label}` of the instance labels of fine-grained retrieval, which become product ids;
+            none = the items' own labels become product ids.
 
     Raises:
-        CatalogueError: a file is missing or not of this layout.
+        CatalogueError: a file is missing or has another layout.
     """
     items = _json_object(metadata)
     instances = _json_object(labels) if labels is not None else None
@@ -108,11 +115,11 @@ def import_m5product(
                 "image": image,
             }
         )
-    return Imported(_table(made), counts)
+    return ImportResult(_table(made), counts)
 
 
 def parse_pv(text: str) -> dict[str, str]:
-    """M5Product's property string `k#:#v#;#k#:#v` as an ordered dict; the first of a repeated name stays."""
+    """M5Product's property string `k#:#v#;#k#:#v` as an ordered dict; of a repeated name the first value counts."""
     found: dict[str, str] = {}
     for pair in text.split("#;#"):
         name, separator, value = pair.partition("#:#")
@@ -123,7 +130,7 @@ def parse_pv(text: str) -> dict[str, str]:
 
 def _read(path: str) -> Iterator[dict[str, Any]]:
     if not path.endswith((".csv", ".jsonl", ".ndjson")):
-        raise CatalogueError(f"{path}: a .csv or .jsonl file is needed")
+        raise CatalogueError(f"{path}: not a .csv or .jsonl file")
     text = _text_of(path)
     if path.endswith(".csv"):
         reader = csv.DictReader(io.StringIO(text, newline=""))
@@ -132,7 +139,7 @@ def _read(path: str) -> Iterator[dict[str, Any]]:
                 raise CatalogueError(f"{path}:{reader.line_num}: more fields than the header names")
             yield row
         return
-    # Not splitlines(): a title may hold U+2028 and the like.
+    # Not splitlines(): a title may contain U+2028 and other line separators.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:

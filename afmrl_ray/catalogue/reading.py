@@ -1,4 +1,4 @@
-"""Opening a catalogue: schema, images, quarantine, fingerprint."""
+"""Reading a catalogue: schema, images, quarantine, fingerprint."""
 
 from __future__ import annotations
 
@@ -11,43 +11,48 @@ import pyarrow.dataset as ds
 
 from afmrl_ray import storage
 from afmrl_ray.catalogue.checks import bad_rows
-from afmrl_ray.catalogue.schema import NULLABLE, PICTURE_COLUMNS, REQUIRED, write_catalogue
+from afmrl_ray.catalogue.schema import IMAGE_COLUMNS, NULLABLE, REQUIRED, write_catalogue
 from afmrl_ray.catalogue.table import CatalogueTable
 from afmrl_ray.config.catalogue import CatalogueConfig
 from afmrl_ray.errors import CatalogueError, StorageError
 
 
 class Catalogue(CatalogueTable):
-    """The good rows of a catalogue, and what was wrong with the others."""
+    """The usable rows of a catalogue, and the quarantine of the others."""
 
     def __init__(self, table: pa.Table, name: str, quarantine: pa.Table) -> None:
         super().__init__(table, name, fingerprint(table))
         self.quarantine = quarantine
-        """item_id, row and reason of every row that was put aside."""
+        """item_id, row and reason of every quarantined row."""
 
     @property
     def counts(self) -> dict[str, object]:
-        """rows, kept, and quarantined by reason."""
+        """Numbers of rows, of kept rows, and of quarantined rows by reason."""
         reasons = dict(Counter(self.quarantine["reason"].to_pylist()))
         return {"rows": len(self) + len(self.quarantine), "kept": len(self), "quarantined": reasons}
 
     def write_quarantine(self, path: str) -> None:
-        """Write the quarantine as Parquet, empty or not."""
+        """Write the quarantine as Parquet, even if it is empty."""
         write_catalogue(self.quarantine, path)
 
 
 def open_catalogue(path: str, *, config: CatalogueConfig | None = None) -> Catalogue:
-    """Read a Parquet file or directory, on any filesystem, and put bad rows aside.
+    """Read a Parquet file or directory, on any filesystem, and quarantine its unusable rows.
 
     Raises:
-        CatalogueError: it is missing, lacks columns, has no good row, or more bad rows than
+        CatalogueError: it is missing, lacks columns, has no usable row, or a greater fraction of unusable rows than
             `catalogue.max_bad_fraction`.
     """
     return check_table(_read(path), path, config=config)
 
 
 def check_table(table: pa.Table, path: str, *, config: CatalogueConfig | None = None) -> Catalogue:
-    """Put the bad rows of a table aside; `path` is where relative images lie, and what messages name.
+    """Quarantine the unusable rows of a table.
+
+    Args:
+        table: the catalogue's columns, see `catalogue.schema`.
+        path: of the catalogue; relative image URIs start from its folder, and messages name it.
+        config: limits; none = their defaults.
 
     Raises:
         CatalogueError: see `open_catalogue`.
@@ -67,7 +72,7 @@ def check_table(table: pa.Table, path: str, *, config: CatalogueConfig | None = 
         reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(bad.values()).most_common())
         raise CatalogueError(
             f"{path}: {len(rows)} of {len(table)} rows are bad ({reasons}), more than catalogue.max_bad_fraction "
-            f"{config.max_bad_fraction:g} allows; mend them or raise it"
+            f"{config.max_bad_fraction:g} allows; fix them or raise it"
         )
     good = table.filter(pa.array([row not in bad for row in range(len(table))])) if bad else table
     if not len(good):
@@ -76,7 +81,7 @@ def check_table(table: pa.Table, path: str, *, config: CatalogueConfig | None = 
 
 
 def fingerprint(table: pa.Table) -> str:
-    """SHA-256 over column names, types and the values in their order, however the file cuts them into groups."""
+    """SHA-256 of column names, types and values in order; independent of the file's row groups."""
     total = hashlib.sha256()
     for name in sorted(table.column_names):
         column = table[name]
@@ -96,10 +101,10 @@ def _read(path: str) -> pa.Table:
     try:
         files: str | list[str] = inner
         if storage.is_dir(path):
-            # Its images may lie beside the tables.
+            # The folder may also contain the images.
             files = [storage.join(inner, name) for name in storage.list_files(path) if name.endswith(".parquet")]
         if not files:
-            raise CatalogueError(f"catalogue.path: {path} holds no .parquet file")
+            raise CatalogueError(f"catalogue.path: {path} contains no .parquet file")
         return ds.dataset(files, filesystem=filesystem, format="parquet").to_table()
     except (OSError, pa.ArrowException) as error:
         raise CatalogueError(f"catalogue.path: {path} is no Parquet ({' '.join(str(error).split())[:160]})") from error
@@ -107,7 +112,7 @@ def _read(path: str) -> pa.Table:
 
 def _normalised(table: pa.Table, path: str) -> pa.Table:
     missing = [name for name in REQUIRED if name not in table.column_names]
-    if not any(name in table.column_names for name in PICTURE_COLUMNS):
+    if not any(name in table.column_names for name in IMAGE_COLUMNS):
         missing.append("image or image_uri")
     if missing:
         raise CatalogueError(
@@ -126,10 +131,12 @@ def _normalised(table: pa.Table, path: str) -> pa.Table:
 
 
 def _with_images(table: pa.Table, path: str) -> pa.Table:
-    """The table with encoded images in `image`; URIs are read, relative ones from the catalogue's folder."""
+    """The table with encoded images in `image`; images given by URI are read, relative ones from its folder."""
     if "image" in table.column_names:
         if not pa.types.is_binary(table["image"].type) and not pa.types.is_large_binary(table["image"].type):
-            raise CatalogueError(f"{path}: column image is {table['image'].type}, it must hold encoded images (binary)")
+            raise CatalogueError(
+                f"{path}: column image is {table['image'].type}, it must contain encoded images (binary)"
+            )
         return table
     folder = path if storage.is_dir(path) else os.path.dirname(path)
     images = [_read_image(uri, folder) for uri in table["image_uri"].to_pylist()]
@@ -143,5 +150,5 @@ def _read_image(uri: str | None, folder: str) -> bytes | None:
     try:
         return storage.read_bytes(full) if storage.exists(full) else None
     except (StorageError, OSError, ValueError):
-        # One bad address is one quarantined row; that no address can be read shows in the counts.
+        # One unreadable image is one quarantined row; the counts show if no image can be read.
         return None

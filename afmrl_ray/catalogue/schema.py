@@ -1,4 +1,9 @@
-"""The columns of a catalogue (DESIGN 4.1) and one row of it."""
+"""The columns of a catalogue, one row per item.
+
+Required are item_id (string, unique), split (train, val, test or gallery), and image (encoded bytes) or image_uri.
+product_id (identity of the product; null = unknown), category, title, attributes (map or JSON object, as the source
+gives them) and role (query or gallery, for evaluation) may be null or missing. Further columns are kept.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,7 @@ import pyarrow.parquet as pq
 from afmrl_ray import storage
 
 REQUIRED = ("item_id", "split")
-PICTURE_COLUMNS = ("image", "image_uri")
+IMAGE_COLUMNS = ("image", "image_uri")
 NULLABLE = ("product_id", "category", "title", "attributes", "role")
 
 
@@ -23,11 +28,11 @@ class Item:
 
     Attributes:
         row: its row in the catalogue.
-        item_id: unique.
-        product_id: identity; items that share it are positives; none = unknown.
+        item_id: its unique id.
+        product_id: identity of the product; items with the same one are positives of each other; none = unknown.
         category: coarse label.
         title: the seller's text.
-        attributes: as the source gives them, in its order.
+        attributes: of the source, in its order.
         split: train, val, test or gallery.
         role: query or gallery, for evaluation.
         extra: the catalogue's further columns.
@@ -48,7 +53,7 @@ def parse_source_attributes(value: Any) -> dict[str, str]:
     """Attributes of a row as an ordered dict, from a map column, a JSON object or null.
 
     Raises:
-        ValueError: the text is no JSON object.
+        ValueError, TypeError: the value is neither a map nor a JSON object.
     """
     if value is None:
         return {}

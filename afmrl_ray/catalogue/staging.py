@@ -1,4 +1,4 @@
-"""A local, memory-mapped copy of the good rows, from which any worker fetches any row."""
+"""Staging: a local, memory-mapped copy of the usable rows of a catalogue, for random access by workers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ROWS_PER_BATCH = 256
 
 
 class StagedCatalogue(CatalogueTable):
-    """A staged catalogue; pickles as its path and is mapped again where it is unpickled.
+    """A staged catalogue; it pickles as its path, and the file is mapped where it is unpickled.
 
     Args:
         path: Arrow IPC file that `stage` wrote.
@@ -38,12 +38,12 @@ class StagedCatalogue(CatalogueTable):
 
 @dataclass(frozen=True)
 class CatalogueRef:
-    """A catalogue as plain data that any process on any node can open.
+    """A reference to a catalogue that any process on any node can open.
 
     Attributes:
-        path: where the catalogue lies.
-        config: how it is read.
-        fingerprint: what its content must be.
+        path: of the catalogue, local or URI.
+        config: limits and cache folder.
+        fingerprint: that the content must have.
     """
 
     path: str
@@ -51,10 +51,10 @@ class CatalogueRef:
     fingerprint: str
 
     def open(self) -> StagedCatalogue:
-        """The staged copy of this node, made on first use.
+        """Open this node's staged copy; the first use writes it.
 
         Raises:
-            CatalogueError: the catalogue's content has changed since the reference was made.
+            CatalogueError: the catalogue's content differs from `fingerprint`.
         """
         return _open_staged(staged_path(self.config, self.fingerprint), self)
 
@@ -64,26 +64,32 @@ def _open_staged(path: str, ref: CatalogueRef) -> StagedCatalogue:
     if not os.path.exists(path):
         catalogue = open_catalogue(ref.path, config=ref.config)
         if catalogue.fingerprint != ref.fingerprint:
-            raise CatalogueError(f"{ref.path}: the catalogue has changed while it was used; start the job again")
+            raise CatalogueError(f"{ref.path}: the catalogue changed while it was in use; start the job again")
         stage(catalogue, ref.config)
     return StagedCatalogue(path)
 
 
 def staged_path(config: CatalogueConfig, fingerprint: str) -> str:
-    """Where the staged copy of a catalogue lies on every node."""
+    """Path of the staged copy of a catalogue, the same on every node."""
     folder = config.cache_dir or os.path.join(tempfile.gettempdir(), f"afmrl_ray-{getpass.getuser()}")
     return os.path.join(folder, f"{fingerprint[:32]}.arrow")
 
 
 def stage(catalogue: Catalogue, config: CatalogueConfig) -> str:
-    """Write the staged copy unless it is there; safe for concurrent processes, since it appears by one rename."""
+    """Write the staged copy unless it exists, and return its path; safe for concurrent processes (atomic rename).
+
+    Raises:
+        StorageError: the folder cannot be created.
+    """
     path = staged_path(config, catalogue.fingerprint)
     if os.path.exists(path):
         return path
     try:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     except OSError as error:
-        raise StorageError(f"catalogue.cache_dir: {os.path.dirname(path)} cannot be made ({error.strerror})") from error
+        raise StorageError(
+            f"catalogue.cache_dir: {os.path.dirname(path)} cannot be created ({error.strerror})"
+        ) from error
     table = catalogue.table.replace_schema_metadata({"name": catalogue.name, "fingerprint": catalogue.fingerprint})
     partial = f"{path}.{uuid.uuid4().hex}.partial"
     with pa.OSFile(partial, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:

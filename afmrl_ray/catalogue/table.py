@@ -1,4 +1,4 @@
-"""Rows, sides and items of a catalogue's table, in memory or memory-mapped alike."""
+"""Access to the rows of a catalogue's table, in memory or memory-mapped."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _KNOWN = {*REQUIRED, *NULLABLE, "image"}
 
 
 class CatalogueTable:
-    """Access by row to a table of good rows.
+    """Random access to a table of usable rows.
 
     Args:
-        table: with the columns of DESIGN 4.1 and encoded images in `image`.
+        table: the columns of `catalogue.schema`, with encoded images in `image`.
         name: of the catalogue, for messages.
         fingerprint: digest of the rows' content.
     """
@@ -38,7 +38,7 @@ class CatalogueTable:
         return len(self.table)
 
     def column(self, name: str) -> list[Any]:
-        """Values of a column by row.
+        """Values of a column, in row order.
 
         Raises:
             CatalogueError: there is no such column.
@@ -50,38 +50,38 @@ class CatalogueTable:
             self._columns[name] = self.table[name].to_pylist()
         return self._columns[name]
 
-    def rows(self, side: ItemSelector) -> np.ndarray:
-        """Row indexes [N] int64 of a side, in the table's order.
+    def rows(self, selector: ItemSelector) -> np.ndarray:
+        """Indices [N] int64 of the rows that a selector matches, ascending.
 
         Raises:
             CatalogueError: a column of `where` or `title_columns` is missing, or no row matches.
         """
-        keep = np.isin(np.array(self.column("split"), dtype=object).astype(str), list(side.split))
-        wanted = {**({"role": side.role} if side.role is not None else {}), **side.where}
+        keep = np.isin(np.array(self.column("split"), dtype=object).astype(str), list(selector.split))
+        wanted = {**({"role": selector.role} if selector.role is not None else {}), **selector.where}
         for name, value in wanted.items():
             keep &= np.array([str(found) == value for found in self.column(name)])
-        if side.inputs != "image":
-            for name in side.title_columns:
+        if selector.inputs != "image":
+            for name in selector.title_columns:
                 self.column(name)
         found = np.flatnonzero(keep)
         if not len(found):
             conditions = "".join(f", {name} {value!r}" for name, value in wanted.items())
             raise CatalogueError(
-                f"{self.name} has no row of split {' or '.join(side.split)}{conditions}; it has the splits: "
+                f"{self.name} has no row of split {' or '.join(selector.split)}{conditions}; it has the splits: "
                 + ", ".join(sorted({str(split) for split in self.column("split")}))
             )
         return found.astype(np.int64)
 
-    def rows_of_any(self, sides: Iterable[ItemSelector]) -> np.ndarray:
-        """Row indexes [N] int64 that are on at least one of the sides, each once, in the table's order.
+    def rows_of_any(self, selectors: Iterable[ItemSelector]) -> np.ndarray:
+        """Indices [N] int64 of the rows that at least one selector matches, each once, ascending.
 
         Raises:
             CatalogueError: see `rows`.
         """
-        return np.unique(np.concatenate([self.rows(side) for side in sides]))
+        return np.unique(np.concatenate([self.rows(selector) for selector in selectors]))
 
     def item(self, row: int) -> Item:
-        """A row without its image."""
+        """One item without its image."""
         values = {name: self.column(name)[row] for name in self.table.column_names if name != "image"}
         return Item(
             row=row,
@@ -96,16 +96,16 @@ class CatalogueTable:
         )
 
     def title(self, row: int, columns: tuple[str, ...] = ("title",)) -> str:
-        """Texts of the given columns, joined by a space; null is left out."""
+        """Texts of the given columns, joined by a space; nulls are skipped."""
         return " ".join(text for name in columns if (text := self.column(name)[row]))
 
     def image_bytes(self, row: int) -> bytes:
-        """The encoded image."""
+        """The encoded image of a row."""
         batch = int(np.searchsorted(self._starts, row, side="right")) - 1
         return self._batches[batch].column(0)[row - int(self._starts[batch])].as_py()
 
     def image(self, row: int) -> Image.Image:
-        """The decoded image, RGB."""
+        """The decoded image of a row, RGB."""
         with Image.open(io.BytesIO(self.image_bytes(row))) as image:
             return image.convert("RGB")
 
@@ -113,18 +113,18 @@ class CatalogueTable:
 def check_positives(
     catalogue: CatalogueTable, query: ItemSelector, gallery: ItemSelector, label: str = "product_id"
 ) -> None:
-    """Make sure that some query has a positive: another item with the same `label` in the gallery.
+    """Check that some query has a positive: another item with the same `label` in the gallery.
 
     Raises:
-        CatalogueError: a side is empty or no query has one.
+        CatalogueError: a selector matches no row, or no query has a positive.
     """
     labels = catalogue.column(label)
-    holders: dict[Any, set[int]] = {}
+    rows_of_label: dict[Any, set[int]] = {}
     for row in catalogue.rows(gallery).tolist():
         if labels[row] is not None:
-            holders.setdefault(labels[row], set()).add(row)
-    if not any(holders.get(labels[row], set()) - {row} for row in catalogue.rows(query).tolist()):
+            rows_of_label.setdefault(labels[row], set()).add(row)
+    if not any(rows_of_label.get(labels[row], set()) - {row} for row in catalogue.rows(query).tolist()):
         raise CatalogueError(
             f"{catalogue.name}: no query of split {' or '.join(query.split)} shares its {label} with another item of "
-            f"split {' or '.join(gallery.split)}; nothing is positive"
+            f"split {' or '.join(gallery.split)}, so there are no positives; check split and role of both"
         )

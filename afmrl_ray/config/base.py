@@ -1,4 +1,4 @@
-"""What every section of the config tree is."""
+"""Base class of the sections of the config tree."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class Section(BaseModel):
-    """A frozen group of settings; an unknown key is an error, and the string under a field is its help text."""
+    """A frozen group of settings. An unknown key is an error; the string below a field is its description."""
 
     runtime_only: ClassVar[frozenset[str]] = frozenset()
-    """Fields that decide time, memory or patience but no result: changing one never asks for finished work again."""
+    """Fields that affect speed, memory or fault tolerance but no result; they are not part of fingerprints."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
-    def _keep_what_is_not_mentioned(cls, values: Any) -> Any:
-        """Fill a partly given subsection from the default of its field, which may differ from its class's defaults."""
+    def _fill_from_field_default(cls, values: Any) -> Any:
+        """Complete a partly given subsection from its field's default, which can differ from its class's defaults."""
         if not isinstance(values, Mapping):
             return values
         filled = dict(values)
@@ -30,12 +30,12 @@ class Section(BaseModel):
             if field.discriminator is None:
                 filled[name] = _merged(default.model_dump(exclude_unset=True), given)
             elif field.discriminator not in given:
-                # Without a kind, the default kind is meant.
+                # Without a kind, the default kind applies.
                 filled[name] = {field.discriminator: getattr(default, str(field.discriminator)), **given}
         return filled
 
     def fingerprinted(self) -> dict[str, Any]:
-        """JSON values of all fields that can change a result, for fingerprints."""
+        """JSON values of all fields that can change a result; the input of fingerprints."""
         dumped = self.model_dump(mode="json", exclude=set(self.runtime_only))
         for name in dumped:
             value = getattr(self, name)
@@ -50,7 +50,7 @@ class Section(BaseModel):
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above` over `below`, mappings key by key."""
+    """`above` merged over `below`, recursively for mappings."""
     merged = {**below, **above}
     for name, value in above.items():
         if isinstance(value, Mapping) and isinstance(below.get(name), Mapping):

@@ -1,4 +1,4 @@
-"""Settings of the driver that alternates the two trainings."""
+"""Settings of the driver of cyclic iterative training, and of its annotation stage."""
 
 from __future__ import annotations
 
@@ -12,48 +12,45 @@ from afmrl_ray.config.cluster import PoolConfig
 
 
 class AnnotateConfig(Section):
-    """Attributes written by the generator for whole sides of the catalogue."""
+    """Annotation: attributes that the generator writes for all selected items."""
 
     items: ItemSelector = ItemSelector(split=("train", "val", "test", "gallery"))
-    """Items that get attributes."""
+    """Items that are annotated."""
     ground_truth_column: str = "attributes"
-    """Column that holds what an item's attributes truly are, by which written ones are judged."""
+    """Column with an item's true attributes; generated attributes are compared with it."""
     pool: PoolConfig = PoolConfig()
-    """Ray Data actors that generate."""
+    """Ray Data actors of the generator."""
 
 
 class GateConfig(Section):
-    """What a round may not lose (the alignment tax): it is measured against the last round that was promoted."""
+    """Promotion gate: how much worse than the last promoted round a round may be (the alignment tax)."""
 
     protocols: tuple[str, ...] = ()
-    """Names of evaluation protocols that are guarded; none = every round is promoted. Which rounds are promoted, and so
-    which is served, is chosen on the queries of these protocols: guard ones over val queries to keep the test queries
-    out of the choice."""
+    """Names of the evaluation protocols that the gate compares; empty = every round is promoted. Promotion selects the
+    round that is served, so use protocols with val queries to keep test queries out of the selection."""
     max_loss: float = Field(0.02, ge=0)
-    """Most that a guarded protocol may lose: of hit@1 in retrieval, of the probe's accuracy with labels. A round is
-    refused if the loss is above it for sure, with the whole 95 % interval of the paired difference."""
+    """Largest tolerated decrease of a protocol's metric, as a fraction: hit@1 (retrieval) or probe accuracy (labels). A
+    round is rejected if the whole 95 % interval of the paired decrease is above it."""
     strict: bool = False
-    """Refuse a round whose mean loss is above `max_loss`, sure or not."""
+    """Whether a round is rejected as soon as the mean decrease is above `max_loss`, whatever its interval."""
 
 
 class CITConfig(Section):
     """Cyclic iterative training."""
 
     rounds: int = Field(2, ge=1)
-    """Rounds of attributes, AGCL, gallery, RAR and evaluation, at most."""
+    """Largest number of rounds; each has annotation, AGCL, gallery, RAR and evaluation."""
     baseline: bool = False
-    """Whether plain InfoNCE without weights, mask and attributes is trained and measured first."""
+    """Whether an InfoNCE baseline (no weights, mask or attributes) is trained and evaluated first."""
     init_from: Literal["base", "previous"] = "previous"
-    """Whether a round's encoder starts from the backbone or from the round before."""
+    """Initial weights of a round's encoder: the backbone, or the encoder of the round before."""
     train_fraction: float | None = Field(None, gt=0, le=1)
-    """Share of the products that rounds after the first train the encoder on; none = `agcl.train_fraction`."""
+    """Fraction of the products that the encoder trains on after the first round; none = `agcl.train_fraction`."""
     gate: GateConfig = GateConfig()
-    """Which rounds are promoted. After a round that is refused the run ends, since what it would go on from has been
-    tried; its result is the last round that was promoted."""
+    """Promotion gate. The run ends after a rejected round; its result is the last promoted round."""
     patience: int | None = Field(None, ge=1)
-    """End after so many rounds in a row whose gain over the last one, in the hit@1 of `selection_protocol`, has an
-    interval that includes zero or lies below it; none = all rounds."""
+    """Number of consecutive rounds without improvement after which the run ends; none = all rounds. A round improves if
+    the 95 % interval of its paired gain in hit@1 of `selection_protocol` over the round before is above zero."""
     selection_protocol: str = ""
-    """Retrieval protocol of `evaluation.protocols` whose hit@1 says what a round gained, and so when `patience` ends
-    the run. A protocol over val queries keeps the test queries out of that choice; empty = the primary protocol
-    decides, on the very queries that are reported."""
+    """Retrieval protocol of `evaluation.protocols` whose hit@1 `patience` compares; empty = the primary protocol. Use
+    one with val queries to keep the reported test queries out of the decision."""

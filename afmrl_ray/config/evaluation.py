@@ -1,4 +1,4 @@
-"""Settings of the protocols by which a round is judged."""
+"""Settings of the evaluation protocols."""
 
 from __future__ import annotations
 
@@ -9,54 +9,53 @@ from pydantic import Field, PositiveInt, model_validator
 from afmrl_ray.config.base import Section
 from afmrl_ray.config.catalogue import ItemSelector
 from afmrl_ray.config.cluster import PoolConfig
-from afmrl_ray.config.train import Enriched
 
 
 class RetrievalProtocol(Section):
-    """Queries search a gallery; positives share `label` with the query."""
+    """Retrieval: queries search a gallery, whose positives have the query's value in column `label`."""
 
     kind: Literal["retrieval"] = "retrieval"
-    """Discriminates the protocols."""
+    """Kind of the protocol."""
     name: str
-    """Name in tables."""
+    """Name of the protocol, unique."""
     query: ItemSelector = ItemSelector(role="query")
-    """Rows that search."""
+    """Items that are queries."""
     gallery: ItemSelector = ItemSelector(role="gallery")
-    """Rows that are searched; a query's own row is excluded."""
+    """Items that are searched; a query's own item is excluded."""
     label: str = "product_id"
-    """Column whose equality makes a positive."""
-    with_attributes: Enriched = "both"
-    """Which sides are shown to the encoder with attributes."""
+    """Column in which positives have the same value as the query."""
+    with_attributes: Literal["none", "query", "both"] = "both"
+    """Which items are embedded with their attributes: none, the queries, or queries and gallery."""
     ks: tuple[PositiveInt, ...] = Field((1, 5, 10), min_length=1)
-    """Depths of hit@k and recall@k."""
+    """Values of k for hit@k and recall@k."""
     map_k: int = Field(10, gt=0)
-    """Depth of mean average precision."""
+    """Value of k for mean average precision."""
 
 
 class LabelProtocol(Section):
     """Classification (linear probe, nearest neighbours) and clustering (k-means) of embeddings by a label."""
 
     kind: Literal["labels"] = "labels"
-    """Discriminates the protocols."""
+    """Kind of the protocol."""
     name: str
-    """Name in tables."""
+    """Name of the protocol, unique."""
     fit: ItemSelector = ItemSelector(split=("train",))
-    """Rows on which the probe is fitted."""
+    """Items that probe and nearest neighbours are fitted on."""
     test: ItemSelector = ItemSelector(split=("test",))
-    """Rows that are classified and clustered."""
+    """Items that are classified and clustered."""
     label: str = "category"
-    """Column that holds the class."""
+    """Column with the class."""
     with_attributes: bool = True
-    """Whether rows are shown to the encoder with attributes."""
+    """Whether items are embedded with their attributes."""
     neighbours: int = Field(5, gt=0)
-    """Neighbours that vote."""
+    """Number of nearest neighbours of the classifier."""
 
 
 Protocol = Annotated[RetrievalProtocol | LabelProtocol, Field(discriminator="kind")]
 
 
 class EvaluationConfig(Section):
-    """What every round is measured by."""
+    """Evaluation of every round."""
 
     protocols: tuple[Protocol, ...] = (
         RetrievalProtocol(name="fine"),
@@ -64,18 +63,18 @@ class EvaluationConfig(Section):
     )
     """Protocols in the order of the report."""
     primary_protocol: str = "fine"
-    """Retrieval protocol whose numbers stand first."""
+    """Retrieval protocol that is reported first, and that decides where no other is set."""
     bootstrap_samples: int = Field(1000, gt=0)
-    """Resamples for the 95 % intervals."""
+    """Number of bootstrap resamples for 95 % intervals."""
     pool: PoolConfig = PoolConfig(batch_size=128)
-    """Ray Data actors that embed."""
+    """Ray Data actors of the encoder."""
 
     @model_validator(mode="after")
     def _names(self) -> EvaluationConfig:
         names = [protocol.name for protocol in self.protocols]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"evaluation.protocols: {twice[0]!r} names two protocols; give each a name of its own")
+            raise ValueError(f"evaluation.protocols: {twice[0]!r} names two protocols; names must be unique")
         retrieval = [protocol.name for protocol in self.protocols if protocol.kind == "retrieval"]
         if self.primary_protocol not in retrieval:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""From a YAML file and dotted overrides to a validated tree."""
+"""Loading and validation of the config: a YAML file and dotted overrides."""
 
 from __future__ import annotations
 
@@ -12,19 +12,23 @@ from pydantic import BaseModel, ValidationError
 from afmrl_ray.config.root import Config
 from afmrl_ray.errors import ConfigError
 
-_TAGS = {"retrieval", "labels", "column", "openai", "model"}
-"""Kinds of protocols and teachers, which pydantic puts into the place of an error."""
+_KINDS = {"retrieval", "labels", "column", "openai", "model"}
+"""Kinds of protocols and teachers, which pydantic includes in the location of an error."""
 
 
 Checked = TypeVar("Checked", bound=BaseModel)
 
 
 def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read `path` (YAML), apply `key.sub=value` overrides in order, validate.
+    """Read `path` (YAML), apply overrides in order, and validate.
+
+    Args:
+        path: YAML file; none = defaults.
+        overrides: `section.field=value`.
 
     Raises:
-        ConfigError: the file is missing or not YAML, an override is not `key=value`, a key is unknown (the nearest
-            known one is named), or a value is of the wrong type or out of range.
+        ConfigError: the file is missing or not YAML, an override is not `key=value`, a key is unknown (the message
+            names the nearest known key), or a value has the wrong type or is out of range.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -40,15 +44,15 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such config file") from error
     except (OmegaConfBaseException, YAMLError, OSError, TypeError, UnicodeDecodeError) as error:
-        # OmegaConf raises OSError and TypeError for YAML that is no mapping.
+        # OmegaConf raises OSError and TypeError for YAML that is not a mapping.
         raise ConfigError(f"{path or 'overrides'}: {' '.join(str(error).split())}") from error
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{path}: a config is a mapping of sections, this is a {type(values).__name__}")
+        raise ConfigError(f"{path}: a config must be a mapping of sections, not a {type(values).__name__}")
     return validate(dict(values))
 
 
 def with_values(config: Config, changes: Mapping[str, Any]) -> Config:
-    """A config with values at dotted keys changed, validated again.
+    """A copy of a config with other values at the given dotted keys, validated.
 
     Raises:
         ConfigError: see `load_config`.
@@ -64,19 +68,19 @@ def with_values(config: Config, changes: Mapping[str, Any]) -> Config:
 
 
 def validate(values: Mapping[Any, Any]) -> Config:
-    """Turn plain values into the typed tree.
+    """The typed tree of plain values.
 
     Raises:
-        ConfigError: see `load_config`; only the first error is told, in one line.
+        ConfigError: see `load_config`; the message is one line about the first error.
     """
     return validate_as(Config, values)
 
 
 def validate_as(model: type[Checked], values: Any) -> Checked:
-    """Plain values, or the model itself, as a model.
+    """An instance of `model` from plain values (or from an instance).
 
     Raises:
-        ConfigError: see `load_config`; only the first error is told, in one line.
+        ConfigError: see `load_config`; the message is one line about the first error.
     """
     try:
         return model.model_validate(values)
@@ -85,7 +89,7 @@ def validate_as(model: type[Checked], values: Any) -> Checked:
 
 
 def dump_yaml(config: Config) -> str:
-    """The resolved tree as YAML; reading it back gives the same tree."""
+    """The resolved tree as YAML; loading it gives the same tree."""
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
@@ -93,7 +97,7 @@ def dump_yaml(config: Config) -> str:
 
 def _first_error(error: ValidationError, model: type[BaseModel]) -> str:
     first = error.errors()[0]
-    key = ".".join(_written(first["loc"]))
+    key = ".".join(_user_keys(first["loc"]))
     if first["type"] == "extra_forbidden":
         nearest = difflib.get_close_matches(key, list(known_keys(model)), n=1, cutoff=0.0)
         return f"unknown config key {key!r}; the nearest known key is {nearest[0]!r}"
@@ -103,13 +107,13 @@ def _first_error(error: ValidationError, model: type[BaseModel]) -> str:
     )
 
 
-def _written(location: Sequence[int | str]) -> list[str]:
-    """The keys of an error's place as a user writes them: without positions in a list and without kinds."""
+def _user_keys(location: Sequence[int | str]) -> list[str]:
+    """The keys of an error's location as a user writes them: without list indices and without kinds."""
     before: Sequence[int | str] = ("", *location)
     return [
         part
         for part, previous in zip(location, before, strict=False)
-        if isinstance(part, str) and not (part in _TAGS and (isinstance(previous, int) or previous == "teacher"))
+        if isinstance(part, str) and not (part in _KINDS and (isinstance(previous, int) or previous == "teacher"))
     ]
 
 
@@ -118,7 +122,7 @@ def _plain(key: str, message: str) -> str:
 
 
 def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Dotted names of all fields below `model`, sections included."""
+    """Dotted names of all fields of `model`, including sections and their fields."""
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
@@ -128,7 +132,7 @@ def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:
-    """The models inside a field's type: itself, or those of an optional, a union or a tuple."""
+    """The models in a field's type: the type itself, or those in an optional, a union or a tuple."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [section for part in get_args(annotation) for section in _sections(part)]

@@ -1,4 +1,4 @@
-"""The whole config tree."""
+"""The root of the config tree, and the checks between sections."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ from afmrl_ray.config.train import AGCLConfig, DistillConfig, RARConfig
 
 
 class Config(Section):
-    """Everything a job can be told. Every job takes the same tree and reads the sections it needs."""
+    """All settings. Every job accepts the whole tree and reads the sections that it needs."""
 
     run: RunConfig = RunConfig()
-    """The run and its directory."""
+    """Run: name, location and seed."""
     ray: RayConfig = RayConfig()
-    """The Ray it runs on."""
+    """Connection to Ray."""
     catalogue: CatalogueConfig = CatalogueConfig()
-    """The catalogue."""
+    """Catalogue that is read."""
     synthetic: SyntheticConfig = SyntheticConfig()
-    """The synthetic catalogue, made when `catalogue.path` is none."""
+    """Synthetic catalogue, generated if `catalogue.path` is none."""
     tiny: TinyConfig = TinyConfig()
-    """Tiny checkpoints, made for a model whose path is none."""
+    """Tiny checkpoints, created for models whose path is none."""
     encoder: EncoderConfig = EncoderConfig()
-    """The embedding encoder."""
+    """Embedding encoder."""
     generator: GeneratorConfig = GeneratorConfig()
-    """The attribute generator."""
+    """Attribute generator."""
     teacher: TeacherConfig = ColumnTeacherConfig()
-    """Where distillation labels come from."""
+    """Source of the distillation labels."""
     distill: DistillConfig = DistillConfig()
-    """Distillation."""
+    """Distillation: SFT of the generator on the teacher's attributes."""
     annotate: AnnotateConfig = AnnotateConfig()
-    """Annotation."""
+    """Annotation: attributes of the catalogue's items."""
     agcl: AGCLConfig = AGCLConfig()
-    """Stage 1."""
+    """Stage 1: attribute-guided contrastive learning of the encoder."""
     rar: RARConfig = RARConfig()
-    """Stage 2."""
+    """Stage 2: retrieval-aware attribute reinforcement of the generator."""
     evaluation: EvaluationConfig = EvaluationConfig()
-    """Evaluation."""
+    """Evaluation protocols."""
     cit: CITConfig = CITConfig()
-    """The loop."""
+    """Cyclic iterative training: rounds, promotion, stopping."""
     index: IndexConfig = IndexConfig()
-    """What is served."""
+    """Search index for serving."""
     tracking: TrackingConfig = TrackingConfig()
-    """Where numbers go."""
+    """Experiment tracking."""
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Config:
@@ -74,25 +74,24 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _guarded_protocols_are_measured(self) -> Config:
+    def _gate_protocols_exist(self) -> Config:
         measured = [protocol.name for protocol in self.evaluation.protocols]
         unknown = [name for name in self.cit.gate.protocols if name not in measured]
         if unknown:
             raise ValueError(
-                f"cit.gate.protocols: {unknown[0]!r} is no protocol of evaluation.protocols; there are: "
+                f"cit.gate.protocols: {unknown[0]!r} is not a protocol of evaluation.protocols, which has: "
                 f"{', '.join(measured)}"
             )
         return self
 
     @model_validator(mode="after")
-    def _protocols_that_decide_have_hit_at_1(self) -> Config:
+    def _deciding_protocols_have_hit_at_1(self) -> Config:
         retrieval = {each.name: each for each in self.evaluation.protocols if each.kind == "retrieval"}
         selection_protocol = self.cit.selection_protocol
         if selection_protocol and selection_protocol not in retrieval:
             raise ValueError(
-                f"cit.selection_protocol {selection_protocol!r} is not a retrieval protocol of evaluation.protocols; "
-                "there are: "
-                f"{', '.join(retrieval)}"
+                f"cit.selection_protocol {selection_protocol!r} is not a retrieval protocol of evaluation.protocols, "
+                f"which has: {', '.join(retrieval)}"
             )
         named = [
             ("evaluation.primary_protocol", self.evaluation.primary_protocol),
@@ -102,56 +101,56 @@ class Config(Section):
         for field, name in named:
             if name in retrieval and 1 not in retrieval[name].ks:
                 raise ValueError(
-                    f"evaluation.protocols: ks of {name!r} lacks 1, but {field} names it and goes by its hit@1; add 1"
+                    f"evaluation.protocols: ks of {name!r} lacks 1, but {field} names it and uses its hit@1; add 1"
                 )
         return self
 
     @model_validator(mode="after")
-    def _an_adapter_is_gone_on_with(self) -> Config:
+    def _rar_continues_the_adapter_of_distillation(self) -> Config:
         if self.distill.adapter.kind == "lora" and self.rar.adapter.kind == "full":
             raise ValueError(
-                "rar.adapter.kind is full, but distill.adapter.kind lora leaves an adapter; set both to the same kind"
+                "rar.adapter.kind is full, but distill.adapter.kind lora produces an adapter; set both to the same kind"
             )
         return self
 
     @model_validator(mode="after")
-    def _vllm_applies_the_adapter(self) -> Config:
+    def _vllm_supports_the_adapter(self) -> Config:
         adapter = self.rar.adapter
         if self.rar.rollout.engine != "vllm" or adapter.kind != "lora":
             return self
         if adapter.dora:
             raise ValueError(
-                "rar.adapter.dora: rar.rollout.engine vllm does not apply DoRA; set one of them back to its default"
+                "rar.adapter.dora: rar.rollout.engine vllm does not support DoRA; set one of them to its default"
             )
         if self.generator.dtype == "float32":
             raise ValueError(
-                "rar.rollout.engine vllm applies adapters in 16 bits only; set generator.dtype=bfloat16, or "
+                "rar.rollout.engine vllm supports adapters in 16 bits only; set generator.dtype=bfloat16, or "
                 "rar.rollout.engine=transformers"
             )
         return self
 
     @model_validator(mode="after")
-    def _only_a_frozen_tower_is_cached(self) -> Config:
+    def _vision_cache_needs_a_frozen_tower(self) -> Config:
         if not self.encoder.vision_cache.enabled:
             return self
         if self.agcl.adapter.kind == "full" and self.agcl.adapter.train_vision:
             raise ValueError(
-                "encoder.vision_cache.enabled keeps outputs of a frozen tower, but agcl.adapter.train_vision trains "
-                "it; set one of them to false"
+                "encoder.vision_cache.enabled caches outputs of a frozen vision tower, but agcl.adapter.train_vision "
+                "trains it; set one of them to false"
             )
         if self.agcl.workers.zero_stage == 3:
             raise ValueError(
-                "encoder.vision_cache.enabled: agcl.workers.zero_stage 3 shards the tower too, so that no worker can "
-                "run it alone; use zero_stage 2 or less"
+                "encoder.vision_cache.enabled: agcl.workers.zero_stage 3 shards the vision tower, so no worker can run "
+                "it alone; use zero_stage 2 or less"
             )
         return self
 
     @model_validator(mode="after")
-    def _a_dual_encoder_is_asked_for_what_it_can(self) -> Config:
+    def _dual_encoder_supports_the_settings(self) -> Config:
         if self.encoder.kind != "dual_encoder":
             return self
         agcl = self.agcl
-        asked = {
+        unsupported = {
             "encoder.vision_cache.enabled=false": self.encoder.vision_cache.enabled,
             "agcl.lexical.enabled=false": agcl.lexical.enabled,
             "agcl.mask.enabled=false": agcl.mask.enabled,
@@ -160,9 +159,9 @@ class Config(Section):
             "agcl.positives_per_query=1": agcl.positives_per_query != 1,
             "agcl.hard_negatives=0": agcl.hard_negatives != 0,
         }
-        wrong = [setting for setting, is_asked in asked.items() if is_asked]
+        wrong = [setting for setting, is_set in unsupported.items() if is_set]
         if wrong:
             raise ValueError(
-                f"encoder.kind clip has objectives of its own (encoder.dual_encoder); set {' '.join(wrong)}"
+                f"encoder.kind dual_encoder has its own objectives (encoder.dual_encoder); set {' '.join(wrong)}"
             )
         return self

@@ -1,4 +1,4 @@
-"""Settings of where distillation labels come from."""
+"""Settings of teachers, the sources of distillation labels."""
 
 from __future__ import annotations
 
@@ -10,51 +10,51 @@ from afmrl_ray.config.base import Section
 
 
 class ColumnTeacherConfig(Section):
-    """The catalogue's own `attributes` column."""
+    """The catalogue's column `attributes`."""
 
     kind: Literal["column"] = "column"
-    """Discriminates the teachers."""
+    """Kind of the teacher."""
     names: tuple[str, ...] | None = None
-    """Attributes that are taken, in this order; none = all, in the catalogue's order."""
+    """Names of the attributes that are used, in this order; none = all, in the catalogue's order."""
 
 
 class OpenAITeacherConfig(Section):
-    """Any endpoint that speaks OpenAI's chat completions."""
+    """An endpoint with OpenAI's chat completions API."""
 
     runtime_only = frozenset({"api_key_env", "concurrency", "timeout_s", "max_retries", "backoff_s"})
 
     kind: Literal["openai"] = "openai"
-    """Discriminates the teachers."""
+    """Kind of the teacher."""
     base_url: str
-    """Address up to and including /v1."""
+    """URL up to and including /v1."""
     model: str
-    """Model name sent with every request."""
+    """Model name in the requests."""
     api_key_env: str | None = None
-    """Name of the environment variable that holds the key; none = no key is sent."""
+    """Name of the environment variable with the API key; none = no key is sent."""
     prompt: str = (
         "List the key attributes of this product as 'name: value; name: value', lower case, nothing else. "
         "Title: {title}"
     )
-    """Text sent with the image; {title} is replaced."""
+    """Text sent with the image; {title} is replaced by the item's title."""
     max_tokens: int = Field(256, gt=0)
-    """Longest answer, tokens."""
+    """Maximum length of an answer, tokens."""
     concurrency: int = Field(8, gt=0)
-    """Requests in flight."""
+    """Largest number of concurrent requests."""
     timeout_s: float = Field(60, gt=0)
-    """Deadline of one request, seconds."""
+    """Timeout of a request, seconds."""
     max_retries: int = Field(5, ge=0)
-    """Times that a request is tried again after 429, 5xx or a timeout."""
+    """Number of retries of a request after status 408, 429, 5xx, a timeout or a connection error."""
     backoff_s: float = Field(1.0, gt=0)
-    """First wait before trying again, seconds; doubled each time, up to a minute; Retry-After can prolong it."""
+    """Wait before the first retry, seconds; doubles with each retry, up to 60 s. A longer Retry-After is respected."""
 
 
 class ModelTeacherConfig(Section):
-    """A local checkpoint of the generator's architecture, through the annotate path."""
+    """A checkpoint of the generator's architecture, run by the annotation code."""
 
     kind: Literal["model"] = "model"
-    """Discriminates the teachers."""
+    """Kind of the teacher."""
     path: str
-    """Local folder, URI or hub name of the checkpoint."""
+    """Checkpoint: local folder, URI or hub name."""
 
 
 TeacherConfig = Annotated[ColumnTeacherConfig | OpenAITeacherConfig | ModelTeacherConfig, Field(discriminator="kind")]

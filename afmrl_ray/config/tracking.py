@@ -1,4 +1,4 @@
-"""Where numbers go beside TensorBoard and `metrics.jsonl`."""
+"""Settings of experiment tracking, besides TensorBoard and `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class TrackingConfig(Section):
     """Experiment tracking."""
 
     mlflow_uri: str | None = None
-    """MLflow tracking server (http://, https://), or a store without one; none = no MLflow. `pip install .[mlflow]` is
-    enough for a server; MLflow opens a `file://` store only with MLFLOW_ALLOW_FILE_STORE=true in the environment, and
-    `sqlite:///` only with `pip install mlflow`. User and password of a server belong in MLFLOW_TRACKING_USERNAME and
-    MLFLOW_TRACKING_PASSWORD: MLflow itself prints the address."""
+    """URI of an MLflow tracking server (http://, https://) or store; none = no MLflow. A server needs `pip install
+    .[mlflow]`; a `file://` store needs MLFLOW_ALLOW_FILE_STORE=true in the environment, and `sqlite:///` needs `pip
+    install mlflow`. Put a server's credentials into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, since MLflow
+    prints the URI."""
     mlflow_experiment: str = Field("afmrl_ray", min_length=1)
-    """Experiment that the run is filed under; under another one, or at another `mlflow_uri`, it is a new MLflow run."""
+    """MLflow experiment of the run. With another experiment or `mlflow_uri` the run becomes a new MLflow run."""

@@ -10,12 +10,12 @@ from afmrl_ray.config.index import IndexConfig
 
 Kind = Literal["exact", "hnsw", "ivf"]
 
-_FEW = 10_000
-"""Allowed rows up to which an approximate index looks at all of them: it finds few among scattered ones."""
+_EXACT_UP_TO = 10_000
+"""Allowed rows up to which an approximate index compares a query with all of them: its recall among few is low."""
 
 
 def chosen_kind(config: IndexConfig, count: int) -> Kind:
-    """What `kind: auto` means for so many items."""
+    """The kind of index for `count` items; resolves `kind: auto`."""
     if config.kind != "auto":
         return config.kind
     return "exact" if count <= config.exact_up_to else "hnsw"
@@ -26,7 +26,7 @@ def build_index(vectors: np.ndarray, config: IndexConfig) -> Any:
 
     Args:
         vectors: [N, D] float32, of unit length.
-        config: which index.
+        config: kind and build parameters of the index.
     """
     import faiss
 
@@ -38,7 +38,7 @@ def build_index(vectors: np.ndarray, config: IndexConfig) -> Any:
         index = faiss.IndexHNSWFlat(dimensions, config.hnsw_links, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction = config.hnsw_build
     else:
-        # FAISS wants 39 vectors a cell to place its centre.
+        # FAISS asks for at least 39 training vectors per cell.
         cells = max(1, min(config.ivf_lists, count // 39))
         index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dimensions), dimensions, cells, faiss.METRIC_INNER_PRODUCT)
         index.train(vectors)
@@ -54,7 +54,7 @@ def save_index(index: Any, path: str) -> None:
 
 
 def open_index(path: str) -> Any:
-    """Open an index of a local file, memory-mapped where its kind allows it."""
+    """Open an index in a local file, memory-mapped where its kind supports it."""
     import faiss
 
     return faiss.read_index(path, faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_READ_ONLY)
@@ -63,26 +63,26 @@ def open_index(path: str) -> Any:
 def search_index(
     index: Any, queries: np.ndarray, k: int, config: IndexConfig, *, allowed: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best rows.
+    """Find the best rows of each query.
 
     Args:
         index: from `build_index` or `open_index`.
         queries: [Q, D] float32.
-        k: rows wanted.
-        config: how far an approximate index looks.
-        allowed: bool [N], the rows that may be found; none = all.
+        k: number of rows per query.
+        config: search parameters of an approximate index.
+        allowed: bool [N], the rows that may be returned; none = all.
 
     Returns:
-        Scores [Q, k] and rows [Q, k]; a row is -1 where there were no more.
+        Scores [Q, k] and rows [Q, k]; a row is -1 where fewer than k were found.
     """
     import faiss
 
     queries = np.ascontiguousarray(queries, dtype=np.float32)
-    if not isinstance(index, faiss.IndexFlat) and allowed is not None and allowed.sum() <= _FEW:
-        return _search_few(index, queries, k, np.flatnonzero(allowed))
+    if not isinstance(index, faiss.IndexFlat) and allowed is not None and allowed.sum() <= _EXACT_UP_TO:
+        return _search_exact(index, queries, k, np.flatnonzero(allowed))
     settings: dict[str, Any] = {}
     if allowed is not None:
-        # Kept alive by this frame: FAISS holds the pointer only.
+        # FAISS keeps only a pointer, so this frame must hold the array.
         bits = np.packbits(allowed, bitorder="little")
         settings["sel"] = faiss.IDSelectorBitmap(bits)
     if isinstance(index, faiss.IndexHNSW):
@@ -95,7 +95,7 @@ def search_index(
 
 
 def stored_vectors(index: Any, rows: np.ndarray) -> np.ndarray:
-    """[R, D] float32 vectors of rows [R] of an index."""
+    """[R, D] float32 vectors stored in rows [R] of an index."""
     import faiss
 
     if isinstance(index, faiss.IndexIVF) and index.direct_map.type == faiss.DirectMap.NoMap:
@@ -103,7 +103,7 @@ def stored_vectors(index: Any, rows: np.ndarray) -> np.ndarray:
     return index.reconstruct_batch(rows.astype(np.int64)) if len(rows) else np.empty((0, index.d), np.float32)
 
 
-def _search_few(index: Any, queries: np.ndarray, k: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _search_exact(index: Any, queries: np.ndarray, k: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Exact search among rows [R]."""
     scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
     found = np.full((len(queries), k), -1, dtype=np.int64)
@@ -115,10 +115,14 @@ def _search_few(index: Any, queries: np.ndarray, k: int, rows: np.ndarray) -> tu
 
 
 def recall_against_exact(index: Any, vectors: np.ndarray, config: IndexConfig, *, k: int, seed: int) -> float:
-    """Share of the exact best `k` of drawn rows that the index finds.
+    """Recall@k of an index against exact search, for queries drawn from its own vectors.
 
     Args:
-        vectors: [N, D] what the index holds.
+        index: from `build_index`.
+        vectors: [N, D] vectors of the index.
+        config: search parameters, and the number of queries.
+        k: depth.
+        seed: of the draw of queries.
     """
     import faiss
 

@@ -1,7 +1,8 @@
-"""Embeddings of many items by a pool of Ray Data actors."""
+"""Encoders over a catalogue, and embeddings of many items by a pool of Ray Data actors."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from afmrl_ray.config.models import EncoderConfig
 from afmrl_ray.errors import ConfigError
 from afmrl_ray.models.adapters import load_trained
 from afmrl_ray.models.backbones import fetch
-from afmrl_ray.models.dual_encoder import DualEncoder, DualProcessor, dual_text, embed_dual_rows
+from afmrl_ray.models.dual_encoder import DualEncoder, DualProcessor, DualRow, dual_text, embed_dual_rows
 from afmrl_ray.models.encoder import EmbeddingModel
 from afmrl_ray.models.item_processor import ItemProcessor
 from afmrl_ray.models.microbatches import cut_by_tokens
@@ -32,33 +33,24 @@ from afmrl_ray.models.vision_cache import VisionCache
 
 @dataclass(frozen=True)
 class EncoderRef:
-    """A trained encoder as actors load it.
+    """A trained encoder as plain data that actors load.
 
     Attributes:
         path: model or adapter folder, or hub name.
-        config: how items are shown to it.
+        config: kind of the encoder, and how items are presented to it.
     """
 
     path: str
     config: EncoderConfig
 
 
-class Encoder:
-    """A frozen encoder over a catalogue; plain code that actors and tests call alike."""
+class ItemEncoder(ABC):
+    """A frozen encoder that embeds rows of a catalogue, each together with an attribute text.
 
-    def __init__(self, encoder: EncoderRef, catalogue: CatalogueRef) -> None:
-        if encoder.config.kind != "qwen2_vl":
-            raise ConfigError(
-                f"encoder.kind {encoder.config.kind} has no prefixes to share between attribute texts, so RAR cannot "
-                "search with it; set encoder.kind=qwen2_vl"
-            )
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = load_trained(encoder.path, "encoder", dtype=encoder.config.dtype, device=device)
-        self._processor = ItemProcessor.from_pretrained(encoder.path, encoder.config.image)
-        self._model = EmbeddingModel(model).eval()
-        self._config = encoder.config
-        cached = encoder.config.vision_cache
-        self._cache = VisionCache(model.requires_grad_(False), self._processor, cached) if cached.enabled else None
+    The interface of every encoder kind. Plain code, called by actors and tests alike.
+    """
+
+    def __init__(self, catalogue: CatalogueRef) -> None:
         self._catalogue = catalogue.open()
         self._items = self._catalogue.column("item_id")
 
@@ -67,8 +59,56 @@ class Encoder:
         """Item id of every catalogue row."""
         return self._items
 
+    @torch.no_grad()
+    def embed(
+        self, rows: list[int], texts: list[str], *, inputs: Inputs, title_columns: tuple[str, ...] = ("title",)
+    ) -> np.ndarray:
+        """Embed catalogue rows, each with an attribute text.
+
+        Args:
+            rows: [B] catalogue rows.
+            texts: [B] attribute texts; an empty text means without attributes.
+            inputs: image, text or both.
+            title_columns: columns that make up the title.
+
+        Returns:
+            [B, D] float32, of unit length.
+        """
+        built = [self._model_input(row, text, inputs, title_columns) for row, text in zip(rows, texts, strict=True)]
+        return self._forward(built).cpu().numpy()
+
+    @abstractmethod
+    def _model_input(self, row: int, text: str, inputs: Inputs, title_columns: tuple[str, ...]) -> Any:
+        """Model input of one catalogue row with one attribute text."""
+
+    @abstractmethod
+    def _forward(self, built: Sequence[Any]) -> torch.Tensor:
+        """[B, D] embeddings of model inputs."""
+
+
+class Encoder(ItemEncoder):
+    """Qwen2-VL; also computes the common prefix of an item's inputs once.
+
+    Raises:
+        ConfigError: `encoder` is of another kind.
+    """
+
+    def __init__(self, encoder: EncoderRef, catalogue: CatalogueRef) -> None:
+        if encoder.config.kind != "qwen2_vl":
+            raise ConfigError(
+                f"encoder.kind {encoder.config.kind} has no prefixes to share between attribute texts, so RAR cannot "
+                "search with it; set encoder.kind=qwen2_vl"
+            )
+        super().__init__(catalogue)
+        model = load_trained(encoder.path, "encoder", dtype=encoder.config.dtype, device=_device())
+        self._processor = ItemProcessor.from_pretrained(encoder.path, encoder.config.image)
+        self._model = EmbeddingModel(model).eval()
+        self._config = encoder.config
+        cached = encoder.config.vision_cache
+        self._cache = VisionCache(model.requires_grad_(False), self._processor, cached) if cached.enabled else None
+
     def share_prefixes(self) -> None:
-        """Let `embed_groups` be called.
+        """Prepare the model for `embed_groups`.
 
         Raises:
             ValueError: see `models.shared_prefix.use_shared_prefix`.
@@ -78,7 +118,7 @@ class Encoder:
     def item_rows(
         self, row: int, texts: Sequence[str], *, inputs: Inputs, title_columns: tuple[str, ...] = ("title",)
     ) -> list[ModelInput]:
-        """Sequences of one catalogue row shown with each of the attribute texts."""
+        """Model inputs of one catalogue row, one for each attribute text."""
         return encoder_rows(
             self._processor,
             self._catalogue,
@@ -92,11 +132,11 @@ class Encoder:
 
     @torch.no_grad()
     def embed_groups(self, groups: Sequence[Sequence[ModelInput]], *, tokens: int) -> np.ndarray:
-        """Embed groups of `item_rows`, what the rows of a group begin with computed once.
+        """Embed groups of `item_rows`; the common prefix of a group is computed once.
 
         Args:
-            groups: rows of one item each.
-            tokens: most per forward pass, visual ones counted.
+            groups: model inputs of one item each.
+            tokens: most tokens of one forward pass, visual ones included.
 
         Returns:
             [K, D] float32, of unit length, group after group.
@@ -105,75 +145,55 @@ class Encoder:
 
     @torch.no_grad()
     def embed_each(self, rows: Sequence[ModelInput], *, tokens: int) -> np.ndarray:
-        """Embed `item_rows` one by one, nothing shared; arguments and result as in `embed_groups`."""
+        """Embed `item_rows` without sharing prefixes; arguments and result as in `embed_groups`."""
         found: dict[int, np.ndarray] = {}
         for part in cut_by_tokens([len(row) for row in rows], tokens):
-            batch = collate([rows[place] for place in part], self._processor.pad_id, self._model.device)
-            found.update(zip(part, self._model(**batch).cpu().numpy(), strict=True))
+            found.update(zip(part, self._forward([rows[place] for place in part]).cpu().numpy(), strict=True))
         return np.stack([found[place] for place in range(len(rows))])
 
-    @torch.no_grad()
-    def embed(
-        self, rows: list[int], texts: list[str], *, inputs: Inputs, title_columns: tuple[str, ...] = ("title",)
-    ) -> np.ndarray:
-        """Embed catalogue rows shown with the given attribute texts.
+    def _model_input(self, row: int, text: str, inputs: Inputs, title_columns: tuple[str, ...]) -> ModelInput:
+        return self.item_rows(row, [text], inputs=inputs, title_columns=title_columns)[0]
 
-        Returns:
-            [B, D] float32, of unit length.
-        """
-        built = [
-            self.item_rows(row, [text], inputs=inputs, title_columns=title_columns)[0]
-            for row, text in zip(rows, texts, strict=True)
-        ]
-        return self._model(**collate(built, self._processor.pad_id, self._model.device)).cpu().numpy()
+    def _forward(self, built: Sequence[ModelInput]) -> torch.Tensor:
+        return self._model(**collate(list(built), self._processor.pad_id, self._model.device))
 
 
-class DualEncoderEmbedder:
-    """A frozen dual encoder over a catalogue, for the same calls as far as it has them."""
+class DualEncoderEmbedder(ItemEncoder):
+    """A dual encoder (CLIP, SigLIP)."""
 
     def __init__(self, encoder: EncoderRef, catalogue: CatalogueRef) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = load_trained(encoder.path, "dual_encoder", dtype=encoder.config.dtype, device=device)
+        super().__init__(catalogue)
+        model = load_trained(encoder.path, "dual_encoder", dtype=encoder.config.dtype, device=_device())
         self._model = DualEncoder(model).eval()
         self._processor = DualProcessor.from_pretrained(fetch(encoder.path), model)
-        self._catalogue = catalogue.open()
-        self._items = self._catalogue.column("item_id")
 
-    @property
-    def items(self) -> list[str]:
-        """Item id of every catalogue row."""
-        return self._items
+    def _model_input(self, row: int, text: str, inputs: Inputs, title_columns: tuple[str, ...]) -> DualRow:
+        title = self._catalogue.title(row, title_columns) if inputs != "image" else ""
+        image = self._catalogue.image(row) if inputs != "text" else None
+        return self._processor.row(image, dual_text(title, text))
 
-    @torch.no_grad()
-    def embed(
-        self, rows: list[int], texts: list[str], *, inputs: Inputs, title_columns: tuple[str, ...] = ("title",)
-    ) -> np.ndarray:
-        """See `Encoder.embed`."""
-        built = []
-        for row, text in zip(rows, texts, strict=True):
-            title = self._catalogue.title(row, title_columns) if inputs != "image" else ""
-            image = self._catalogue.image(row) if inputs != "text" else None
-            built.append(self._processor.row(image, dual_text(title, text)))
-        return embed_dual_rows(self._model, self._processor, built).cpu().numpy()
+    def _forward(self, built: Sequence[DualRow]) -> torch.Tensor:
+        return embed_dual_rows(self._model, self._processor, built)
 
 
-def open_encoder(encoder: EncoderRef, catalogue: CatalogueRef) -> Encoder | DualEncoderEmbedder:
-    """The encoder of `encoder.kind`, to embed items with."""
-    return (
-        DualEncoderEmbedder(encoder, catalogue)
-        if encoder.config.kind == "dual_encoder"
-        else Encoder(encoder, catalogue)
-    )
+def open_encoder(encoder: EncoderRef, catalogue: CatalogueRef) -> ItemEncoder:
+    """Load the encoder of `encoder.config.kind`."""
+    kinds = {"qwen2_vl": Encoder, "dual_encoder": DualEncoderEmbedder}
+    return kinds[encoder.config.kind](encoder, catalogue)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
 class View:
-    """How items are shown to the encoder.
+    """How items are presented to the encoder.
 
     Attributes:
         inputs: image, text or both.
         title_columns: columns that make up the title.
-        with attributes: whether the stored attributes are shown too.
+        with_attributes: whether the stored attributes are part of the input.
     """
 
     inputs: Inputs
@@ -182,7 +202,7 @@ class View:
 
 
 class EmbedActor:
-    """Ray Data's shell around `Encoder`; column `view` of a batch says how each row is shown."""
+    """Ray Data actor around an encoder; column `view` of a batch is the index of each row's view."""
 
     def __init__(
         self,
@@ -220,17 +240,20 @@ def embed_rows(
     attributes: str | None,
     pool: PoolConfig,
 ) -> dict[View, np.ndarray]:
-    """Embed catalogue rows in one pass of the pool, however many views of them are wanted.
+    """Embed catalogue rows in one pass of the pool, in one or several views.
 
     Args:
-        wanted: catalogue rows [N] of each view.
-        attributes: path of an attribute table, or none if no view is with attributes.
+        wanted: catalogue rows [N] by view.
+        encoder: the encoder, loaded by every actor.
+        catalogue: the catalogue, opened by every actor.
+        attributes: path of an attribute table; none if no view is with attributes.
+        pool: number of actors, their resources and batch size.
 
     Returns:
-        [N, D] float32 of each view, in the order of its rows.
+        [N, D] float32 by view, in the order of its rows.
 
     Raises:
-        ValueError: a view is with attributes and there are no attributes.
+        ValueError: a view is with attributes, and `attributes` is none.
     """
     if attributes is None and any(view.with_attributes for view in wanted):
         raise ValueError("embed_rows: a view with attributes needs attributes")

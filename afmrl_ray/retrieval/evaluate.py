@@ -1,4 +1,4 @@
-"""Protocols: from a config's description of sides and labels to metrics with intervals."""
+"""Evaluation protocols: from a config's item selectors and labels to metrics with intervals."""
 
 from __future__ import annotations
 
@@ -13,30 +13,22 @@ from afmrl_ray.config.catalogue import ItemSelector
 from afmrl_ray.config.evaluation import EvaluationConfig, LabelProtocol, RetrievalProtocol
 from afmrl_ray.errors import CatalogueError
 from afmrl_ray.retrieval import metrics
+from afmrl_ray.retrieval.bootstrap import Value, interval
 from afmrl_ray.retrieval.ranking import Ranking, rank_gallery
 
 Embed = Callable[[ItemSelector, bool], tuple[np.ndarray, np.ndarray]]
-"""(side, with attributes) to catalogue rows [N] and embeddings [N, D]."""
+"""(selector, with attributes) to catalogue rows [N] and embeddings [N, D]."""
 
 
 @dataclass(frozen=True)
-class Value:
-    """A metric: a share between 0 and 1 and its 95 % interval over queries, where it is a mean over queries."""
-
-    mean: float
-    low: float | None = None
-    high: float | None = None
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a protocol gave.
+class ProtocolResult:
+    """Result of one protocol.
 
     Attributes:
         record: JSON values: kind, counts, metrics.
         rows: [Q] catalogue rows of the queries, or of the items that were classified.
-        per_query: [Q] numbers by metric, where the metric is a mean over queries.
-        ranking: of a retrieval protocol.
+        per_query: [Q] numbers by metric, for metrics that are means over queries.
+        ranking: of a retrieval protocol; none for a label protocol.
     """
 
     record: dict[str, Any]
@@ -45,8 +37,8 @@ class Measured:
     ranking: Ranking | None = None
 
 
-def sides(config: EvaluationConfig) -> list[tuple[ItemSelector, bool]]:
-    """Every (side, with attributes) that the protocols will ask `Embed` for."""
+def selections(config: EvaluationConfig) -> list[tuple[ItemSelector, bool]]:
+    """Every (selector, with attributes) that the protocols call `Embed` with."""
     found: list[tuple[ItemSelector, bool]] = []
     for protocol in config.protocols:
         if isinstance(protocol, RetrievalProtocol):
@@ -59,8 +51,10 @@ def sides(config: EvaluationConfig) -> list[tuple[ItemSelector, bool]]:
     return found
 
 
-def evaluate(config: EvaluationConfig, catalogue: StagedCatalogue, embed: Embed, *, seed: int) -> dict[str, Measured]:
-    """Run every protocol; results by its name."""
+def evaluate(
+    config: EvaluationConfig, catalogue: StagedCatalogue, embed: Embed, *, seed: int
+) -> dict[str, ProtocolResult]:
+    """Results of all protocols by name."""
     samples = config.bootstrap_samples
     return {
         protocol.name: retrieval_protocol(protocol, catalogue, embed, samples=samples, seed=seed)
@@ -72,8 +66,12 @@ def evaluate(config: EvaluationConfig, catalogue: StagedCatalogue, embed: Embed,
 
 def retrieval_protocol(
     protocol: RetrievalProtocol, catalogue: StagedCatalogue, embed: Embed, *, samples: int, seed: int
-) -> Measured:
-    """hit@k, recall@k, both readings of mean average precision, and reciprocal rank, with bootstrap intervals."""
+) -> ProtocolResult:
+    """hit@k, recall@k, both variants of mean average precision, and mean reciprocal rank, with bootstrap intervals.
+
+    Raises:
+        CatalogueError: see `rank`.
+    """
     query_rows, queries = embed(protocol.query, protocol.with_attributes != "none")
     gallery_rows, gallery = embed(protocol.gallery, protocol.with_attributes == "both")
     ranking = rank(catalogue, protocol.label, query_rows, queries, gallery_rows, gallery, depth=_depth(protocol))
@@ -86,7 +84,7 @@ def retrieval_protocol(
     per_query["mrr"] = metrics.reciprocal_rank(ranking)
     values = {name: asdict(interval(value, samples=samples, seed=seed)) for name, value in per_query.items()}
     counts = {"queries": len(ranking.query_rows), "gallery": len(gallery_rows), "without_positive": ranking.excluded}
-    return Measured({"kind": "retrieval", **counts, "metrics": values}, ranking.query_rows, per_query, ranking)
+    return ProtocolResult({"kind": "retrieval", **counts, "metrics": values}, ranking.query_rows, per_query, ranking)
 
 
 def _depth(protocol: RetrievalProtocol) -> int:
@@ -103,7 +101,15 @@ def rank(
     *,
     depth: int,
 ) -> Ranking:
-    """Rank a gallery for queries of the same catalogue; items are positives when their `label` is equal and not null.
+    """Rank a gallery for queries of the same catalogue; items with an equal, non-null `label` are positives.
+
+    Args:
+        label: column of the catalogue.
+        query_rows: [Q] catalogue rows.
+        queries: [Q, D] embeddings.
+        gallery_rows: [N] catalogue rows.
+        gallery: [N, D] embeddings.
+        depth: number of best items kept for each query.
 
     Raises:
         CatalogueError: the catalogue has no such column, or no query has a positive.
@@ -121,20 +127,26 @@ def rank(
         depth=depth,
     )
     if not len(ranking.query_rows):
-        raise CatalogueError(f"no query has a positive in the gallery by column {label!r}; check the protocol's sides")
+        raise CatalogueError(
+            f"no query has a positive in the gallery by column {label!r}; check the protocol's query and gallery"
+        )
     return ranking
 
 
 def label_codes(values: Sequence[Any]) -> list[int]:
-    """Integer codes of labels in order of first appearance; null is -1 and equals nothing."""
+    """Integer codes of labels in order of first appearance; null is -1, which matches no other item."""
     codes: dict[Any, int] = {}
     return [-1 if value is None else codes.setdefault(value, len(codes)) for value in values]
 
 
 def label_protocol(
     protocol: LabelProtocol, catalogue: StagedCatalogue, embed: Embed, *, samples: int, seed: int
-) -> Measured:
-    """Accuracy of a linear probe and of nearest neighbours, with intervals, and k-means clustering of the test side."""
+) -> ProtocolResult:
+    """Accuracy of a linear probe and of nearest neighbours, with intervals, and k-means clustering of the test items.
+
+    Raises:
+        CatalogueError: no class of the test items occurs among the items to fit on, or these have a single class.
+    """
     codes = np.array(label_codes(catalogue.column(protocol.label)))
     fit_rows, fit = embed(protocol.fit, protocol.with_attributes)
     test_rows, test = embed(protocol.test, protocol.with_attributes)
@@ -142,7 +154,7 @@ def label_protocol(
     test, test_rows = test[codes[test_rows] >= 0], test_rows[codes[test_rows] >= 0]
     fit_codes, test_codes = codes[fit_rows], codes[test_rows]
     if not np.isin(test_codes, fit_codes).any():
-        raise CatalogueError(f"protocol {protocol.name!r}: no class of the test side occurs on the fit side")
+        raise CatalogueError(f"protocol {protocol.name!r}: no class of the `test` items occurs among the `fit` items")
     clusters = metrics.kmeans_labels(test, len(np.unique(test_codes)), seed=seed)
     per_query = {
         "probe_accuracy": metrics.linear_probe_hits(fit, fit_codes, test, test_codes, seed=seed),
@@ -162,29 +174,19 @@ def label_protocol(
         "classes": len(np.unique(test_codes)),
         "metrics": {name: asdict(value) for name, value in values.items()},
     }
-    return Measured(record, test_rows, per_query)
-
-
-def interval(values: np.ndarray, *, samples: int, seed: int) -> Value:
-    """Mean over queries and its 95 % percentile bootstrap interval.
-
-    Args:
-        values: [Q] one number per query.
-    """
-    draw = np.random.default_rng(seed)
-    means = np.array([values[draw.integers(len(values), size=len(values))].mean() for _ in range(samples)])
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Value(float(values.mean()), float(low), float(high))
+    return ProtocolResult(record, test_rows, per_query)
 
 
 def paired_gain(
     before: tuple[np.ndarray, np.ndarray], after: tuple[np.ndarray, np.ndarray], *, samples: int, seed: int
 ) -> Value:
-    """Mean difference over the queries that both have, with its paired bootstrap interval.
+    """Mean difference over the queries of both evaluations, with its paired bootstrap interval.
 
     Args:
         before: catalogue rows [Q] and numbers [Q] of one evaluation.
-        after: the same of another.
+        after: the same of the other evaluation.
+        samples: number of resamples.
+        seed: of the resampling.
 
     Raises:
         ValueError: they have no query in common.

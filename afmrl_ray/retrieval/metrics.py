@@ -1,7 +1,7 @@
 """Retrieval, clustering and classification metrics as pure functions of ranks, labels and embeddings.
 
-Retrieval metrics return one number per query, so that intervals can be taken over queries. hit@k and recall@k differ as
-soon as a query has several positives; the paper's "Recall@k" behaves like hit@k.
+Retrieval metrics return one number per query, so that intervals over queries can be computed. hit@k and recall@k differ
+for queries with several positives; the paper's "Recall@k" behaves like hit@k.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
-from scipy import sparse
 
 from afmrl_ray.errors import CatalogueError
 from afmrl_ray.retrieval.ranking import Ranking
@@ -23,31 +22,28 @@ def hit_at_k(ranking: Ranking, k: int) -> np.ndarray:
 
 
 def recall_at_k(ranking: Ranking, k: int) -> np.ndarray:
-    """[Q] share of the query's positives that are in the top k."""
+    """[Q] fraction of the query's positives that are in the top k."""
     return np.add.reduceat(ranking.ranks < k, ranking.offsets[:-1], dtype=np.int64) / ranking.positives
 
 
 def reciprocal_rank(ranking: Ranking) -> np.ndarray:
-    """[Q] one over the place (from 1) of the best positive, at any depth."""
+    """[Q] reciprocal of the rank (from 1) of the best positive, at any depth."""
     return 1.0 / (ranking.ranks[ranking.offsets[:-1]] + 1)
 
 
 def ndcg_at_k(ranking: Ranking, k: int) -> np.ndarray:
-    """[Q] normalised discounted cumulative gain at k: every positive gains 1, at place p (from 1) over log2(p + 1).
-
-    1.0 where as many positives as there are, or k of them, stand first.
-    """
+    """[Q] normalised discounted cumulative gain at k: relevance 1 for positives, discount log2(rank + 1)."""
     gain = np.where(ranking.ranks < k, 1.0 / np.log2(ranking.ranks + 2.0), 0.0)
     ideal = np.cumsum(1.0 / np.log2(np.arange(k) + 2.0))
     return np.add.reduceat(gain, ranking.offsets[:-1]) / ideal[np.minimum(ranking.positives, k) - 1]
 
 
 def average_precision(ranking: Ranking, k: int, *, protocol: APProtocol = "standard") -> np.ndarray:
-    """[Q] average precision at k: the sum of the precisions at the hits inside the top k, divided.
+    """[Q] average precision at k: the sum of the precisions at the positives in the top k, divided by a count.
 
     `standard` divides by min(positives, k). `m5` follows the code published with M5Product: it divides by the number of
-    hits inside the top k, after cutting k to the size of the query's class (its own item counted, items outside the
-    gallery not), so AP@1 is precision at 1 and AP@5 may exceed AP@1. The two differ by tens of points.
+    positives in the top k, after limiting k to the size of the query's class (its own item counted, items outside the
+    gallery not counted), so AP@1 is precision at 1 and AP@5 may exceed AP@1. The two differ by tens of points.
     """
     place = np.arange(len(ranking.ranks)) - np.repeat(ranking.offsets[:-1], ranking.positives) + 1
     cut = np.full(len(ranking.positives), k) if protocol == "standard" else np.minimum(k, ranking.positives + 1)
@@ -64,48 +60,33 @@ def mean_average_precision(ranking: Ranking, k: int, *, protocol: APProtocol = "
 
 
 def nmi(classes: np.ndarray, clusters: np.ndarray) -> float:
-    """Normalised mutual information, 2 I(U; V) / (H(U) + H(V)): normalised by the arithmetic mean of the entropies.
+    """Normalised mutual information, normalised by the arithmetic mean of the entropies (scikit-learn).
 
     Args:
         classes: [N] integer labels.
         clusters: [N] integer labels.
     """
-    joint, row, column = _contingency(classes, clusters)
-    total = joint.data.sum()
-    expected = np.log(row[joint.row] / total) + np.log(column[joint.col] / total)
-    share = joint.data / total
-    information = float((share * (np.log(share) - expected)).sum())
-    entropy = sum(float(-(n / total * np.log(n / total)).sum()) for n in (row, column))
-    return max(0.0, 2 * information / entropy) if entropy > 0 else 1.0
+    from sklearn.metrics import normalized_mutual_info_score
+
+    return float(normalized_mutual_info_score(classes, clusters))
 
 
 def ari(classes: np.ndarray, clusters: np.ndarray) -> float:
-    """Adjusted Rand index, (RI - E) / (max - E) over pairs of items; labels [N] as in `nmi`."""
-    joint, row, column = _contingency(classes, clusters)
-    together, in_class, in_cluster = (float((n * (n - 1.0)).sum()) / 2 for n in (joint.data, row, column))
-    pairs = joint.data.sum() * (joint.data.sum() - 1.0) / 2
-    expected = in_class * in_cluster / pairs if pairs else 0.0
-    most = (in_class + in_cluster) / 2
-    return (together - expected) / (most - expected) if most != expected else 1.0
+    """Adjusted Rand index (scikit-learn); labels [N] as in `nmi`."""
+    from sklearn.metrics import adjusted_rand_score
+
+    return float(adjusted_rand_score(classes, clusters))
 
 
 def purity(classes: np.ndarray, clusters: np.ndarray) -> float:
-    """Share of items that belong to the largest class of their cluster; labels [N] as in `nmi`."""
-    joint, _, _ = _contingency(classes, clusters)
-    return float(joint.tocsc().max(axis=0).sum() / joint.data.sum())
+    """Fraction of items that belong to the largest class of their cluster; labels [N] as in `nmi`."""
+    from sklearn.metrics.cluster import contingency_matrix
 
-
-def _contingency(classes: np.ndarray, clusters: np.ndarray) -> tuple[sparse.coo_array, np.ndarray, np.ndarray]:
-    """Counts of (class, cluster) without empty cells, and counts of each class and of each cluster."""
-    _, u = np.unique(classes, return_inverse=True)
-    _, v = np.unique(clusters, return_inverse=True)
-    joint = sparse.coo_array((np.ones(len(u), dtype=np.int64), (u, v)))
-    joint.sum_duplicates()
-    return joint, np.bincount(u), np.bincount(v)
+    return float(contingency_matrix(classes, clusters, sparse=True).max(axis=0).sum() / len(classes))
 
 
 def kmeans_labels(embeddings: np.ndarray, k: int, *, seed: int) -> np.ndarray:
-    """[N] clusters of embeddings [N, D] by k-means on unit length, the best of 10 starts."""
+    """[N] cluster of each of N embeddings [N, D], scaled to unit length, by k-means (best of 10 initialisations)."""
     from sklearn.cluster import KMeans
 
     return KMeans(n_clusters=k, n_init=10, random_state=seed).fit_predict(_unit(embeddings))
@@ -114,17 +95,19 @@ def kmeans_labels(embeddings: np.ndarray, k: int, *, seed: int) -> np.ndarray:
 def linear_probe_hits(
     fit: np.ndarray, fit_classes: np.ndarray, test: np.ndarray, test_classes: np.ndarray, *, seed: int
 ) -> np.ndarray:
-    """[M] 1.0 where a logistic regression fitted to `fit` [N, D], features standardised, is right about `test` [M, D].
+    """[M] 1.0 where a logistic regression on standardised features of `fit` [N, D] classifies `test` [M, D] correctly.
 
     Raises:
-        CatalogueError: the fit side has a single class.
+        CatalogueError: the items to fit on have a single class.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     if len(np.unique(fit_classes)) < 2:
-        raise CatalogueError("linear probe: the fit side has a single class; choose another label or side")
+        raise CatalogueError(
+            "linear probe: the items to fit on have a single class; choose another label or another `fit` selector"
+        )
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, random_state=seed))
     probe.fit(_unit(fit), fit_classes)
     return (probe.predict(_unit(test)) == test_classes).astype(np.float64)
@@ -133,7 +116,7 @@ def linear_probe_hits(
 def knn_hits(
     fit: np.ndarray, fit_classes: np.ndarray, test: np.ndarray, test_classes: np.ndarray, *, k: int = 5
 ) -> np.ndarray:
-    """[M] 1.0 where a vote of the k nearest of `fit` [N, D] by cosine is right; ties go to the smaller class."""
+    """[M] 1.0 where the majority of the k nearest of `fit` [N, D] by cosine is correct; the smaller class wins ties."""
     from sklearn.neighbors import KNeighborsClassifier
 
     neighbours = KNeighborsClassifier(n_neighbors=min(k, len(fit)), algorithm="brute", metric="cosine")

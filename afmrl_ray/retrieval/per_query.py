@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import numpy as np
 
 from afmrl_ray import storage
-from afmrl_ray.retrieval.evaluate import Measured
+from afmrl_ray.retrieval.evaluate import ProtocolResult
 from afmrl_ray.runs import Stage
 
 FILE = "per_query.safetensors"
 
 
-def write_per_query(path: str, measured: Mapping[str, Measured]) -> None:
+def write_per_query(path: str, measured: Mapping[str, ProtocolResult]) -> None:
     """Write the metrics of every query, by protocol."""
     from safetensors.numpy import save
 

@@ -1,7 +1,7 @@
-"""Exact ranks of the positives of many queries in a gallery, in little memory.
+"""Exact ranks of the positives of many queries in a gallery, and each query's best items.
 
-The rank of a positive is how many gallery scores exceed its own, plus the equal ones of items that come earlier in the
-tie order; counts over tiles of the gallery add up, and nothing is sorted across tiles.
+The rank of a positive is the number of items with a greater score, plus the number of items with an equal score that
+come earlier in the tie order.
 """
 
 from __future__ import annotations
@@ -9,21 +9,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from afmrl_ray.retrieval.tiles import QUERY_TILE, Tally, single_threaded_workers
+from afmrl_ray.retrieval.scores import best_columns, count_before, for_each_row
+
+QUERY_TILE = 128
+"""Queries of one product; their scores, [QUERY_TILE, N] float32, are what a ranking holds in memory."""
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Where the positives of Q queries stand; metrics are functions of it.
+    """Ranks of the positives of Q queries; the input of the retrieval metrics.
 
     Attributes:
         query_rows: [Q] catalogue rows of the queries that have a positive.
-        excluded: queries without a positive in the gallery, left out of everything.
+        excluded: number of queries without a positive in the gallery; they are left out.
         positives: [Q] number of positives in the gallery, the query's own item not counted.
-        candidates: [Q] gallery items without the query's own.
-        ranks: [sum(positives)] ranks from 0, ascending within a query, query after query.
+        candidates: [Q] number of gallery items, the query's own item not counted.
+        ranks: [sum(positives)] ranks counted from 0, query after query, ascending within a query.
         offsets: [Q + 1] start of each query in `ranks`.
         top_rows: [Q, depth] catalogue rows of the best gallery items, best first; -1 where there are fewer.
         top_scores: [Q, depth] float32 scores of `top_rows`; -inf where there are fewer.
@@ -54,7 +56,7 @@ def rank_gallery(
 ) -> Ranking:
     """Rank a gallery for every query by dot product in float32.
 
-    The result depends neither on the order of the gallery nor on which queries are asked together.
+    The result depends neither on the order of the gallery nor on which queries are ranked together.
 
     Args:
         queries: [Q, D] embeddings.
@@ -63,41 +65,38 @@ def rank_gallery(
         gallery_rows: [N] catalogue rows, each once.
         query_labels: [Q] integer labels; gallery items with an equal label are positives, a negative label has none.
         gallery_labels: [N] integer labels.
-        gallery_order: [N] integers, each once, ascending by item_id: of equal scores the smaller stands first.
-        depth: length of the ranked list that is returned; the ranks themselves are exact at any depth.
+        gallery_order: [N] integers, each once, ascending by item_id: of equal scores the smaller ranks first.
+        depth: number of best items returned for each query; ranks are exact at any depth.
     """
-    columns = np.argsort(gallery_order)
-    rows = np.asarray(gallery_rows)[columns]
-    labels = np.asarray(gallery_labels)[columns]
+    rows, labels = np.asarray(gallery_rows), np.asarray(gallery_labels)
     own = own_columns(query_rows, rows, np.argsort(rows))
-    starts, positives = positive_columns(np.asarray(query_labels), labels, np.argsort(labels, kind="stable"), own=own)
+    starts, columns = positive_columns(np.asarray(query_labels), labels, np.argsort(labels, kind="stable"), own=own)
     counts = np.diff(starts)
     asked = counts > 0
     own, counts = own[asked], counts[asked]
     offsets = np.concatenate([[0], np.cumsum(counts)])
-    state = Tally(
-        torch.from_numpy(np.ascontiguousarray(queries[asked], dtype=np.float32)),
-        own,
-        offsets,
-        positives,
-        depth=depth,
-        query_tile=QUERY_TILE,
-    )
-    gallery = np.asarray(gallery, dtype=np.float32)
-    with single_threaded_workers() as workers:
-        state.take_positive_scores(workers, gallery, columns)
-        state.count_all(workers, gallery, columns)
-    found = state.top_rows >= 0
+    ranks = np.empty(len(columns), dtype=np.int64)
+    top = np.full((len(own), depth), -1)
+    top_scores = np.full((len(own), depth), -np.inf, dtype=np.float32)
+
+    def rank_row(query: int, row: np.ndarray) -> None:
+        mine = columns[offsets[query] : offsets[query + 1]]
+        found = count_before(row, gallery_order, row[mine], gallery_order[mine])
+        ranks[offsets[query] : offsets[query + 1]] = np.sort(found)
+        best = best_columns(row, gallery_order, depth)
+        top[query, : len(best)], top_scores[query, : len(best)] = best, row[best]
+
+    for_each_row(queries[asked], np.asarray(gallery, dtype=np.float32), own, rank_row, query_tile=QUERY_TILE)
     return Ranking(
         query_rows=np.asarray(query_rows)[asked],
         excluded=int((~asked).sum()),
         positives=counts,
-        candidates=len(columns) - (own >= 0),
-        ranks=state.sorted_ranks(),
+        candidates=len(rows) - (own >= 0),
+        ranks=ranks,
         offsets=offsets,
-        top_rows=np.where(found, rows[state.top_rows], -1),
-        top_scores=state.top_scores,
-        top_right=found & (labels[state.top_rows] == np.asarray(query_labels)[asked][:, None]),
+        top_rows=np.where(top >= 0, rows[top], -1),
+        top_scores=top_scores,
+        top_right=(top >= 0) & (labels[top] == np.asarray(query_labels)[asked][:, None]),
     )
 
 
@@ -106,9 +105,11 @@ def own_columns(query_rows: np.ndarray, rows: np.ndarray, by_row: np.ndarray) ->
 
     Args:
         query_rows: [Q] catalogue rows.
-        rows: [N] catalogue row of each column, N at least 1.
+        rows: [N] catalogue row of each column.
         by_row: [N] columns in the order of their rows.
     """
+    if not len(rows):
+        return np.full(len(query_rows), -1)
     place = np.searchsorted(rows, query_rows, sorter=by_row).clip(max=len(rows) - 1)
     return np.where(rows[by_row[place]] == query_rows, by_row[place], -1)
 

@@ -1,23 +1,22 @@
-"""Numbers of several seeds folded into one: means with intervals over seeds, and paired gains. Pure functions."""
+"""Results of several seeds combined: means with intervals over seeds, and paired gains."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from afmrl_ray.retrieval.evaluate import Value
+from afmrl_ray.retrieval.bootstrap import Value
 
 
 def over_seeds(values: Sequence[float]) -> Value:
-    """Mean and its 95 % interval over seeds (Student's t); no interval from one seed alone.
+    """Mean and its 95 % interval over seeds (Student's t); no interval for a single seed.
 
     Args:
-        values: [S] one number a seed.
+        values: [S] one number per seed.
 
     Raises:
-        ValueError: there are none.
+        ValueError: `values` is empty.
     """
     from scipy import stats
 
@@ -26,26 +25,28 @@ def over_seeds(values: Sequence[float]) -> Value:
     mean = float(np.mean(values))
     if len(values) == 1:
         return Value(mean)
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
     return Value(mean, mean - half, mean + half)
 
 
 def paired_gain_over_seeds(before: np.ndarray, after: np.ndarray, *, samples: int, seed: int) -> Value:
     """Mean difference with a 95 % interval over seeds and queries at once.
 
-    Every resample of a bootstrap draws seeds, and queries that all drawn seeds and both sides share, so that the
-    interval holds what other seeds and other queries would change. A seed is a pair too: both sides begin with the same
-    one. Resamples of a few seeds spread too little (three seeds hold the truth in three of four intervals), so where
-    Student's t over the seeds' gains reaches further, its interval counts.
+    Every resample draws seeds, and queries that all drawn seeds and both variants share, so the interval covers what
+    other seeds and other queries would change. Seeds are paired too: both variants start from the same one. Resampling
+    a few seeds underestimates their spread (three seeds cover the truth in three of four intervals), so the interval of
+    Student's t over the seeds' gains is used where it reaches further.
+
+    `scipy.stats.bootstrap` resamples one axis, so the crossed resampling is done here.
 
     Args:
-        before: [S, Q] numbers of one rung by seed and query.
-        after: [S, Q] the same of another.
-        samples: resamples.
-        seed: of the draws.
+        before: [S, Q] numbers of one variant by seed and query.
+        after: [S, Q] numbers of the other variant.
+        samples: number of resamples.
+        seed: of the resampling.
 
     Raises:
-        ValueError: the shapes differ, or there is nothing.
+        ValueError: the shapes differ, or there are no numbers.
     """
     if before.shape != after.shape or before.ndim != 2 or not before.size:
         raise ValueError(f"paired_gain_over_seeds: shapes {before.shape} and {after.shape} are no pairs [S, Q]")

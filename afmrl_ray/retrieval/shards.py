@@ -1,7 +1,9 @@
-"""Exact ranks in a gallery whose rows are spread over several holders: each counts on its own rows, and counts add up.
+"""Exact ranks in a gallery whose items are spread over several shards: each shard counts among its own items, and the
+counts add up.
 
-Two rounds: the holders of positives tell their scores, then every holder counts what stands before each of them. Every
-score comes from a product of the same shape, so the sum is the rank in the whole gallery, ties included.
+Two passes: the shards that hold positives return their scores, then every shard counts how many of its items rank
+before each of them. Every score comes from a product of the same shape, so the sum is the rank in the whole gallery,
+ties included.
 """
 
 from __future__ import annotations
@@ -10,24 +12,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from afmrl_ray.retrieval.ranking import Ranking, own_columns, positive_columns
-from afmrl_ray.retrieval.tiles import Tally, ascending_ranks, single_threaded_workers
+from afmrl_ray.retrieval.scores import count_before, for_each_row
 
 QUERY_TILE = 32
-"""Queries of a product: a service is asked for few at once."""
+"""Queries of one product; a reward request has few."""
 
 
 @dataclass(frozen=True)
 class Positives:
-    """Positives of Q queries, of one shard or of all.
+    """Positives of Q queries, in one shard or in all.
 
     Attributes:
         offsets: [Q + 1] start of each query in the flat arrays.
         scores: flat, float32.
         orders: flat, their places in the tie order.
-        candidates: [Q] gallery items without the query's own.
+        candidates: [Q] number of gallery items, the query's own not counted.
     """
 
     offsets: np.ndarray
@@ -37,26 +38,25 @@ class Positives:
 
 
 class GalleryShard:
-    """Some rows of a gallery, made ready once for being searched often.
+    """Part of a gallery, prepared once and searched often.
 
     Args:
-        embeddings: [N, D]; not copied if it is float32. Searching is fastest in tie order.
-        rows: [N] catalogue rows, each once in all shards.
+        embeddings: [N, D]; not copied if it is float32.
+        rows: [N] catalogue rows, each in one shard.
         labels: [N] integer labels, negative for none.
-        order: [N] integers, each once in all shards: of equal scores the smaller stands first.
+        order: [N] integers, each in one shard: of equal scores the smaller ranks first.
     """
 
     def __init__(self, embeddings: np.ndarray, rows: np.ndarray, labels: np.ndarray, order: np.ndarray) -> None:
         self._embeddings = np.asarray(embeddings, dtype=np.float32)
-        self._columns = np.argsort(order)
-        self._rows, self._labels, self._order = rows[self._columns], labels[self._columns], order[self._columns]
-        self._by_row, self._by_label = np.argsort(self._rows), np.argsort(self._labels, kind="stable")
+        self._rows, self._labels, self._order = rows, labels, order
+        self._by_row, self._by_label = np.argsort(rows), np.argsort(labels, kind="stable")
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def positives(self, queries: np.ndarray, query_rows: np.ndarray, query_labels: np.ndarray) -> Positives:
-        """The queries' positives among these rows, the query's own item left out.
+        """Positives of the queries in this shard, the query's own item left out.
 
         Args:
             queries: [Q, D] embeddings.
@@ -65,44 +65,40 @@ class GalleryShard:
         """
         own = self._own(query_rows)
         offsets, columns = positive_columns(query_labels, self._labels, self._by_label, own=own)
-        tally = self._tally(queries, own, offsets, columns)
-        with single_threaded_workers() as workers:
-            tally.take_positive_scores(workers, self._embeddings, self._columns)
-        return Positives(offsets, tally.scores, self._order[columns], len(self) - (own >= 0))
+        scores = np.empty(len(columns), dtype=np.float32)
+        needed, places = np.unique(columns, return_inverse=True)
+
+        def take(query: int, row: np.ndarray) -> None:
+            span = slice(offsets[query], offsets[query + 1])
+            scores[span] = row[places[span]]
+
+        nobody = np.full(len(queries), -1)
+        for_each_row(queries, self._embeddings[needed], nobody, take, query_tile=QUERY_TILE)
+        return Positives(offsets, scores, self._order[columns], len(self) - (own >= 0))
 
     def count_before(self, queries: np.ndarray, query_rows: np.ndarray, positives: Positives) -> np.ndarray:
-        """How many of these rows stand before each positive, in the flat order of `positives`; int64.
+        """How many items of this shard rank before each positive, in the flat order of `positives`; int64.
 
         Args:
             queries: [Q, D] embeddings.
             query_rows: [Q] catalogue rows.
             positives: of all shards.
         """
-        places = np.searchsorted(self._order, positives.orders)
-        tally = self._tally(queries, self._own(query_rows), positives.offsets, places, positives.scores)
-        with single_threaded_workers() as workers:
-            tally.count_all(workers, self._embeddings, self._columns)
-        return tally.ranks
+        counts = np.zeros(len(positives.scores), dtype=np.int64)
+
+        def count(query: int, row: np.ndarray) -> None:
+            span = slice(positives.offsets[query], positives.offsets[query + 1])
+            counts[span] = count_before(row, self._order, positives.scores[span], positives.orders[span])
+
+        for_each_row(queries, self._embeddings, self._own(query_rows), count, query_tile=QUERY_TILE)
+        return counts
 
     def _own(self, query_rows: np.ndarray) -> np.ndarray:
-        if not len(self):
-            return np.full(len(query_rows), -1)
         return own_columns(query_rows, self._rows, self._by_row)
-
-    def _tally(
-        self,
-        queries: np.ndarray,
-        own: np.ndarray,
-        offsets: np.ndarray,
-        places: np.ndarray,
-        scores: np.ndarray | None = None,
-    ) -> Tally:
-        wanted = torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32))
-        return Tally(wanted, own, offsets, places, depth=0, query_tile=QUERY_TILE, scores=scores)
 
 
 def merged(parts: Sequence[Positives]) -> Positives:
-    """Positives of all shards, in the tie order within a query."""
+    """Positives of all shards, in tie order within a query."""
     query = np.concatenate([np.repeat(np.arange(len(p.offsets) - 1), np.diff(p.offsets)) for p in parts])
     orders = np.concatenate([p.orders for p in parts])
     sort = np.lexsort((orders, query))
@@ -125,15 +121,16 @@ def ranking_of(query_rows: np.ndarray, positives: Positives, counts: Sequence[np
     """
     found = np.diff(positives.offsets)
     asked = found > 0
-    offsets = np.concatenate([[0], np.cumsum(found[asked])])
+    query = np.repeat(np.arange(len(found)), found)
+    ranks = np.sum(counts, axis=0)
     nothing = np.empty((int(asked.sum()), 0))
     return Ranking(
         query_rows=query_rows[asked],
         excluded=int((~asked).sum()),
         positives=found[asked],
         candidates=positives.candidates[asked],
-        ranks=ascending_ranks(np.sum(counts, axis=0), offsets),
-        offsets=offsets,
+        ranks=ranks[np.lexsort((ranks, query))],
+        offsets=np.concatenate([[0], np.cumsum(found[asked])]),
         top_rows=nothing.astype(np.int64),
         top_scores=nothing.astype(np.float32),
         top_right=nothing.astype(bool),

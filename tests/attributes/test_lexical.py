@@ -1,8 +1,6 @@
-"""BM25 against the package whose numbers it promises."""
+"""BM25 equals rank_bm25."""
 
 from __future__ import annotations
-
-import time
 
 import numpy as np
 import pytest
@@ -27,22 +25,22 @@ def _peer(corpus: list[str], queries: list[str], **constants: float) -> np.ndarr
     st.lists(_text, min_size=1, max_size=8).filter(lambda texts: any(t.strip() for t in texts)),
     st.lists(_text, min_size=1, max_size=4),
 )
-def test_equals_rank_bm25(corpus: list[str], queries: list[str]) -> None:
+def test_scores_equal_rank_bm25(corpus: list[str], queries: list[str]) -> None:
     scores = BM25(k1=1.2, b=0.6, epsilon=0.3).fit(corpus).scores(queries, corpus)
     assert scores.dtype == np.float32
     np.testing.assert_allclose(scores, _peer(corpus, queries, k1=1.2, b=0.6, epsilon=0.3), rtol=1e-6, atol=1e-6)
 
 
-def test_frequent_words_are_floored_and_repeated_query_words_count_again() -> None:
+def test_negative_idf_is_replaced_and_repeated_query_words_count_repeatedly() -> None:
     corpus = ["color: red", "color: blue", "color: green", "color: red; style: plain"]
     model = BM25().fit(corpus)
     once, twice = model.scores(["color", "color color"], corpus)
-    assert (once > 0).all(), "a word of every document has negative idf, which epsilon floors"
+    assert (once > 0).all(), "a word of every document has a negative idf, which is replaced"
     np.testing.assert_allclose(twice, 2 * once, rtol=1e-6)
     np.testing.assert_allclose(once, _peer(corpus, ["color"])[0], rtol=1e-6)
 
 
-def test_document_outside_the_corpus_uses_its_statistics() -> None:
+def test_a_document_outside_the_corpus_uses_the_statistics_of_the_corpus() -> None:
     corpus = ["color: red", "color: blue; style: plain", "neck: round", "sleeve: long"]
     model = BM25().fit(corpus)
     # "unseen" has no idf, so this document scores as one of length 4 with "red" once.
@@ -52,7 +50,7 @@ def test_document_outside_the_corpus_uses_its_statistics() -> None:
     assert score == pytest.approx(idf * 2.5 / (1 + 1.5 * (0.25 + 0.75 * 4 / average)), rel=1e-6)
 
 
-def test_scores_do_not_depend_on_the_chunk_of_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_do_not_depend_on_the_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [f"color: c{i % 3}; size: s{i % 7}" for i in range(50)]
     model = BM25().fit(texts)
     whole = model.scores(texts[:9], texts)
@@ -60,7 +58,7 @@ def test_scores_do_not_depend_on_the_chunk_of_documents(monkeypatch: pytest.Monk
     np.testing.assert_array_equal(model.scores(texts[:9], texts), whole)
 
 
-def test_empty_texts_score_nothing() -> None:
+def test_empty_texts_score_zero() -> None:
     model = BM25().fit(["color: red", "", "size: xl", "neck: v"])
     scores = model.scores(["", "red", "unknown"], ["", "color: red", "other words"])
     assert scores.shape == (3, 3)
@@ -71,21 +69,14 @@ def test_empty_texts_score_nothing() -> None:
 
 
 @pytest.mark.parametrize("corpus", [[], ["", " ; :"]])
-def test_corpus_without_words_is_refused(corpus: list[str]) -> None:
+def test_a_corpus_without_words_is_an_error(corpus: list[str]) -> None:
     with pytest.raises(CatalogueError, match="annotate"):
         BM25().fit(corpus)
 
 
-def test_a_thousand_by_a_thousand_is_quick() -> None:
+def test_a_thousand_texts_equal_rank_bm25() -> None:
     draw = np.random.default_rng(0)
     sizes = [60, 400, 24, 30, 40, 12, 8, 25, 4, 3]
     texts = ["; ".join(f"name{i}: v{i}x{draw.integers(size)}" for i, size in enumerate(sizes)) for _ in range(1024)]
-    model = BM25().fit(texts)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        scores = model.scores(texts, texts)
-        seconds.append(time.perf_counter() - start)
+    scores = BM25().fit(texts).scores(texts, texts)
     np.testing.assert_allclose(scores[:5], _peer(texts, texts[:5]), rtol=1e-6, atol=1e-6)
-    # About 0.05 s on one core; the package's own loop takes 1.2 s.
-    assert min(seconds) < 0.3

@@ -1,3 +1,5 @@
+"""Quality of generated attributes."""
+
 from __future__ import annotations
 
 from itertools import pairwise
@@ -18,10 +20,10 @@ def test_pairs_are_counted_over_all_items():
     assert found.precision == pytest.approx(1 / 3)
     assert found.recall == pytest.approx(1 / 4)
     assert found.f1 == pytest.approx(2 * 1 / (3 + 4))
-    assert found.names_right == pytest.approx(2 / 3), "a wrong value under a right name is half right"
+    assert found.names_right == pytest.approx(2 / 3), "a wrong value with a right name counts as a right name"
 
 
-def test_nothing_written_is_no_division_by_zero():
+def test_scores_are_zero_without_any_pair():
     assert pair_scores([()], [(RED,)]).f1 == 0
     assert pair_scores([(RED,)], [()]).recall == 0
 
@@ -30,7 +32,7 @@ PAIRS = st.dictionaries(st.sampled_from("abcd"), st.sampled_from("xyz")).map(lam
 
 
 @given(st.lists(st.tuples(PAIRS, PAIRS), min_size=1))
-def test_f1_is_that_of_the_set_of_all_pairs(items):
+def test_f1_equals_that_of_the_set_of_all_pairs(items):
     written, source = zip(*items, strict=True)
     ours = {(index, pair) for index, own in enumerate(written) for pair in own}
     theirs = {(index, pair) for index, own in enumerate(source) for pair in own}
@@ -44,11 +46,11 @@ def test_names_are_counted_by_item_and_the_most_frequent_come_first():
     source = [(RED, LARGE), (BLUE, ROUND), (RED,)]
     assert name_shares(source, ["size", "color", "fit"]) == {"size": 1 / 3, "color": 1.0, "fit": 0.0}
     assert common_names(source, most=2) == ["color", "neckline"]
-    shares = [name_shares(source, [name])[name] for name in common_names(source, most=9)]
-    assert all(one >= other for one, other in pairwise(shares))
+    fractions = [name_shares(source, [name])[name] for name in common_names(source, most=9)]
+    assert all(one >= other for one, other in pairwise(fractions))
 
 
-def test_items_that_the_source_says_nothing_about_do_not_count():
+def test_items_without_source_attributes_do_not_count():
     found = quality([(RED,), (LARGE,)], [(RED, LARGE), ()])
     assert (found["precision"], found["recall"], found["items"]) == (1.0, 0.5, 1)
     assert found["names"] == {"color": {"written": 1.0, "source": 1.0}, "size": {"written": 0.0, "source": 1.0}}

@@ -20,7 +20,7 @@ ROWS = [
 ]
 
 
-def test_round_trip(tmp_path: Path) -> None:
+def test_rows_read_back_as_written(tmp_path: Path) -> None:
     path = str(tmp_path / "sub" / "attributes.parquet")
     write_attributes(path, ROWS, fingerprint="g1")
     store = read_attributes(path, expect_fingerprint="g1")
@@ -37,7 +37,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert pq.read_table(path)["valid"].to_pylist() == [True, False, True, False]
 
 
-def test_attributes_of_another_generator_are_refused(tmp_path: Path) -> None:
+def test_attributes_of_another_generator_are_an_error(tmp_path: Path) -> None:
     path = str(tmp_path / "attributes.parquet")
     write_attributes(path, ROWS, fingerprint="g1")
     with pytest.raises(CatalogueError, match="g1, not by g2"):
@@ -54,13 +54,15 @@ def test_attributes_of_another_generator_are_refused(tmp_path: Path) -> None:
         ([AttributeRow("a", "")], "either"),
     ],
 )
-def test_nothing_wrong_is_written(tmp_path: Path, rows: list[AttributeRow], message: str) -> None:
+def test_invalid_rows_are_an_error_and_nothing_is_written(
+    tmp_path: Path, rows: list[AttributeRow], message: str
+) -> None:
     with pytest.raises(CatalogueError, match=message):
         write_attributes(str(tmp_path / "t.parquet"), rows, fingerprint="g")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_no_attribute_table_is_named(tmp_path: Path) -> None:
+def test_the_error_names_a_file_that_is_not_an_attribute_table(tmp_path: Path) -> None:
     with pytest.raises(CatalogueError, match=r"absent\.parquet"):
         read_attributes(str(tmp_path / "absent.parquet"))
     (tmp_path / "text.parquet").write_text("no parquet")

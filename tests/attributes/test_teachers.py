@@ -1,4 +1,4 @@
-"""Teachers, the endpoint played by a local server."""
+"""Teachers, with a local server as the endpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Reply = tuple[int, dict[str, str], str]
 
 
 class FakeEndpoint:
-    """Chat completions on a free port; `reply` decides about each request, which `requests` records."""
+    """Chat completions on a free port; `reply` answers each request, and `requests` records them."""
 
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
@@ -80,7 +80,7 @@ def _item(title: str, image: bytes = PNG) -> TeacherItem:
     return TeacherItem(title, title, {}, lambda: image)
 
 
-def test_column_teacher_normalises_and_judges() -> None:
+def test_the_column_teacher_normalises_and_validates() -> None:
     teacher = make_teacher(ColumnTeacherConfig(), max_attributes=2, cache_dir="unused")
     assert isinstance(teacher, ColumnTeacher)
     sources: list[dict[str, str | None]] = [{"Color": "Red", "x": None}, {}, {"a": "1", "b": "2", "c": "3"}]
@@ -88,32 +88,34 @@ def test_column_teacher_normalises_and_judges() -> None:
     assert found == [(("color", "red"),), InvalidAttributes("empty"), InvalidAttributes("too_many")]
 
 
-def test_asks_with_image_title_and_key(endpoint: FakeEndpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_contain_image_title_and_key(
+    endpoint: FakeEndpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TEACHER_KEY", "secret-key")
     teacher = _teacher(endpoint, tmp_path / "cache", api_key_env="TEACHER_KEY", max_tokens=77)
     assert teacher.annotate([_item("Blue {shoe}"), _item("no image", b"")]) == [
         (("name", "blue {shoe}"),),
         (("name", "no image"),),
     ]
-    asked = {body["messages"][0]["content"][-1]["text"]: body for body in endpoint.requests}
-    with_image = next(body for text, body in asked.items() if text.endswith("Title: Blue {shoe}"))
+    bodies = {body["messages"][0]["content"][-1]["text"]: body for body in endpoint.requests}
+    with_image = next(body for text, body in bodies.items() if text.endswith("Title: Blue {shoe}"))
     url = with_image["messages"][0]["content"][0]["image_url"]["url"]
     assert url == f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
     assert (with_image["model"], with_image["max_tokens"], with_image["temperature"]) == ("m", 77, 0)
-    without = next(body for text, body in asked.items() if text.endswith("no image"))
+    without = next(body for text, body in bodies.items() if text.endswith("no image"))
     assert [part["type"] for part in without["messages"][0]["content"]] == ["text"]
     assert endpoint.headers[0]["path"] == "/v1/chat/completions"
     assert endpoint.headers[0]["Authorization"] == "Bearer secret-key"
     assert all("secret-key" not in path.read_text() for path in (tmp_path / "cache").iterdir())
 
 
-def test_missing_key_is_named_before_anything_is_asked(endpoint: FakeEndpoint, tmp_path: Path) -> None:
+def test_a_missing_key_is_an_error_before_any_request(endpoint: FakeEndpoint, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="ABSENT_TEACHER_KEY"):
         _teacher(endpoint, tmp_path, api_key_env="ABSENT_TEACHER_KEY")
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_tries_again_after_as_long_as_the_endpoint_asks(
+def test_a_retry_waits_as_long_as_retry_after_says(
     endpoint: FakeEndpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int
 ) -> None:
     waits: list[float] = []
@@ -123,7 +125,7 @@ def test_tries_again_after_as_long_as_the_endpoint_asks(
     assert waits == [7.0]
 
 
-def test_waits_grow(endpoint: FakeEndpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waits_between_retries_grow(endpoint: FakeEndpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr("afmrl_ray.attributes.teachers.time.sleep", waits.append)
     endpoint.reply = lambda count, title: (500, {}, "boom") if count < 5 else completion("a: b")
@@ -132,7 +134,7 @@ def test_waits_grow(endpoint: FakeEndpoint, tmp_path: Path, monkeypatch: pytest.
     assert all(2**i / 2 <= wait <= 2**i for i, wait in enumerate(waits))
 
 
-def test_endless_errors_end_with_the_endpoint_named(endpoint: FakeEndpoint, tmp_path: Path) -> None:
+def test_the_error_after_all_retries_names_the_endpoint(endpoint: FakeEndpoint, tmp_path: Path) -> None:
     endpoint.reply = lambda count, title: (500, {}, "boom")
     with pytest.raises(TeacherError, match=rf"{endpoint.base_url}/chat/completions: no answer after 3 tries .*boom"):
         _teacher(endpoint, tmp_path).annotate([_item("t")])
@@ -140,14 +142,14 @@ def test_endless_errors_end_with_the_endpoint_named(endpoint: FakeEndpoint, tmp_
     assert not any(tmp_path.iterdir())
 
 
-def test_refused_key_is_not_tried_again(endpoint: FakeEndpoint, tmp_path: Path) -> None:
+def test_a_rejected_key_is_not_retried(endpoint: FakeEndpoint, tmp_path: Path) -> None:
     endpoint.reply = lambda count, title: (401, {}, "bad key")
     with pytest.raises(TeacherError, match="status 401: bad key"):
         _teacher(endpoint, tmp_path, concurrency=1).annotate([_item("t")])
     assert len(endpoint.requests) == 1
 
 
-def test_unreachable_endpoint_is_named(endpoint: FakeEndpoint, tmp_path: Path) -> None:
+def test_the_error_names_an_unreachable_endpoint(endpoint: FakeEndpoint, tmp_path: Path) -> None:
     teacher = OpenAITeacher(
         OpenAITeacherConfig(base_url="http://127.0.0.1:9/v1", model="m", max_retries=0),
         max_attributes=3,
@@ -166,7 +168,7 @@ def test_unreachable_endpoint_is_named(endpoint: FakeEndpoint, tmp_path: Path) -
         (completion("a: 1; b: 2; c: 3; d: 4"), "too_many"),
     ],
 )
-def test_malformed_answers_are_invalid_and_not_asked_again(
+def test_malformed_answers_are_invalid_and_cached(
     endpoint: FakeEndpoint, tmp_path: Path, reply: Reply, reason: str
 ) -> None:
     endpoint.reply = lambda count, title: reply
@@ -176,13 +178,13 @@ def test_malformed_answers_are_invalid_and_not_asked_again(
 
 
 @pytest.mark.parametrize("body", ["<html>", "{}", '{"choices": []}', "[1]", '{"choices": [{"message": null}]}'])
-def test_what_is_no_chat_completion_is_the_endpoints_fault(endpoint: FakeEndpoint, tmp_path: Path, body: str) -> None:
+def test_an_answer_that_is_not_a_chat_completion_is_an_error(endpoint: FakeEndpoint, tmp_path: Path, body: str) -> None:
     endpoint.reply = lambda count, title: (200, {}, body)
-    with pytest.raises(TeacherError, match="no chat completion"):
+    with pytest.raises(TeacherError, match="not a chat completion"):
         _teacher(endpoint, tmp_path).annotate([_item("t")])
 
 
-def test_a_run_that_died_asks_nothing_twice(endpoint: FakeEndpoint, tmp_path: Path) -> None:
+def test_an_interrupted_run_repeats_no_request(endpoint: FakeEndpoint, tmp_path: Path) -> None:
     items = [_item(f"t{i}") for i in range(10)]
     endpoint.reply = lambda count, title: completion(f"name: {title}") if count <= 5 else (401, {}, "")
     with pytest.raises(TeacherError):
@@ -195,7 +197,9 @@ def test_a_run_that_died_asks_nothing_twice(endpoint: FakeEndpoint, tmp_path: Pa
     assert len(endpoint.requests) == 10 - answered
 
 
-def test_equal_items_are_asked_once_and_another_prompt_asks_anew(endpoint: FakeEndpoint, tmp_path: Path) -> None:
+def test_equal_items_share_a_request_and_another_prompt_model_or_image_does_not(
+    endpoint: FakeEndpoint, tmp_path: Path
+) -> None:
     same = [_item("t") for _ in range(8)]
     assert len(set(_teacher(endpoint, tmp_path, concurrency=8).annotate(same))) == 1
     assert len(endpoint.requests) == 1
@@ -205,21 +209,23 @@ def test_equal_items_are_asked_once_and_another_prompt_asks_anew(endpoint: FakeE
     assert len(endpoint.requests) == 4
 
 
-def test_another_server_is_asked_anew_and_another_password_is_not(endpoint: FakeEndpoint, tmp_path: Path) -> None:
-    def asked(base_url: str) -> Attributes | InvalidAttributes:
+def test_another_server_needs_a_new_request_and_another_password_does_not(
+    endpoint: FakeEndpoint, tmp_path: Path
+) -> None:
+    def annotate(base_url: str) -> Attributes | InvalidAttributes:
         config = OpenAITeacherConfig(base_url=base_url, model="m", max_retries=0)
         (found,) = OpenAITeacher(config, max_attributes=3, cache_dir=str(tmp_path)).annotate([_item("t")])
         return found
 
     endpoint.reply = lambda count, title: completion(f"served: {endpoint.headers[-1]['path']}")
     place = endpoint.base_url.removeprefix("http://")
-    wrong = asked(f"http://user:old@{place}/wrong")
-    right = asked(f"http://user:old@{place}")
+    wrong = annotate(f"http://user:old@{place}/wrong")
+    right = annotate(f"http://user:old@{place}")
     assert wrong != right
-    assert asked(f"http://user:new@{place}/") == right
+    assert annotate(f"http://user:new@{place}/") == right
     assert len(endpoint.requests) == 2
 
 
-def test_a_column_teacher_takes_the_named_attributes_in_their_order():
+def test_the_column_teacher_selects_attributes_by_name_in_order():
     item = TeacherItem("a", "t", {"Size": "XL", "color": "Red", "note": "x"}, lambda: b"")
     assert ColumnTeacher(4, names=("color", "Size", "weight")).annotate([item]) == [(("color", "red"), ("size", "xl"))]

@@ -19,7 +19,7 @@ _wild = st.text(alphabet=st.one_of(st.sampled_from(";:<|> \n\tAbß"), st.charact
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(_wild, st.one_of(st.none(), _wild)), max_size=6))
-def test_parser_reads_back_whatever_was_normalised(pairs: list[tuple[str, str | None]]) -> None:
+def test_normalised_attributes_parse_back_unchanged(pairs: list[tuple[str, str | None]]) -> None:
     attributes = normalise_attributes(pairs)
     parsed = parse_attributes(format_attributes(attributes), max_attributes=6)
     assert parsed == (attributes or InvalidAttributes("empty"))
@@ -28,7 +28,7 @@ def test_parser_reads_back_whatever_was_normalised(pairs: list[tuple[str, str | 
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(alphabet="ab:; <|>", max_size=20))
-def test_what_parses_is_in_normal_form(text: str) -> None:
+def test_parsed_attributes_are_in_normal_form(text: str) -> None:
     parsed = parse_attributes(text, max_attributes=20)
     if isinstance(parsed, InvalidAttributes):
         assert parsed.reason in INVALID_REASONS
@@ -37,7 +37,7 @@ def test_what_parses_is_in_normal_form(text: str) -> None:
         assert len(parsed) == text.rstrip().removesuffix(";").count(";") + 1, "a segment was silently dropped"
 
 
-def test_normalise_folds_drops_and_keeps_order() -> None:
+def test_normalising_folds_case_and_space_drops_empty_pairs_and_keeps_order() -> None:
     source = {"Neck\nLine": " V-Neck ", "Ratio": "3:1; wide", "empty": " ", "none": None, "NECK line": "round"}
     assert normalise_attributes(source) == (("neck line", "v-neck"), ("ratio", "3 1 wide"))
 
@@ -60,16 +60,16 @@ def test_normalise_folds_drops_and_keeps_order() -> None:
         ("<|vision\nstart|>color: red", "special_token"),
     ],
 )
-def test_invalid_texts_say_why(text: str, reason: str) -> None:
+def test_invalid_texts_have_a_reason(text: str, reason: str) -> None:
     assert parse_attributes(text, max_attributes=3) == InvalidAttributes(reason)  # type: ignore[arg-type]
 
 
-def test_text_without_end_is_unfinished_though_it_would_parse() -> None:
+def test_a_text_without_an_end_token_is_unfinished() -> None:
     assert parse_attributes("color: red", max_attributes=3) == (("color", "red"),)
     assert parse_attributes("color: red", max_attributes=3, complete=False) == InvalidAttributes("unfinished")
 
 
-def test_a_semicolon_at_the_end_is_forgiven() -> None:
+def test_a_trailing_semicolon_is_valid() -> None:
     assert parse_attributes("color: red; ", max_attributes=1) == (("color", "red"),)
 
 

@@ -1,3 +1,5 @@
+"""Importers."""
+
 from __future__ import annotations
 
 import csv
@@ -54,7 +56,7 @@ def test_jsonl_keeps_the_order_of_attributes_and_counts_missing_images(tmp_path,
     assert catalogue.counts["quarantined"] == {"missing_image": 1}
 
 
-def test_m5product_as_published(tmp_path, images):
+def test_m5product_in_its_published_layout(tmp_path, images):
     pv = "颜色#:#红#;#颜色#:#蓝#;#broken#;#材质#:#棉"
     items = {str(number): {"title": f"标题{number}", "pv": pv, "label": "c1", "url": "x"} for number in range(4)}
     (tmp_path / "items.json").write_text(json.dumps(items))
@@ -75,12 +77,12 @@ def test_m5product_as_published(tmp_path, images):
     assert catalogue.rows(ItemSelector(role="gallery")).tolist() == [1, 2]
 
 
-def test_property_strings_keep_the_first_of_a_repeated_name():
+def test_the_first_value_of_a_repeated_property_counts():
     assert parse_pv("a#:#1#;#b#:##;#a#:#2") == {"a": "1", "b": ""}
     assert parse_pv("") == {}
 
 
-def test_what_cannot_be_read_is_named(tmp_path, images):
+def test_errors_name_unreadable_files_and_lines(tmp_path, images):
     with pytest.raises(CatalogueError, match=r"gone\.csv does not exist"):
         import_rows(str(tmp_path / "gone.csv"), str(images))
     bad = tmp_path / "bad.jsonl"
@@ -92,7 +94,7 @@ def test_what_cannot_be_read_is_named(tmp_path, images):
         import_rows(str(bad), str(images))
 
 
-def test_odd_characters_inside_fields_stay_where_they_are(tmp_path, images):
+def test_unicode_line_separators_inside_fields_are_kept(tmp_path, images):
     title = "red\u2028shirt\x85\nlarge"
     (tmp_path / "a.jsonl").write_text(
         json.dumps({"item_id": "1", "image": "0.jpg", "title": title}, ensure_ascii=False)
@@ -103,7 +105,7 @@ def test_odd_characters_inside_fields_stay_where_they_are(tmp_path, images):
         assert import_rows(str(tmp_path / name), str(images)).table["title"].to_pylist() == [title]
 
 
-def test_a_later_row_without_a_image_is_counted(tmp_path, images):
+def test_a_later_row_without_an_image_is_counted(tmp_path, images):
     (tmp_path / "a.jsonl").write_text('{"item_id": "1", "image": "0.jpg"}\n{"item_id": "2"}\n')
     assert import_rows(str(tmp_path / "a.jsonl"), str(images)).counts["images_missing"] == 1
 
@@ -117,7 +119,7 @@ def test_a_later_row_without_a_image_is_counted(tmp_path, images):
         ("a.csv", b"item_id,image\n1,0.jpg\n", {"titel": "x"}, "--column titel: a catalogue's columns are item_id"),
     ],
 )
-def test_what_cannot_be_imported_is_named(tmp_path, images, name, content, columns, message):
+def test_errors_name_the_line_and_the_fault(tmp_path, images, name, content, columns, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CatalogueError, match=message):
         import_rows(str(tmp_path / name), str(images), columns=columns)

@@ -1,3 +1,5 @@
+"""Reading, quarantine, fingerprints and staging of catalogues."""
+
 from __future__ import annotations
 
 import io
@@ -52,7 +54,7 @@ def write(folder, content: list[dict], name: str = "c.parquet") -> str:
     return str(path)
 
 
-def test_good_rows_come_through_with_unknown_columns_and_absent_ones_as_null(tmp_path):
+def test_usable_rows_keep_unknown_columns_and_missing_columns_are_null(tmp_path):
     catalogue = open_catalogue(write(tmp_path, rows()))
     item = catalogue.item(3)
     assert (item.item_id, item.product_id, item.category, item.role) == ("i003", "p1", None, None)
@@ -61,7 +63,7 @@ def test_good_rows_come_through_with_unknown_columns_and_absent_ones_as_null(tmp
     assert catalogue.counts == {"rows": 40, "kept": 40, "quarantined": {}}
 
 
-def test_every_kind_of_bad_row_is_put_aside_with_its_reason(tmp_path):
+def test_every_kind_of_unusable_row_is_quarantined_with_its_reason(tmp_path):
     content = rows(60)
     whole = content[5]["image"]
     content[1]["item_id"] = "i000"
@@ -89,8 +91,8 @@ def test_every_kind_of_bad_row_is_put_aside_with_its_reason(tmp_path):
     assert catalogue.image(1).getpixel((0, 0)) == (10, 0, 0)
     target = tmp_path / "quarantine.parquet"
     catalogue.write_quarantine(str(target))
-    aside = pq.read_table(target).to_pylist()
-    assert {"item_id": "i006", "row": 6, "reason": "decompression_bomb"} in aside
+    quarantined = pq.read_table(target).to_pylist()
+    assert {"item_id": "i006", "row": 6, "reason": "decompression_bomb"} in quarantined
     with pytest.raises(CatalogueError, match=r"9 of 60 rows are bad .*more than catalogue.max_bad_fraction 0.05"):
         open_catalogue(path)
 
@@ -99,13 +101,13 @@ def test_every_kind_of_bad_row_is_put_aside_with_its_reason(tmp_path):
     ("drop", "message"),
     [(("image",), "lacks the columns image or image_uri"), (("split", "item_id"), "lacks the columns item_id, split")],
 )
-def test_missing_columns_are_named(tmp_path, drop, message):
+def test_the_error_names_missing_columns(tmp_path, drop, message):
     content = [{name: value for name, value in row.items() if name not in drop} for row in rows()]
     with pytest.raises(CatalogueError, match=message):
         open_catalogue(write(tmp_path, content))
 
 
-def test_a_missing_file_and_one_of_another_kind_are_named(tmp_path):
+def test_the_error_names_a_missing_file_and_a_file_of_another_type(tmp_path):
     with pytest.raises(CatalogueError, match=r"nowhere\.parquet does not exist"):
         open_catalogue(str(tmp_path / "nowhere.parquet"))
     (tmp_path / "text.parquet").write_text("hello")
@@ -113,14 +115,14 @@ def test_a_missing_file_and_one_of_another_kind_are_named(tmp_path):
         open_catalogue(str(tmp_path / "text.parquet"))
 
 
-def test_images_by_uri_are_read_from_the_catalogues_folder(tmp_path):
+def test_relative_image_uris_start_from_the_folder_of_the_catalogue(tmp_path):
     (tmp_path / "a.png").write_bytes(png((1, 2, 3)))
     content = [{"item_id": "a", "split": "train", "title": "x", "image_uri": "a.png"}]
     catalogue = open_catalogue(write(tmp_path, content))
     assert catalogue.image(0).getpixel((0, 0)) == (1, 2, 3)
 
 
-def test_the_fingerprint_is_of_the_content(tmp_path):
+def test_the_fingerprint_depends_on_content_and_not_on_row_groups(tmp_path):
     content = rows()
     first = open_catalogue(write(tmp_path, content)).fingerprint
     pq.write_table(pa.Table.from_pylist(content), tmp_path / "other.parquet", row_group_size=40)
@@ -130,7 +132,7 @@ def test_the_fingerprint_is_of_the_content(tmp_path):
     assert open_catalogue(write(tmp_path, rows()[::-1], "turned.parquet")).fingerprint != first
 
 
-def test_sides_select_by_split_role_and_columns(tmp_path):
+def test_selectors_match_split_role_and_columns(tmp_path):
     content = rows()
     for number, row in enumerate(content):
         row["role"] = "query" if number % 2 else "gallery"
@@ -145,11 +147,11 @@ def test_sides_select_by_split_role_and_columns(tmp_path):
         catalogue.rows(ItemSelector(title_columns=("title", "description")))
 
 
-def test_queries_without_any_positive_are_told(tmp_path):
+def test_a_gallery_without_any_positive_is_an_error(tmp_path):
     content = rows()
     catalogue = open_catalogue(write(tmp_path, content))
     check_positives(catalogue, ItemSelector(split=("train",)), ItemSelector(split=("train",)))
-    with pytest.raises(CatalogueError, match="nothing is positive"):
+    with pytest.raises(CatalogueError, match="so there are no positives"):
         check_positives(catalogue, ItemSelector(split=("train",)), ItemSelector(split=("test",)))
 
 
@@ -157,7 +159,7 @@ def read_in_another_process(staged: StagedCatalogue, row: int) -> tuple[str, byt
     return staged.item(row).item_id, staged.image_bytes(row)
 
 
-def test_staged_rows_are_the_tables_rows_here_and_in_another_process(tmp_path):
+def test_staged_rows_equal_those_of_the_table_in_this_and_another_process(tmp_path):
     content = rows(600)
     config = CatalogueConfig(cache_dir=str(tmp_path / "staging"))
     path = write(tmp_path, content)
@@ -174,7 +176,7 @@ def stage_once(path: str, config: CatalogueConfig) -> str:
     return stage(open_catalogue(path, config=config), config)
 
 
-def test_processes_that_stage_at_once_leave_one_whole_file(tmp_path):
+def test_concurrent_staging_leaves_one_complete_file(tmp_path):
     config = CatalogueConfig(cache_dir=str(tmp_path / "staging"))
     path = write(tmp_path, rows())
     with multiprocessing.get_context("spawn").Pool(3) as pool:
@@ -184,16 +186,16 @@ def test_processes_that_stage_at_once_leave_one_whole_file(tmp_path):
     assert len(StagedCatalogue(made[0])) == 40
 
 
-def test_a_catalogue_that_changed_under_a_run_is_refused(tmp_path):
+def test_a_catalogue_that_changed_during_a_run_is_an_error(tmp_path):
     config = CatalogueConfig(cache_dir=str(tmp_path / "staging"))
     ref = CatalogueRef(write(tmp_path, rows()), config, "0" * 64)
-    with pytest.raises(CatalogueError, match="has changed while it was used"):
+    with pytest.raises(CatalogueError, match="changed while it was in use"):
         ref.open()
     assert not np.any([file.exists() for file in [tmp_path / staged_path(config, "0" * 64)]])
 
 
 @pytest.mark.parametrize("uri", ["http://nowhere/x.png", "folder", "a\x00b", "missing.png"])
-def test_a_image_address_that_cannot_be_read_is_one_bad_row(tmp_path, uri):
+def test_an_unreadable_image_uri_quarantines_one_row(tmp_path, uri):
     content = [{name: value for name, value in row.items() if name != "image"} for row in rows(30)]
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "p.png").write_bytes(png())
@@ -206,13 +208,13 @@ def test_a_image_address_that_cannot_be_read_is_one_bad_row(tmp_path, uri):
     assert open_catalogue(str(tmp_path)).fingerprint == catalogue.fingerprint
 
 
-def test_a_folder_without_tables_is_named(tmp_path):
+def test_the_error_names_a_folder_without_parquet_files(tmp_path):
     (tmp_path / "p.png").write_bytes(png())
-    with pytest.raises(CatalogueError, match=r"holds no \.parquet file"):
+    with pytest.raises(CatalogueError, match=r"contains no \.parquet file"):
         open_catalogue(str(tmp_path))
 
 
-def test_the_fingerprint_follows_content_and_order_not_the_files_cut(tmp_path):
+def test_the_fingerprint_depends_on_row_order_and_not_on_row_groups(tmp_path):
     content = rows(3000)
     pq.write_table(pa.Table.from_pylist(content), tmp_path / "one.parquet", row_group_size=11)
     pq.write_table(pa.Table.from_pylist(content), tmp_path / "two.parquet", row_group_size=3000)

@@ -24,14 +24,14 @@ def items() -> list[dict]:
     return make_catalogue(CONFIG).to_pylist()
 
 
-def test_it_is_a_function_of_its_config():
+def test_equal_configs_give_equal_catalogues_and_another_seed_another_one():
     small = SyntheticConfig(preset="tiny", image_px=48)
     assert make_catalogue(small).equals(make_catalogue(small))
     other = make_catalogue(SyntheticConfig(preset="tiny", image_px=48, seed=8))
     assert other["image"].to_pylist() != make_catalogue(small)["image"].to_pylist()
 
 
-def test_bench_has_two_thousand_test_queries():
+def test_preset_bench_has_two_thousand_test_queries():
     from afmrl_ray.catalogue.synthetic.make import PRESETS
 
     assert PRESETS["bench"]["test_products"] >= 2000
@@ -76,7 +76,7 @@ def test_evaluation_has_one_query_per_product_and_the_rest_as_gallery(items):
     assert all(sorted(found) == ["gallery", "gallery", "query"] for found in roles.values())
 
 
-def test_duplicates_share_the_truth_under_another_id(items):
+def test_duplicates_have_another_product_id_and_the_same_true_product_id(items):
     identities = defaultdict(set)
     for row in items:
         identities[row["true_product_id"]].add(row["product_id"])
@@ -86,21 +86,21 @@ def test_duplicates_share_the_truth_under_another_id(items):
     assert all(name.startswith("train") for name in twice)
 
 
-def test_the_teacher_errs_omits_and_babbles_at_the_set_rates(items):
+def test_wrong_missing_and_irrelevant_teacher_attributes_occur_at_the_configured_rates(items):
     right = wrong = missing = irrelevant = 0
     for row in items:
-        truth, said = json.loads(row["true_attributes"]), json.loads(row["attributes"])
-        missing += sum(name not in said for name in truth)
-        wrong += sum(name in said and said[name] != value for name, value in truth.items())
-        right += sum(said.get(name) == value for name, value in truth.items())
-        irrelevant += sum(name not in truth for name in said)
+        truth, given = json.loads(row["true_attributes"]), json.loads(row["attributes"])
+        missing += sum(name not in given for name in truth)
+        wrong += sum(name in given and given[name] != value for name, value in truth.items())
+        right += sum(given.get(name) == value for name, value in truth.items())
+        irrelevant += sum(name not in truth for name in given)
     total = right + wrong + missing
     assert missing / total == pytest.approx(0.1, abs=0.02)
     assert wrong / (right + wrong) == pytest.approx(0.1, abs=0.02)
     assert irrelevant / (3 * len(items)) == pytest.approx(0.5, abs=0.04)
 
 
-def test_items_of_a_product_look_and_read_differently(items):
+def test_items_of_a_product_differ_in_image_and_title(items):
     by_product = defaultdict(list)
     for row in items:
         by_product[row["product_id"]].append(row)
@@ -110,7 +110,7 @@ def test_items_of_a_product_look_and_read_differently(items):
     assert np.mean(titles) > 2.5
 
 
-def test_the_logos_box_holds_the_logos_colour(items):
+def test_the_box_of_the_logo_contains_its_colour(items):
     inside = []
     for row in items[::7]:
         boxes = json.loads(row["boxes"])
@@ -129,7 +129,7 @@ def test_the_logos_box_holds_the_logos_colour(items):
     assert np.mean(inside) > 0.85
 
 
-def test_titles_name_only_some_attributes(items):
+def test_titles_contain_only_some_attributes(items):
     named = [
         sum(value in row["title"].split() for value in json.loads(row["true_attributes"]).values()) for row in items
     ]
@@ -138,7 +138,7 @@ def test_titles_name_only_some_attributes(items):
 
 def test_a_contact_sheet_shows_every_item(items):
     catalogue = CatalogueTable(make_catalogue(SyntheticConfig(preset="tiny", image_px=48)), "synthetic", "")
-    sheet = contact_sheet(catalogue, list(range(8)), columns=4, side=60)
+    sheet = contact_sheet(catalogue, list(range(8)), columns=4, image_px=60)
     pixels = np.asarray(sheet)
     for index in range(8):
         x, y = 8 + index % 4 * 68, 8 + index // 4 * (60 + 6 * 13 + 8)

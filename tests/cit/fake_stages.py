@@ -12,7 +12,7 @@ import numpy as np
 from afmrl_ray.cit.pipeline import Pipeline
 from afmrl_ray.cit.spec import StageContext, StageSpec
 from afmrl_ray.config import Config
-from afmrl_ray.retrieval.evaluate import Measured
+from afmrl_ray.retrieval.evaluate import ProtocolResult
 from afmrl_ray.retrieval.per_query import FILE, write_per_query
 from afmrl_ray.runs import RunDirectory, StageName, StageOutcome
 
@@ -24,7 +24,7 @@ def evaluation_of(values: Mapping[str, tuple[str, np.ndarray]]) -> Function:
     """An evaluation with given values of queries: protocol to metric and values [Q]."""
 
     def function(context: StageContext) -> StageOutcome:
-        measured = {name: Measured({}, np.arange(len(v)), {metric: v}) for name, (metric, v) in values.items()}
+        measured = {name: ProtocolResult({}, np.arange(len(v)), {metric: v}) for name, (metric, v) in values.items()}
         write_per_query(context.path(FILE), measured)
         return StageOutcome({"per_query": FILE}, {"queries": len(next(iter(values.values()))[1])})
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from afmrl_ray.cit.evaluation import write_per_query
 
 from afmrl_ray import storage
 from afmrl_ray.cit.ladder_record import ladder_record, stands_on
+from afmrl_ray.cit.stages import RunDirectory, StageOutcome
 from afmrl_ray.config import validate
 from afmrl_ray.errors import ConfigError
-from afmrl_ray.retrieval.evaluate import Measured
-from afmrl_ray.retrieval.per_query import write_per_query
+from afmrl_ray.retrieval.evaluate import ProtocolResult
 from afmrl_ray.retrieval.seeds import over_seeds
-from afmrl_ray.runs import RunDirectory, StageOutcome
 
 HITS = {
     "evaluate-baseline": ([0, 1, 0, 1], [0, 1, 1, 1]),
@@ -37,7 +37,7 @@ def write_run(path, seed: int, rows: list[int] | None = None, steps: int = 77) -
         values = np.array(hits[seed], dtype=np.float32)
 
         def body(directory: str, values=values) -> StageOutcome:
-            found = Measured({}, np.array(rows or [3, 5, 8, 9]), {"hit@1": values})
+            found = ProtocolResult({}, np.array(rows or [3, 5, 8, 9]), {"hit@1": values})
             write_per_query(storage.join(directory, "per_query.safetensors"), {"fine": found})
             metric = {"mean": float(values.mean()), "low": 0.0, "high": 1.0}
             metrics = {"hit@1": metric, "nmi": {"mean": 0.5, "low": None, "high": None}}

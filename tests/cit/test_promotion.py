@@ -131,5 +131,5 @@ def test_numbers_of_queries_survive_the_disk(tmp_path):
 
 
 def test_a_guard_of_what_is_not_measured_is_refused():
-    with pytest.raises(ConfigError, match=r"cit\.gate\.protocols: 'coarse' is no protocol"):
+    with pytest.raises(ConfigError, match=r"cit\.gate\.protocols: 'coarse' is not a protocol"):
         validate({"cit": {"gate": {"protocols": ["coarse"]}}})

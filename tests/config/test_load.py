@@ -1,3 +1,5 @@
+"""Loading and validation of the config."""
+
 from __future__ import annotations
 
 import re
@@ -16,7 +18,7 @@ from afmrl_ray.config.teacher import ColumnTeacherConfig
 from afmrl_ray.errors import ConfigError
 
 
-def test_file_then_overrides_in_order(tmp_path):
+def test_overrides_apply_after_the_file_and_in_order(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("rar: {group_size: 4, kl_coef: 0.5}\nrun: {name: one}\n")
     config = load_config(str(file), ["rar.group_size=16", "rar.group_size=32", "agcl.lexical.scale=self"])
@@ -24,7 +26,7 @@ def test_file_then_overrides_in_order(tmp_path):
     assert config.agcl.lexical.scale == "self"
 
 
-def test_the_printed_config_reads_back_as_itself(tmp_path):
+def test_a_printed_config_loads_as_the_same_config(tmp_path):
     config = load_config(None, ["evaluation.primary_protocol=x", "evaluation.protocols=[{kind: retrieval, name: x}]"])
     file = tmp_path / "printed.yaml"
     file.write_text(dump_yaml(config))
@@ -75,7 +77,7 @@ def test_the_printed_config_reads_back_as_itself(tmp_path):
         ),
         (
             ["cit.selection_protocol=labels"],
-            "cit.selection_protocol 'labels' is not a retrieval protocol .*there are: fine",
+            "cit.selection_protocol 'labels' is not a retrieval protocol .*which has: fine",
         ),
         (["teacher.kind=oracle"], "teacher.*'column', 'openai', 'model'"),
         (
@@ -86,13 +88,13 @@ def test_the_printed_config_reads_back_as_itself(tmp_path):
         (["justtext"], "write section.field=value"),
     ],
 )
-def test_a_mistake_is_one_line_that_names_the_field(overrides, message):
+def test_an_invalid_value_gives_one_line_that_names_the_field(overrides, message):
     with pytest.raises(ConfigError, match=message) as caught:
         load_config(None, overrides)
     assert "\n" not in str(caught.value)
 
 
-def test_protocols_that_decide_nothing_may_have_any_depths():
+def test_protocols_without_a_decision_may_have_any_depths():
     shown = "{kind: retrieval, name: fine},{kind: retrieval, name: deep, ks: [5]},{kind: labels, name: x}"
     config = load_config(
         None, [f"evaluation.protocols=[{shown}]", "cit.gate.protocols=[x]", "cit.selection_protocol=fine"]
@@ -100,7 +102,7 @@ def test_protocols_that_decide_nothing_may_have_any_depths():
     assert config.evaluation.protocols[1].ks == (5,)
 
 
-def test_a_missing_or_broken_file_is_named(tmp_path):
+def test_the_error_names_a_missing_or_malformed_file(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere.yaml: no such config file"):
         load_config(str(tmp_path / "nowhere.yaml"))
     broken = tmp_path / "broken.yaml"
@@ -109,7 +111,7 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
         load_config(str(broken))
 
 
-def test_every_field_has_a_sentence():
+def test_every_field_has_a_description():
     def sections(annotation: object) -> list[type[BaseModel]]:
         inner = [found for part in get_args(annotation) for found in sections(part)]
         own = [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
@@ -125,7 +127,7 @@ def test_every_field_has_a_sentence():
     assert visit(Config, "") == []
 
 
-def test_what_an_override_does_not_mention_keeps_its_default():
+def test_fields_that_an_override_does_not_set_keep_their_defaults():
     default = Config()
     config = load_config(None, ["rar.task.query.inputs=image", "rar.rollout.pool.num_workers=3", "teacher.names=[a]"])
     assert config.rar.task.query == default.rar.task.query.model_copy(update={"inputs": "image"})
@@ -144,7 +146,7 @@ def test_what_an_override_does_not_mention_keeps_its_default():
 
 @given(st.sampled_from([key for key in known_keys(Config) if "." in key]))
 @settings(max_examples=60, deadline=None)
-def test_naming_the_default_of_one_field_changes_nothing(key):
+def test_setting_a_field_to_its_default_changes_nothing(key):
     value = Config().model_dump(mode="json")
     for part in key.split("."):
         if not isinstance(value, dict) or part not in value:
@@ -165,7 +167,7 @@ LONG = [key for key in DOTTED if len(key.rsplit(".", 1)[1]) > 5 and not key.star
 
 @given(st.sampled_from(LONG), st.integers(1, 4))
 @settings(max_examples=60, deadline=None)
-def test_a_misspelt_key_is_told_its_neighbour(key, position):
+def test_the_error_for_a_misspelt_key_names_the_nearest_key(key, position):
     section, field = key.rsplit(".", 1)
     wrong = f"{section}.{field[:position]}{field[position + 1 :]}"  # one letter is missing
     with pytest.raises(ConfigError, match=rf"unknown config key '{re.escape(wrong)}'.*'{re.escape(key)}'$"):
@@ -173,7 +175,7 @@ def test_a_misspelt_key_is_told_its_neighbour(key, position):
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "message"),
     [
         (
             {"evaluation": {"protocols": [{"kind": "retrieval", "name": "fine", "galery": {}}]}},
@@ -191,13 +193,13 @@ def test_a_misspelt_key_is_told_its_neighbour(key, position):
         ({"tiny": {"hidden_size": 100, "num_heads": 3}}, "hidden_size 100 does not divide among num_heads 3"),
     ],
 )
-def test_what_a_list_holds_is_named_too(values, words):
-    with pytest.raises(ConfigError, match=words):
+def test_errors_inside_lists_name_the_field(values, message):
+    with pytest.raises(ConfigError, match=message):
         validate(values)
 
 
 @pytest.mark.parametrize("content", [b"3", b"- a\n- b", b"a: \xff", b"a: ["])
-def test_a_file_that_is_no_mapping_is_a_config_error(tmp_path, content):
+def test_a_file_that_is_not_a_mapping_is_a_config_error(tmp_path, content):
     (tmp_path / "c.yaml").write_bytes(content)
     with pytest.raises(ConfigError, match=r"c\.yaml"):
         load_config(str(tmp_path / "c.yaml"))

@@ -1,4 +1,4 @@
-"""The undisturbed run that trials are compared with, and their table at the end."""
+"""The undisturbed run that runs with faults are compared with, and the summary table of faults."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from typing import Any, Protocol
 
 import pytest
 
-from tests.faults.harness import A_RUN, ROOT, InjectionResult, Job, Outcome, started
+from tests.faults.harness import ROOT, TRIALS_PER_RUN, InjectionResult, Job, Outcome, started_jobs
 
 TRIALS = int(os.environ.get("AFMRL_TRIALS", "1"))
-"""Of each fault."""
+"""Number of trials of each fault."""
 FIRST_SEED = int(os.environ.get("AFMRL_FIRST_SEED", "0"))
-"""Of the moments, for trials that are added to those of earlier sessions."""
+"""First seed of the moments, for trials that are added to those of earlier pytest sessions."""
 OUTCOMES = ROOT / "runs" / "bench" / "faults.jsonl"
 
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """Results, seconds and folder of a run that nothing was done to."""
+    """Results, seconds and folder of a run without faults."""
 
     folder: Path
     results: dict[str, Any]
@@ -42,59 +42,59 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, staging: Path) -> Undi
     job = Job(tmp_path_factory.mktemp("undisturbed") / "run", staging)
     began = time.monotonic()
     job.start()
-    assert job.wait() == 0, job.told()
+    assert job.wait() == 0, job.log_tail()
     seconds = time.monotonic() - began
     job.check_nothing_is_left()
     return Undisturbed(job.folder, job.results(), seconds)
 
 
 @pytest.fixture(scope="session")
-def calm(
+def undisturbed_seconds(
     tmp_path_factory: pytest.TempPathFactory, undisturbed: Undisturbed, staging: Path
 ) -> Callable[[Iterable[str]], float]:
-    """Seconds of a run that makes these stages again and takes over the others, with nothing done to it."""
+    """Seconds of a run without faults that runs the given stages again and copies the others."""
 
     @functools.cache
     def seconds(again: tuple[str, ...]) -> float:
-        job = Job(tmp_path_factory.mktemp("calm") / "run", staging)
-        job.begin_from(undisturbed.folder, again)
+        job = Job(tmp_path_factory.mktemp("undisturbed") / "run", staging)
+        job.copy_stages(undisturbed.folder, again)
         began = time.monotonic()
         job.start()
-        assert job.wait() == 0, job.told()
+        assert job.wait() == 0, job.log_tail()
         return time.monotonic() - began
 
     return lambda again: seconds(tuple(again))
 
 
 @pytest.fixture(autouse=True)
-def no_job_outlives_its_test() -> Iterator[None]:
+def kill_jobs_after_the_test() -> Iterator[None]:
     yield
-    while started:
-        started.pop().end()
+    while started_jobs:
+        started_jobs.pop().kill_all()
 
 
 @pytest.fixture
-def note() -> Callable[[Outcome], None]:
-    """Keep a trial for the table, which the end of each session prints of all trials so far."""
+def record_outcome() -> Callable[[Outcome], None]:
+    """Save an outcome for the summary table, which every session prints for all outcomes so far."""
 
-    def keep(outcome: Outcome) -> None:
+    def save(outcome: Outcome) -> None:
         OUTCOMES.parent.mkdir(parents=True, exist_ok=True)
         with OUTCOMES.open("a") as file:
             file.write(json.dumps(asdict(outcome)) + "\n")
 
-    return keep
+    return save
 
 
 class Trials(Protocol):
-    """Runs with something done to them, up to ten times each, until that was done `TRIALS` times.
+    """Runs with up to `TRIALS_PER_RUN` faults each, until `TRIALS` faults were injected.
 
-    Each must end with the results of the undisturbed run, with what was
-    committed untouched and no process left. Outcomes are noted.
+    Each run must end with the results of the undisturbed run, without running committed stages again, and without
+    leaving a process behind. Outcomes are recorded.
 
     Args:
-        fault: its name in the table.
-        again: stages that are made amid it; the others are taken over from the undisturbed run.
-        disturb: starts a job, waits for its end, and does it, given a seed and how often.
+        fault: its name in the summary table.
+        again: stages that run while faults are injected; the others are copied from the undisturbed run.
+        disturb: starts a job, injects faults and waits for the end; called with the job, a seed and a number of faults.
         options: of `Job`.
     """
 
@@ -106,28 +106,28 @@ class Trials(Protocol):
 @pytest.fixture
 def trials(
     undisturbed: Undisturbed,
-    calm: Callable[[Iterable[str]], float],
+    undisturbed_seconds: Callable[[Iterable[str]], float],
     staging: Path,
     tmp_path: Path,
-    note: Callable[[Outcome], None],
+    record_outcome: Callable[[Outcome], None],
 ) -> Trials:
     def until_enough(
         fault: str, again: Iterable[str], disturb: Callable[[Job, int, int], InjectionResult], **options: Any
     ) -> None:
-        calm_s = calm(again)
-        given, seed = 0, FIRST_SEED
-        while given < TRIALS:
+        expected_s = undisturbed_seconds(again)
+        injected, seed = 0, FIRST_SEED
+        while injected < TRIALS:
             job = Job(tmp_path / f"run{seed}", staging, **options)
-            job.begin_from(undisturbed.folder, again)
+            job.copy_stages(undisturbed.folder, again)
             began = time.monotonic()
-            struck = disturb(job, seed, min(A_RUN, TRIALS - given))
-            lost_s = time.monotonic() - began - calm_s
-            assert struck.times, f"the run was over before there was a trial: {fault}"
+            result = disturb(job, seed, min(TRIALS_PER_RUN, TRIALS - injected))
+            lost_s = time.monotonic() - began - expected_s
+            assert result.times, f"the run ended before any fault was injected: {fault}"
             job.check_nothing_is_left()
-            job.check_stages_stand(struck.before)
+            job.check_stages_unchanged(result.before)
             assert job.results() == undisturbed.results
-            note(Outcome(fault, seed, struck.times, struck.resumes, lost_s / struck.times))
-            given += struck.times
+            record_outcome(Outcome(fault, seed, result.times, result.resumes, lost_s / result.times))
+            injected += result.times
             seed += 1
 
     return until_enough

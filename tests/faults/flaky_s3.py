@@ -1,4 +1,4 @@
-"""A local S3 server that turns away every so many writes, as a store that is asked too much does."""
+"""A local S3 server that rejects every n-th write with SlowDown, like an overloaded store."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request r
 
 
 class FlakyS3:
-    """Serves until it is stopped.
+    """The server; it runs from `start` to `stop`.
 
     Args:
-        port: on loopback.
-        every: the writes that fail: 10 = each tenth.
+        port: on the loopback interface.
+        every: every such write fails.
 
     Attributes:
-        writes: so far.
-        failed: of them.
+        writes: number of writes so far.
+        failed: number of failed writes so far.
     """
 
     def __init__(self, port: int, every: int) -> None:
@@ -46,7 +46,7 @@ class FlakyS3:
                 fails = self.writes % self._every == 0
                 self.failed += fails
             if fails:
-                # What is not read would be taken for the connection's next request.
+                # The body must be read, or it would be parsed as the next request of the connection.
                 environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
                 start_response("503 Slow Down", [("Content-Type", "application/xml")])
                 return [_SLOW_DOWN]

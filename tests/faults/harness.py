@@ -1,4 +1,4 @@
-"""A whole run with something killed in it, and what must hold afterwards."""
+"""Fault injection into a whole run, and checks of the run afterwards."""
 
 from __future__ import annotations
 
@@ -29,14 +29,13 @@ from tests.cit.conftest import run_values
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "AFMRL_FAULT_TRIAL"
-PATIENCE_S = 900
-A_RUN = 10
-"""Trials in one run."""
+TIMEOUT_S = 900
+TRIALS_PER_RUN = 10
 STEPS = 12
-"""Of AGCL and of RAR: enough of them to die amid."""
+"""Training steps of AGCL and of RAR, enough for faults to occur during them."""
 COMPARED = ("distill", "attributes-r0", "agcl-r0", "rar-r0", "evaluate-r0")
-NOT_OF_THE_ALGORITHM = ("time", "reward_service_", "learner_restarts", "rollout_restarts")
-"""Numbers of a training that tell when its actors worked and died."""
+RUNTIME_METRICS = ("time", "reward/service_", "actor/restarts", "rollout/restarts")
+"""Prefixes of metrics that depend on timing and on faults, and are not compared."""
 
 TITLES = {
     "train worker": r"ray::.*TrainWorker",
@@ -48,7 +47,7 @@ TITLES = {
     "raylet": r"/raylet/raylet ",
     "head": r"/gcs/gcs_server ",
 }
-"""What `ps` shows of a process, by what it is; the driver is found by its id."""
+"""Regular expression for a process's command line, by kind; the driver is found by its process id."""
 
 STAGES = {
     "train worker": ("agcl-r0",),
@@ -58,23 +57,25 @@ STAGES = {
     "reward actor": ("rar-r0",),
     "data worker": ("attributes-r0", "evaluate-r0"),
 }
-"""Where a kind of process is about; the others are about in all stages."""
+"""Stages during which a kind of process runs; the other kinds run during all stages."""
 
-LIFE_S = {"driver": 60.0, "reward actor": 4.0}
-"""A blow falls up to so many seconds after its target was seen; for most kinds `A_WHILE_S`."""
-A_WHILE_S = 12.0
+MAX_DELAY_S = {"driver": 60.0, "reward actor": 4.0}
+DEFAULT_MAX_DELAY_S = 12.0
+"""Longest delay between finding a process and injecting the fault."""
+POLL_S = 0.2
+"""Seconds between searches for a process."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Trials in one run.
+    """Faults injected into one run.
 
     Attributes:
-        fault: what was done.
+        fault: kind of fault.
         seed: of the moments.
-        trials: times that it was done.
-        resumes: times that the same command had to be given again.
-        lost_s: seconds that each cost, against the undisturbed run.
+        trials: number of faults injected.
+        resumes: number of times that the command had to be run again.
+        lost_s: mean seconds lost by a fault, compared with the undisturbed run.
     """
 
     fault: str
@@ -86,12 +87,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class InjectionResult:
-    """What was done to one job.
+    """Faults injected into one job.
 
     Attributes:
-        times: trials.
-        resumes: times that the same command was given again.
-        before: stages that were committed at some trial, with the time of their commit.
+        times: number of faults injected.
+        resumes: number of times that the command was run again.
+        before: stages that were committed before some fault, with the time of their commit.
     """
 
     times: int
@@ -99,18 +100,18 @@ class InjectionResult:
     before: dict[str, str]
 
 
-started: list[Job] = []
+started_jobs: list[Job] = []
 
 
 class Job:
-    """`jobs/run_cit.py` on a small run in a folder of its own.
+    """`jobs/run_cit.py` for a small run in a separate folder.
 
     Args:
         folder: of the run, its config and its log.
-        staging: of the catalogue, shared by all jobs.
+        staging: cache folder of the catalogue, shared by all jobs.
         storage_path: of the run; none = `folder`.
         reward: changes of `rar.reward`.
-        environment: of the driver; none = a local Ray of its own.
+        environment: of the driver; none = that of this process, with a separate local Ray.
     """
 
     def __init__(
@@ -133,21 +134,22 @@ class Job:
         values["agcl"]["steps"] = values["rar"]["steps"] = STEPS
         values["rar"]["num_learners"] = 1
         values["rar"]["cpus_per_learner"] = 0.5
-        values["rar"]["max_learner_restarts"] = A_RUN
-        values["rar"]["rollout"]["max_restarts"] = values["agcl"]["workers"]["max_failures"] = A_RUN
+        values["rar"]["max_learner_restarts"] = TRIALS_PER_RUN
+        values["rar"]["rollout"]["max_restarts"] = values["agcl"]["workers"]["max_failures"] = TRIALS_PER_RUN
         values["rar"]["reward"] |= reward or {}
         self.config = folder / "config.yaml"
         self.config.write_text(dump_yaml(validate(values)))
-        started.append(self)
+        started_jobs.append(self)
         self.process: subprocess.Popen[bytes] | None = None
 
-    def begin_from(self, finished: Path, again: Iterable[str]) -> None:
-        """Take over the stages of a finished run, but for those to be made again."""
+    def copy_stages(self, finished: Path, again: Iterable[str]) -> None:
+        """Copy the stages of a finished run, except those to be run again."""
         shutil.copytree(finished / "t", self.folder / "t")
         for name in again:
             shutil.rmtree(self.folder / "t" / "stages" / name)
 
     def start(self) -> None:
+        """Start the driver."""
         environment = {**self._environment, "PYTHONUNBUFFERED": "1", MARK: self.mark}
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "jobs/run_cit.py"), "--config", str(self.config)],
@@ -159,26 +161,28 @@ class Job:
         )
 
     def wait(self) -> int:
+        """Wait for the driver to exit; its exit code."""
         assert self.process is not None
-        return self.process.wait(timeout=PATIENCE_S)
+        return self.process.wait(timeout=TIMEOUT_S)
 
-    def lives(self) -> bool:
+    def is_running(self) -> bool:
+        """Whether the driver is running."""
         assert self.process is not None
         return self.process.poll() is None
 
     def resume(self) -> None:
-        """Give the same command again, after a death or where the job told to."""
+        """Run the command again after the driver was killed, or exited with a request to resume."""
         code = self.wait()
-        assert code < 0 or "run the same command again to resume" in self.told(), self.told()
+        assert code < 0 or "run the same command again to resume" in self.log_tail(), self.log_tail()
         self.check_nothing_is_left()
         self.start()
 
-    def told(self) -> str:
-        """The end of the log, without the escapes that move a terminal's cursor among progress bars."""
+    def log_tail(self) -> str:
+        """The end of the log, without terminal escape sequences."""
         return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", self.log.read_text()[-6000:])
 
     def marked(self) -> Iterator[psutil.Process]:
-        """Every process that this job started, directly or not, whoever its parent is by now."""
+        """All processes that this job started, directly or indirectly, whatever their parent is now."""
         for process in psutil.process_iter():
             try:
                 if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
@@ -187,81 +191,77 @@ class Job:
                 continue
 
     def find(self, fault: str) -> list[psutil.Process]:
-        """Processes to do it to, the youngest first."""
+        """Processes of a kind, the youngest first."""
         assert self.process is not None
         if fault == "driver":
-            return [psutil.Process(self.process.pid)] if self.lives() else []
+            return [psutil.Process(self.process.pid)] if self.is_running() else []
         return find_title(self.marked(), TITLES[fault])
 
     def commits(self) -> dict[str, str]:
-        """When each stage was committed."""
+        """Commit time of each committed stage."""
         return {stage.name: stage.committed_at for stage in self.run.stages()}
 
-    def check_stages_stand(self, before: dict[str, str]) -> None:
-        """See that stages committed before a trial were not made again."""
+    def check_stages_unchanged(self, before: dict[str, str]) -> None:
+        """Check that stages committed before a fault were not run again."""
         after = self.commits()
         assert {name: after.get(name) for name in before} == before
 
     def results(self) -> dict[str, Any]:
-        """Numbers and outputs of the stages that are compared."""
+        """Metrics and weights of the stages in `COMPARED`."""
         found = {}
         for name in COMPARED:
             stage = self.run.committed(name)
             assert stage is not None, f"{name} is not committed"
-            numbers = {key: value for key, value in stage.metrics.items() if not key.startswith(NOT_OF_THE_ALGORITHM)}
+            numbers = {key: value for key, value in stage.metrics.items() if not key.startswith(RUNTIME_METRICS)}
             found[name] = json.dumps(numbers, sort_keys=True), self._weights(stage)
         found["steps of rar-r0"] = self._steps("rar-r0")
         return found
 
     def _steps(self, name: str) -> list[dict[str, float]]:
-        """What a training logged: each step once, with the rewards that it learned from, whatever died amid it."""
+        """The log of a training: each step once, with the metrics that depend on the algorithm alone."""
         stage = self.run.committed(name)
         assert stage is not None
         return [
             {
                 "step": record["step"],
-                **{key: value for key, value in results_of(record).items() if not key.startswith(NOT_OF_THE_ALGORITHM)},
+                **{key: value for key, value in results_of(record).items() if not key.startswith(RUNTIME_METRICS)},
             }
             for record in read_metrics(storage.join(stage.directory, "log"))
         ]
 
     @staticmethod
     def _weights(stage: Stage) -> dict[str, str]:
-        """Digests of a model's tensors; an adapter's other files name the folder of its base."""
+        """Digests of a model's tensor files; an adapter's other files contain the folder of its base model."""
         if "model" not in stage.outputs:
             return {}
         model = stage.output("model")
         files = [name for name in storage.list_files(model) if name.endswith(".safetensors")]
         return {name: storage.digest_file(storage.join(model, name)) for name in files}
 
-    def end(self) -> None:
-        """End whatever is left, for tests that fail amid a run."""
+    def kill_all(self) -> None:
+        """Kill the remaining processes, for tests that fail during a run."""
         for process in self.marked():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
 
     def check_nothing_is_left(self) -> None:
-        """See that no process outlives the job."""
+        """Check that no process of the job is left."""
         deadline = time.monotonic() + 60
         while left := [" ".join(process.cmdline())[:120] for process in self.marked()]:
             assert time.monotonic() < deadline, f"orphans: {left}"
             time.sleep(1)
 
 
-class FaultInjector(threading.Thread):
-    """Does something to a kind of process, at random moments while a job runs, until that was done `times` times.
+class FaultInjector:
+    """Injects a fault into one kind of process at random moments while a job runs, until that was done `times` times.
 
     Args:
         job: not started yet.
-        fault: whom it is done to, of `TITLES`, or `driver`.
+        fault: kind of process, a key of `TITLES`, or `driver`.
         seed: of the moments.
-        times: trials; fewer where the job ends first.
-        blow: what is done.
-        again: whether to the same process too, after it was done to another.
-
-    Attributes:
-        given: trials so far.
-        before: stages that were committed at some blow, with the time of their commit.
+        times: number of faults; fewer are injected if the job ends first.
+        inject: the fault; none = SIGKILL.
+        repeat: whether a process may be chosen again after another one was.
     """
 
     def __init__(
@@ -270,49 +270,51 @@ class FaultInjector(threading.Thread):
         fault: str,
         seed: int,
         times: int,
-        blow: Callable[[psutil.Process], None] | None = None,
+        inject: Callable[[psutil.Process], None] | None = None,
         *,
-        again: bool = False,
+        repeat: bool = False,
     ) -> None:
-        super().__init__(name=f"fault injection: {fault}", daemon=True)
-        self._job, self._fault, self._times, self._blow = job, fault, times, blow or kill
-        self._again = again
-        self._dice = random.Random(f"{fault} {seed}")
-        self._over = threading.Event()
-        self.given = 0
-        self.before: dict[str, str] = {}
+        self._job, self._fault, self._times, self._inject = job, fault, times, inject or kill
+        self._repeat = repeat
+        self._random = random.Random(f"{fault} {seed}")
+        self._ended = threading.Event()
+        self._injected = 0
+        self._before: dict[str, str] = {}
 
-    def run(self) -> None:
-        struck: set[int] = set()
-        while self.given < self._times and not self._over.is_set():
-            target = next((process for process in self._job.find(self._fault) if process.pid not in struck), None)
+    def run(self) -> InjectionResult:
+        """Start the job and wait for its end, resuming it after failures, while a thread injects faults."""
+        thread = threading.Thread(target=self._inject_all, name=f"fault injection: {self._fault}", daemon=True)
+        self._job.start()
+        thread.start()
+        try:
+            resumes = finish(self._job)
+        finally:
+            self._ended.set()
+            thread.join()
+        return InjectionResult(self._injected, resumes, self._before)
+
+    def _inject_all(self) -> None:
+        hit: set[int] = set()
+        while self._injected < self._times and not self._ended.is_set():
+            target = next((process for process in self._job.find(self._fault) if process.pid not in hit), None)
             if target is None:
-                self._over.wait(0.2)
+                self._ended.wait(POLL_S)
                 continue
-            self._over.wait(self._dice.uniform(0, LIFE_S.get(self._fault, A_WHILE_S)))
+            self._ended.wait(self._random.uniform(0, MAX_DELAY_S.get(self._fault, DEFAULT_MAX_DELAY_S)))
             before = self._job.commits()
             try:
-                self._blow(target)
+                self._inject(target)
             except psutil.NoSuchProcess:
                 continue
-            if self._again:
-                struck.clear()
-            struck.add(target.pid)
-            self.before |= before
-            self.given += 1
-
-    def run_job(self) -> InjectionResult:
-        """Start the job, and see it through to its end while faults are injected."""
-        self._job.start()
-        self.start()
-        resumes = finish(self._job)
-        self._over.set()
-        self.join()
-        return InjectionResult(self.given, resumes, self.before)
+            if self._repeat:
+                hit.clear()
+            hit.add(target.pid)
+            self._before |= before
+            self._injected += 1
 
 
 def find_title(processes: Iterable[psutil.Process], title: str) -> list[psutil.Process]:
-    """Those whose line in `ps` matches, the youngest first."""
+    """Processes whose command line matches a regular expression, the youngest first."""
     found = []
     for process in processes:
         try:
@@ -324,14 +326,19 @@ def find_title(processes: Iterable[psutil.Process], title: str) -> list[psutil.P
 
 
 def kill(process: psutil.Process) -> None:
+    """Send SIGKILL."""
     process.send_signal(signal.SIGKILL)
 
 
-def finish(job: Job, *, resumes: int = A_RUN) -> int:
-    """Wait for the end, giving the same command again where it failed; how often that was."""
-    given = 0
+def finish(job: Job, *, resumes: int = TRIALS_PER_RUN) -> int:
+    """Wait until the job succeeds, resuming it after failures; the number of resumes.
+
+    Raises:
+        AssertionError: it failed more than `resumes` times.
+    """
+    done = 0
     while job.wait() != 0:
-        assert given < resumes, job.told()
-        given += 1
+        assert done < resumes, job.log_tail()
+        done += 1
         job.resume()
-    return given
+    return done

@@ -1,8 +1,7 @@
-"""Kill -9 of every kind of process at random moments: the run ends with the numbers of an undisturbed one.
+"""SIGKILL of every kind of process at random moments: the run ends with the results of an undisturbed run.
 
-`make chaos TRIALS=20`; a run takes up to ten kills, and there are as many runs
-as it takes. Stages without the process that is killed are taken over from
-the undisturbed run.
+`make chaos TRIALS=20`. Each run has up to `TRIALS_PER_RUN` kills. Stages during which the killed process does not run
+are copied from the undisturbed run.
 """
 
 from __future__ import annotations
@@ -16,5 +15,5 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * 3600)]
 
 
 @pytest.mark.parametrize("fault", [*STAGES, "driver"])
-def test_kills_cost_time_and_nothing_else(fault: str, trials: Trials) -> None:
+def test_results_do_not_depend_on_killed_processes(fault: str, trials: Trials) -> None:
     trials(fault, STAGES.get(fault, COMPARED), lambda job, seed, times: FaultInjector(job, fault, seed, times).run())

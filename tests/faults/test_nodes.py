@@ -1,4 +1,4 @@
-"""Nodes of a cluster that are lost at random moments: a worker node that comes back, and the head with everything.
+"""Loss of cluster nodes at random moments: of a worker node that returns, and of the head with the whole cluster.
 
 `make chaos TRIALS=20`. Two raylets on this machine, with token authentication.
 """
@@ -15,24 +15,24 @@ import pytest
 
 from tests.cluster.raylets import Cluster, leftovers
 from tests.faults.conftest import Trials
-from tests.faults.harness import COMPARED, PATIENCE_S, TITLES, InjectionResult, Job, find_title, finish, kill
+from tests.faults.harness import COMPARED, TIMEOUT_S, TITLES, InjectionResult, Job, find_title, finish, kill
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * 3600)]
 
-QUICK = {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"}
+RECONNECT_TIMEOUT = {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"}
 """How long processes wait for a lost head, in seconds; Ray's default is 60."""
-MOMENTS_S = (5.0, 60.0)
-"""From one loss to the next, or from the job's beginning."""
+DELAY_S = (5.0, 60.0)
+"""Range of the delay from the start of the job, or from the last loss, to the next loss."""
 
 
 @pytest.fixture
 def clusters(tmp_path: Path) -> Iterator[Callable[[], Cluster]]:
-    """Starts a cluster, in place of the last; none outlives the test."""
+    """Starts a cluster after closing the one before; the last one is closed after the test."""
     started: list[Cluster] = []
 
     def start() -> Cluster:
         end()
-        started.append(Cluster(tmp_path, QUICK))
+        started.append(Cluster(tmp_path, RECONNECT_TIMEOUT))
         started[-1].start()
         return started[-1]
 
@@ -44,27 +44,27 @@ def clusters(tmp_path: Path) -> Iterator[Callable[[], Cluster]]:
     end()
 
 
-def test_a_lost_node_costs_time_and_nothing_else(clusters: Callable[[], Cluster], trials: Trials) -> None:
+def test_results_do_not_depend_on_a_lost_worker_node(clusters: Callable[[], Cluster], trials: Trials) -> None:
     cluster = clusters()
 
     def lose(job: Job, seed: int, times: int) -> InjectionResult:
-        dice = random.Random(f"node {seed}")
+        draw = random.Random(f"node {seed}")
         before: dict[str, str] = {}
-        given = resumes = 0
+        lost = resumes = 0
         job.start()
-        while given < times:
-            time.sleep(dice.uniform(*MOMENTS_S))
-            if not job.lives():
+        while lost < times:
+            time.sleep(draw.uniform(*DELAY_S))
+            if not job.is_running():
                 if job.wait() == 0:
                     break
                 resumes += 1
                 job.resume()
             before |= job.commits()
             kill(find_title(cluster.processes(1), TITLES["raylet"])[0])
-            given += 1
-            time.sleep(dice.uniform(0, 5))
+            lost += 1
+            time.sleep(draw.uniform(0, 5))
             cluster.restart(1)
-        return InjectionResult(given, resumes + finish(job), before)
+        return InjectionResult(lost, resumes + finish(job), before)
 
     trials("node", COMPARED, lose, environment=cluster.environment | {"RAY_ADDRESS": cluster.gcs})
     deadline = time.monotonic() + 60
@@ -73,19 +73,19 @@ def test_a_lost_node_costs_time_and_nothing_else(clusters: Callable[[], Cluster]
         time.sleep(5)
 
 
-def test_a_lost_head_costs_a_resubmission(clusters: Callable[[], Cluster], trials: Trials) -> None:
+def test_a_resubmitted_job_continues_after_the_head_was_lost(clusters: Callable[[], Cluster], trials: Trials) -> None:
     def lose(job: Job, seed: int, times: int) -> InjectionResult:
-        dice = random.Random(f"head {seed}")
+        draw = random.Random(f"head {seed}")
         before: dict[str, str] = {}
         for number in range(times):
             cluster = clusters()
             begun = cluster.submit(f"number-{number}", job.config, "--no-wait")
             assert begun.returncode == 0, begun.stdout + begun.stderr
-            time.sleep(dice.uniform(*MOMENTS_S))
+            time.sleep(draw.uniform(*DELAY_S))
             before |= job.commits()
-            drivers = running(job)
+            drivers = driver_processes(job)
             kill(find_title(cluster.processes(0), TITLES["head"])[0])
-            _, alive = psutil.wait_procs(drivers, timeout=PATIENCE_S)
+            _, alive = psutil.wait_procs(drivers, timeout=TIMEOUT_S)
             assert not alive, f"drivers outlive their cluster: {alive}"
         done = clusters().submit("last", job.config)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
@@ -94,7 +94,7 @@ def test_a_lost_head_costs_a_resubmission(clusters: Callable[[], Cluster], trial
     trials("head, resubmitted", COMPARED, lose)
 
 
-def running(job: Job) -> list[psutil.Process]:
-    """Drivers of a job, whoever started them."""
+def driver_processes(job: Job) -> list[psutil.Process]:
+    """Driver processes of a job."""
     processes = psutil.process_iter(["cmdline"])
     return [process for process in processes if str(job.config) in (process.info["cmdline"] or ())]

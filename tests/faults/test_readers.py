@@ -1,4 +1,4 @@
-"""Whatever comes in, readers answer or raise an error of ours: 100,000 inputs with AFMRL_FUZZ=100000 (`make chaos`)."""
+"""Readers return a result or raise one of our errors for any input; AFMRL_FUZZ=100000 (`make chaos`) tries 100,000."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,14 +103,14 @@ def test_catalogue_rows(data: st.DataObject) -> None:
     try:
         table = pa.Table.from_pylist(rows)
     except (pa.ArrowException, UnicodeEncodeError):
-        # Arrow itself holds no such rows.
+        # Arrow cannot represent such rows.
         assume(False)
-    told = refusal(CatalogueError, lambda: check_table(table, "/nowhere/c.parquet"))
-    assert told is None or told.startswith("/nowhere/c.parquet")
+    message = error_message(CatalogueError, lambda: check_table(table, "/nowhere/c.parquet"))
+    assert message is None or message.startswith("/nowhere/c.parquet")
 
 
-def refusal(kind: type[Exception], work: Any) -> str | None:
-    """The message of our error, if it raises that."""
+def error_message(kind: type[Exception], work: Callable[[], object]) -> str | None:
+    """The message of the error of type `kind` that `work` raises, or none."""
     try:
         work()
     except kind as error:
@@ -129,14 +130,14 @@ SETTINGS = [
     "run",
 ]
 VALUES = ("1", "-1", "null", "[]", "{}", "{a: 1}", "nan", "1e999", "yes", "[1, 2", "${x}", "&a [*a]")
-words = st.sampled_from(["", *SETTINGS])
+keys = st.sampled_from(["", *SETTINGS])
 values = texts | st.sampled_from(VALUES)
 files = texts | trees.map(lambda tree: json.dumps(tree, default=str)) | st.sampled_from(["a: [", "- x", "%"])
 
 
 @fuzzed
 @given(
-    overrides=st.lists(st.tuples(words | texts, values).map("=".join) | texts, max_size=4),
+    overrides=st.lists(st.tuples(keys | texts, values).map("=".join) | texts, max_size=4),
     text=st.none() | files,
 )
 def test_configs(overrides: list[str], text: str | None, tmp_path: Path) -> None:
@@ -145,8 +146,8 @@ def test_configs(overrides: list[str], text: str | None, tmp_path: Path) -> None
         assume(not any("\ud800" <= character <= "\udfff" for character in text))
         path = tmp_path / "config.yaml"
         path.write_text(text, encoding="utf-8")
-    told = refusal(ConfigError, lambda: load_config(str(path) if path else None, overrides))
-    assert told is None or told.strip()
+    message = error_message(ConfigError, lambda: load_config(str(path) if path else None, overrides))
+    assert message is None or message.strip()
 
 
 RECORD_KEYS = ("name", "fingerprint", "inputs", "attempt", "outputs", "digests", "metrics", "seconds", "committed_at")
@@ -159,11 +160,11 @@ def test_stage_files(data: st.DataObject, tmp_path: Path) -> None:
     run.create()
     path = tmp_path / "run" / "stages" / "a" / STAGE_RECORD
 
-    def body(directory: str) -> StageOutcome:
+    def write_output(directory: str) -> StageOutcome:
         Path(directory, "out").write_text("x")
         return StageOutcome({"out": "out"}, {})
 
-    run.run_stage("a", {}, body)
+    run.run_stage("a", {}, write_output)
     good = path.read_bytes()
     how = data.draw(st.sampled_from(["cut", "bytes", "field", "drop"]))
     if how == "cut":
@@ -180,6 +181,6 @@ def test_stage_files(data: st.DataObject, tmp_path: Path) -> None:
         path.write_text(json.dumps(record, default=str))
     fresh = RunDirectory(str(tmp_path), "run")
     for read in (fresh.stages, lambda: fresh.committed("a")):
-        told = refusal(StorageError, read)
-        assert told is None or str(path) in told
+        message = error_message(StorageError, read)
+        assert message is None or str(path) in message
     path.unlink()

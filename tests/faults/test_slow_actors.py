@@ -1,4 +1,4 @@
-"""Actors that neither die nor answer in time: a runner that is 20 times slower, a reward actor that stands still."""
+"""Actors that are alive but slow: a rollout actor that is 20 times slower, and a reward actor that hangs."""
 
 from __future__ import annotations
 
@@ -17,84 +17,87 @@ from tests.faults.harness import FaultInjector, InjectionResult, Job, Outcome
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * 3600)]
 
-SLOWNESS = 20
-TURN_S = 0.2
-TWO = {"timeout_s": 5, "start_timeout_s": 40, "pool": {"num_workers": 2, "cpus_per_worker": 0.25}}
-"""Reward actors, one of which must answer in time; where one never begins, the job ends and names it."""
+SLOWDOWN = 20
+PERIOD_S = 0.2
+TWO_REWARD_ACTORS = {"timeout_s": 5, "start_timeout_s": 40, "pool": {"num_workers": 2, "cpus_per_worker": 0.25}}
+"""Settings with two reward actors, one of which must answer in time."""
 
 
-class Dragged(threading.Thread):
-    """Lets a kind of process run for one part in `SLOWNESS` of the time.
+class Slowdown:
+    """Lets one kind of process run for only 1 / `SLOWDOWN` of the time, by stopping and continuing it.
 
     Attributes:
-        seconds: that one of them was held back.
+        seconds: total time for which a process was stopped.
     """
 
     def __init__(self, job: Job, fault: str) -> None:
-        super().__init__(name=f"drags {fault}", daemon=True)
         self._job, self._fault = job, fault
-        self._over = threading.Event()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._slow_down, name=f"slowdown: {fault}", daemon=True)
         self.seconds = 0.0
 
-    def run(self) -> None:
+    def start(self) -> None:
+        self._thread.start()
+
+    def end(self) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _slow_down(self) -> None:
         target: psutil.Process | None = None
-        while not self._over.is_set():
+        while not self._ended.is_set():
             if target is None or not target.is_running():
                 target = next(iter(self._job.find(self._fault)), None)
-                self._over.wait(0.0 if target else 0.2)
+                self._ended.wait(0.0 if target else 0.2)
                 continue
             try:
                 target.send_signal(signal.SIGSTOP)
-                self._over.wait(TURN_S * (1 - 1 / SLOWNESS))
-                self.seconds += TURN_S * (1 - 1 / SLOWNESS)
+                self._ended.wait(PERIOD_S * (1 - 1 / SLOWDOWN))
+                self.seconds += PERIOD_S * (1 - 1 / SLOWDOWN)
                 target.send_signal(signal.SIGCONT)
             except psutil.NoSuchProcess:
                 target = None
-            self._over.wait(TURN_S / SLOWNESS)
-
-    def end(self) -> None:
-        self._over.set()
-        self.join()
+            self._ended.wait(PERIOD_S / SLOWDOWN)
 
 
-def test_a_runner_20_times_slower_changes_no_number(
+def test_results_do_not_depend_on_a_rollout_actor_that_is_20_times_slower(
     undisturbed: Undisturbed,
-    calm: Callable[[Iterable[str]], float],
+    undisturbed_seconds: Callable[[Iterable[str]], float],
     staging: Path,
     tmp_path: Path,
-    note: Callable[[Outcome], None],
+    record_outcome: Callable[[Outcome], None],
 ) -> None:
-    calm_s = calm(["rar-r0"])
+    expected_s = undisturbed_seconds(["rar-r0"])
     job = Job(tmp_path / "run", staging)
-    job.begin_from(undisturbed.folder, ["rar-r0"])
+    job.copy_stages(undisturbed.folder, ["rar-r0"])
     began = time.monotonic()
     job.start()
-    dragged = Dragged(job, "rollout actor")
-    dragged.start()
-    assert job.wait() == 0, job.told()
-    lost_s = time.monotonic() - began - calm_s
-    dragged.end()
-    assert dragged.seconds > 1
+    slowdown = Slowdown(job, "rollout actor")
+    slowdown.start()
+    assert job.wait() == 0, job.log_tail()
+    lost_s = time.monotonic() - began - expected_s
+    slowdown.end()
+    assert slowdown.seconds > 1
     assert job.results() == undisturbed.results
-    note(Outcome("runner 20 times slower", 0, 1, 0, lost_s))
+    record_outcome(Outcome("rollout actor 20 times slower", 0, 1, 0, lost_s))
 
 
-def test_a_hung_reward_actor_is_passed_over(trials: Trials) -> None:
+def test_results_do_not_depend_on_a_hung_reward_actor(trials: Trials) -> None:
     def hang(job: Job, seed: int, times: int) -> InjectionResult:
-        return FaultInjector(job, "reward actor", seed, times, one_at_a_time(), again=True).run()
+        return FaultInjector(job, "reward actor", seed, times, hang_one_at_a_time(), repeat=True).run()
 
-    trials("hung reward actor", ["rar-r0"], hang, reward=TWO)
+    trials("hung reward actor", ["rar-r0"], hang, reward=TWO_REWARD_ACTORS)
 
 
-def one_at_a_time() -> Callable[[psutil.Process], None]:
-    """A blow after which a process stands still, and the one that stood still before goes on."""
+def hang_one_at_a_time() -> Callable[[psutil.Process], None]:
+    """A fault that stops a process, and continues the one that was stopped before."""
     hung: list[psutil.Process] = []
 
-    def stand_still(process: psutil.Process) -> None:
+    def hang(process: psutil.Process) -> None:
         for other in hung:
             with contextlib.suppress(psutil.NoSuchProcess):
                 other.send_signal(signal.SIGCONT)
         process.send_signal(signal.SIGSTOP)
         hung[:] = [process]
 
-    return stand_still
+    return hang

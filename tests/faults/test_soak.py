@@ -1,4 +1,4 @@
-"""500 steps of RAR with small random models: nobody's memory grows, and the object store stays small."""
+"""500 steps of RAR with small random models: no process's memory grows, and neither does the object store."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(2400)]
 
 STEPS, EVERY, WARM_UP = 500, 10, 150
 GROWTH_MB = 10.0
-"""Over the steps after the warm-up; one lost batch a step would be more."""
+"""Largest growth of a process after the warm-up; a leak of one batch per step would be greater."""
 
 
 def processes() -> Iterator[tuple[str, psutil.Process]]:
-    """The driver, and the actors that it started, by what they are."""
+    """Kind and process of the driver and of the actors that it started."""
     yield "driver", psutil.Process()
     for child in psutil.Process().children(recursive=True):
         title = " ".join(child.cmdline())

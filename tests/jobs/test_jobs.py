@@ -93,7 +93,7 @@ def test_a_round_that_is_none_is_refused(given, capsys):
     with pytest.raises(SystemExit) as ended:
         main_of("evaluate")([f"--round={given}"])
     assert ended.value.code == 2
-    assert f"{given!r} is no round" in capsys.readouterr().err
+    assert f"{given!r} is not a round number" in capsys.readouterr().err
 
 
 def catalogue_without_positives(folder: Path) -> str:

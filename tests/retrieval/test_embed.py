@@ -1,4 +1,4 @@
-"""Ray Data actors give what the plain code gives, in the order that was asked for."""
+"""Embeddings and annotations by Ray Data actors equal those of the plain code, in the requested order."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from afmrl_ray.config.models import EncoderConfig, GeneratorConfig
 from afmrl_ray.models.annotate import Annotator, GeneratorRef, annotate_rows
 from afmrl_ray.retrieval.embed import Encoder, EncoderRef, View, embed_rows, load_embeddings, save_embeddings
 
-PICTURE = {"min_pixels": 784, "max_pixels": 3136}
+IMAGE = {"min_pixels": 784, "max_pixels": 3136}
 POOL = PoolConfig(num_workers=2, cpus_per_worker=0.5, batch_size=4)
 ROWS = np.array([30, 2, 17, 5, 41, 9, 8, 0, 1])
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(180)
-def test_embeddings_of_several_views_come_in_the_order_asked_for_with_the_stored_attributes(
+def test_embeddings_of_several_views_keep_the_requested_order_and_use_the_stored_attributes(
     ray_local, tiny_checkpoints, tiny_catalogue_ref, tmp_path
 ):
     items = tiny_catalogue_ref.open().column("item_id")
     store = str(tmp_path / "attributes.parquet")
     write_attributes(store, [AttributeRow(items[row], f"color: red; size: {row}") for row in ROWS[:5]], fingerprint="g")
-    encoder = EncoderRef(tiny_checkpoints["encoder"], EncoderConfig(image=PICTURE))
+    encoder = EncoderRef(tiny_checkpoints["encoder"], EncoderConfig(image=IMAGE))
     with_attributes, bare, images = (
         View("both", ("title",), True), View("both", ("title",), False), View("image", ("title",), False)
     )  # fmt: skip
@@ -48,22 +48,22 @@ def test_embeddings_of_several_views_come_in_the_order_asked_for_with_the_stored
 
 @pytest.mark.ray
 @pytest.mark.timeout(180)
-def test_annotations_come_in_the_order_asked_for(ray_local, tiny_checkpoints, tiny_catalogue_ref):
-    config = GeneratorConfig(image=PICTURE, max_new_tokens=6)
+def test_annotations_keep_the_requested_order(ray_local, tiny_checkpoints, tiny_catalogue_ref):
+    config = GeneratorConfig(image=IMAGE, max_new_tokens=6)
     generator = GeneratorRef(tiny_checkpoints["generator"], config)
     found = annotate_rows(ROWS, generator, tiny_catalogue_ref, pool=POOL)
     assert found == Annotator(generator, tiny_catalogue_ref).annotate(ROWS.tolist())
     assert all(bool(text) != bool(reason) for text, reason in found)
 
 
-def test_prompts_that_are_too_long_are_told_not_cut(tiny_checkpoints, tiny_catalogue_ref):
-    config = GeneratorConfig(image=PICTURE, max_new_tokens=4, max_prompt_tokens=20)
+def test_prompts_that_are_too_long_are_reported_and_not_truncated(tiny_checkpoints, tiny_catalogue_ref):
+    config = GeneratorConfig(image=IMAGE, max_new_tokens=4, max_prompt_tokens=20)
     generator = GeneratorRef(tiny_checkpoints["generator"], config)
     found = Annotator(generator, tiny_catalogue_ref).annotate(ROWS.tolist())
     assert [reason for _, reason in found] == ["prompt_too_long"] * len(ROWS)
 
 
-def test_enriched_views_need_attributes(tiny_checkpoints, tiny_catalogue_ref):
-    encoder = EncoderRef(tiny_checkpoints["encoder"], EncoderConfig(image=PICTURE))
+def test_a_view_with_attributes_needs_an_attribute_table(tiny_checkpoints, tiny_catalogue_ref):
+    encoder = EncoderRef(tiny_checkpoints["encoder"], EncoderConfig(image=IMAGE))
     with pytest.raises(ValueError, match="needs attributes"):
         embed_rows({View("both", ("title",), True): ROWS}, encoder, tiny_catalogue_ref, attributes=None, pool=POOL)

@@ -1,4 +1,4 @@
-"""Ranks against a full sort, and their independence of order, company and tiling."""
+"""Ranks equal those of a full sort, and do not depend on the order of items, on other queries or on tile sizes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from afmrl_ray.retrieval import ranking, tiles
+from afmrl_ray.retrieval import ranking, scores
 from afmrl_ray.retrieval.ranking import Ranking, rank_gallery
 
 torch.set_num_threads(1)
@@ -59,10 +59,14 @@ def _same(a: Ranking, b: Ranking) -> None:
 
 
 # Sums of small integers are exact in any tile; real values in tiles of another shape are another kernel's.
+@pytest.mark.parametrize("sort_from", [1, 100])
 @pytest.mark.parametrize(("shape", "values"), [((256, 4096), None), ((256, 4096), 2), ((4, 16), 2), ((3, 7), 2)])
-def test_equals_sorting_everything(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], values: int | None) -> None:
+def test_ranking_equals_a_full_sort(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], values: int | None, sort_from: int
+) -> None:
     monkeypatch.setattr(ranking, "QUERY_TILE", shape[0])
-    monkeypatch.setattr(tiles, "GALLERY_TILE", shape[1])
+    monkeypatch.setattr(scores, "GALLERY_TILE", shape[1])
+    monkeypatch.setattr(scores, "_SORT_FROM", sort_from)
     for seed in range(5):
         problem = _problem(seed, queries=30, gallery=60, dim=5, values=values)
         found = rank_gallery(**problem, depth=80)
@@ -80,8 +84,8 @@ def test_equals_sorting_everything(monkeypatch: pytest.MonkeyPatch, shape: tuple
 
 
 @pytest.mark.parametrize("dim", [64, 100, 1536])
-def test_exact_ties_do_not_depend_on_order_or_company(dim: int) -> None:
-    """Real-valued duplicates, over several tiles: a last bit that differed would swap them."""
+def test_ties_of_duplicates_depend_neither_on_item_order_nor_on_other_queries(dim: int) -> None:
+    """Real-valued duplicates in several tiles: scores that differed in the last bit would swap them."""
     problem = _problem(1, queries=150, gallery=9000, dim=dim)
     problem["query_labels"] = np.arange(150) % 40
     problem["gallery_labels"] = np.arange(9000) % 3000
@@ -97,8 +101,10 @@ def test_exact_ties_do_not_depend_on_order_or_company(dim: int) -> None:
         np.testing.assert_array_equal(found.ranks, whole.ranks[whole.offsets[first] : whole.offsets[first + 7]])
 
 
-def test_collapsed_embeddings_rank_by_order_alone() -> None:
+@pytest.mark.parametrize("sort_from", [1, 100])
+def test_collapsed_embeddings_rank_by_tie_order_alone(monkeypatch: pytest.MonkeyPatch, sort_from: int) -> None:
     """All scores equal: without a tie rule a collapsed encoder could look perfect."""
+    monkeypatch.setattr(scores, "_SORT_FROM", sort_from)
     problem = _problem(3, queries=4, gallery=50, dim=8)
     problem["gallery"][:] = problem["gallery"][0]
     problem["query_rows"] = np.arange(4) + 1000
@@ -106,6 +112,18 @@ def test_collapsed_embeddings_rank_by_order_alone() -> None:
     problem["gallery_labels"] = np.where(problem["gallery_order"] == 3 * 17, 1, 0)
     found = rank_gallery(**problem, depth=5)
     assert found.ranks.tolist() == [17] * 4
+
+
+@pytest.mark.parametrize("sort_from", [1, 100])
+def test_embeddings_that_are_not_numbers_rank_last(monkeypatch: pytest.MonkeyPatch, sort_from: int) -> None:
+    """A diverged encoder must not look perfect."""
+    monkeypatch.setattr(scores, "_SORT_FROM", sort_from)
+    problem = _problem(5, queries=3, gallery=40, dim=8)
+    problem["query_rows"] = np.arange(3) + 1000
+    problem["query_labels"][:] = 1
+    problem["gallery_labels"] = np.where(problem["gallery_order"] == 0, 1, 0)
+    problem["gallery"][problem["gallery_order"] == 0] = np.nan
+    assert rank_gallery(**problem, depth=5).ranks.min() >= 39
 
 
 def test_no_query_with_a_positive_gives_an_empty_ranking() -> None:

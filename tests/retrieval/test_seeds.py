@@ -1,4 +1,4 @@
-"""Means over seeds and paired gains, held against independent references."""
+"""Means over seeds and paired gains equal independent references."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from scipy import stats
 from afmrl_ray.retrieval.seeds import over_seeds, paired_gain_over_seeds
 
 
-def test_interval_over_seeds_is_that_of_a_t_test():
+def test_the_interval_over_seeds_equals_that_of_a_t_test():
     values = [0.41, 0.44, 0.39, 0.47, 0.43]
     found = over_seeds(values)
     low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
@@ -17,13 +17,13 @@ def test_interval_over_seeds_is_that_of_a_t_test():
     assert found.mean == pytest.approx(np.mean(values))
 
 
-def test_one_seed_has_no_interval_and_none_is_an_error():
+def test_a_single_seed_has_no_interval_and_no_seed_is_an_error():
     assert over_seeds([0.5]).low is None
     with pytest.raises(ValueError, match="no seed"):
         over_seeds([])
 
 
-def test_paired_gain_agrees_with_a_bootstrap_written_out():
+def test_the_paired_gain_equals_a_bootstrap_written_out():
     draw = np.random.default_rng(3)
     before = (draw.random((4, 300)) < 0.4).astype(np.float32)
     after = np.where(draw.random((4, 300)) < 0.1, 1.0, before)
@@ -35,14 +35,14 @@ def test_paired_gain_agrees_with_a_bootstrap_written_out():
         means.append((after - before)[np.ix_(seeds, queries)].mean())
     assert found.mean == pytest.approx((after - before).mean())
     low, high = np.percentile(means, [2.5, 97.5])
-    # The queries decide here, so the bootstrap is the wider one.
+    # The spread over queries dominates here, so the bootstrap interval is the wider one.
     assert low < by_t.low < by_t.high < high
     assert (found.low, found.high) == pytest.approx((low, high), abs=0.004)
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
-def test_the_interval_holds_the_truth_though_seeds_are_few_and_differ(seeds):
-    """Gains by seed are normal about 0.1; a bootstrap of three seeds alone holds it in about three of four."""
+def test_the_interval_covers_the_true_gain_with_few_seeds_that_differ(seeds):
+    """Gains by seed are normal with mean 0.1; a bootstrap of three seeds alone covers it in three of four trials."""
     draw, held = np.random.default_rng(5), []
     for _ in range(300):
         gains = np.tile(0.1 + 0.05 * draw.standard_normal((seeds, 1)), (1, 40))
@@ -51,7 +51,7 @@ def test_the_interval_holds_the_truth_though_seeds_are_few_and_differ(seeds):
     assert np.mean(held) > 0.92
 
 
-def test_the_interval_of_one_seed_is_over_queries():
+def test_the_interval_of_a_single_seed_is_over_queries():
     before, after = np.zeros((1, 400)), (np.arange(400) % 4 == 0).astype(float)[None]
     found = paired_gain_over_seeds(before, after, samples=2000, seed=0)
     error = 1.96 * np.sqrt(0.25 * 0.75 / 400)
@@ -59,7 +59,7 @@ def test_the_interval_of_one_seed_is_over_queries():
 
 
 def test_pairing_by_query_narrows_the_interval():
-    """Queries that are hard for both sides say nothing of the gain; unpaired they would drown it."""
+    """Queries that are hard for both variants carry no information about the gain; unpaired they would hide it."""
     draw = np.random.default_rng(0)
     hard = draw.random(400) < 0.5
     before = np.tile(hard, (3, 1)).astype(float)
@@ -82,6 +82,6 @@ def test_seeds_that_disagree_widen_the_interval():
     assert narrow.low > 0 >= wide.low
 
 
-def test_shapes_that_are_no_pairs_are_refused():
+def test_unequal_shapes_are_an_error():
     with pytest.raises(ValueError, match="no pairs"):
         paired_gain_over_seeds(np.zeros((2, 3)), np.zeros((2, 4)), samples=10, seed=0)

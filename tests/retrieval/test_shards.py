@@ -1,4 +1,4 @@
-"""Ranks that shards count together are those of the whole gallery, exactly."""
+"""Ranks counted by shards equal those of the whole gallery exactly."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afmrl_ray.retrieval import ranking, shards, tiles
+from afmrl_ray.retrieval import ranking, scores, shards
 from afmrl_ray.retrieval.ranking import Ranking, rank_gallery
 from afmrl_ray.retrieval.shards import GalleryShard, merged, ranking_of
 from tests.retrieval.test_ranking import _problem
@@ -16,8 +16,8 @@ from tests.retrieval.test_ranking import _problem
 torch.set_num_threads(1)
 
 
-def together(p: dict, owner: np.ndarray, count: int) -> Ranking:
-    """Rank with the gallery's rows spread over shards."""
+def rank_by_shards(p: dict, owner: np.ndarray, count: int) -> Ranking:
+    """Rank with the gallery's items spread over shards; `owner` [N] is each item's shard."""
     parts = [
         GalleryShard(*(p[f"gallery{what}"][owner == shard] for what in ("", "_rows", "_labels", "_order")))
         for shard in range(count)
@@ -39,21 +39,21 @@ def assert_same(found: Ranking, expected: Ranking) -> None:
     gallery=st.integers(4, 150),
     values=st.sampled_from([1, 2, 3]),
     tile=st.sampled_from([7, 64, 2048]),
+    sort_from=st.sampled_from([1, 100]),
 )
-def test_random_galleries_ties_included(seed, count, gallery, values, tile):
-    """Random owners, so that neighbours in the tie order stand in different shards, and some shards are empty.
+def test_random_galleries_with_ties(seed, count, gallery, values, tile, sort_from):
+    """Items are assigned at random, so that neighbours in the tie order are in different shards, and some are empty.
 
     Sums of small integers are exact in any tile; real values in tiles of another shape are another kernel's.
     """
     problem = _problem(seed, queries=12, gallery=gallery, dim=4, values=values)
     owner = np.random.default_rng(seed).integers(0, count, gallery)
-    shape = (ranking.QUERY_TILE, shards.QUERY_TILE, tiles.GALLERY_TILE)
-    ranking.QUERY_TILE = shards.QUERY_TILE = 5
-    tiles.GALLERY_TILE = tile
-    try:
-        assert_same(together(problem, owner, count), rank_gallery(**problem, depth=3))
-    finally:
-        ranking.QUERY_TILE, shards.QUERY_TILE, tiles.GALLERY_TILE = shape
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranking, "QUERY_TILE", 5)
+        patch.setattr(shards, "QUERY_TILE", 5)
+        patch.setattr(scores, "GALLERY_TILE", tile)
+        patch.setattr(scores, "_SORT_FROM", sort_from)
+        assert_same(rank_by_shards(problem, owner, count), rank_gallery(**problem, depth=3))
 
 
 @pytest.mark.parametrize("dim", [64, 100, 1536])
@@ -62,4 +62,4 @@ def test_real_valued_duplicates_over_several_tiles(dim):
     problem["query_labels"] = np.arange(70) % 40
     problem["gallery_labels"] = np.arange(5000) % 1000
     owner = np.random.default_rng(0).integers(0, 3, 5000)
-    assert_same(together(problem, owner, 3), together(problem, np.zeros(5000), 1))
+    assert_same(rank_by_shards(problem, owner, 3), rank_by_shards(problem, np.zeros(5000), 1))

@@ -1,4 +1,4 @@
-"""The synthetic catalogue: families of near-identical products, listed by careless sellers."""
+"""The synthetic catalogue: families of near-identical products, offered by sellers with incomplete titles."""
 
 from __future__ import annotations
 

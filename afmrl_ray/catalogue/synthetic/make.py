@@ -1,4 +1,4 @@
-"""The synthetic catalogue as a table; a function of its config alone."""
+"""Generation of the synthetic catalogue; the result depends on its config alone."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ SCHEMA = pa.schema(
 
 
 def make_catalogue(config: SyntheticConfig) -> pa.Table:
-    """Make all items.
+    """Generate all items.
 
-    Beyond the columns of DESIGN 4.1: `family_id`, `true_product_id` (the identity before duplicates were listed under
-    another product_id), `true_attributes` and `boxes` (JSON). `attributes` are the teacher's.
+    Besides the columns of `catalogue.schema` there are `family_id`, `true_product_id` (the identity, which duplicates
+    under another product_id share), `true_attributes` and `boxes` (JSON). `attributes` are the teacher's.
     """
     return pa.Table.from_pylist(list(_items(config)), schema=SCHEMA)
 
@@ -57,23 +57,23 @@ def _items(config: SyntheticConfig) -> Iterator[dict[str, Any]]:
             for product in family:
                 identity = f"{split}-{number:05d}"
                 number += 1
-                copies = [identity]
+                product_ids = [identity]
                 if split == "train" and draw.random() < config.duplicate_fraction:
-                    copies.append(f"{identity}-again")
-                for listed in copies:
+                    product_ids.append(f"{identity}-again")
+                for product_id in product_ids:
                     for copy in range(size["items_per_product"]):
-                        yield _item(config, product, listed, identity, f"{split}-f{index:04d}", split, copy)
+                        yield _item(config, product, product_id, identity, f"{split}-f{index:04d}", split, copy)
 
 
 def _item(
-    config: SyntheticConfig, product: Product, listed: str, identity: str, family: str, split: str, copy: int
+    config: SyntheticConfig, product: Product, product_id: str, identity: str, family: str, split: str, copy: int
 ) -> dict[str, Any]:
-    item = f"{listed}-{copy}"
+    item = f"{product_id}-{copy}"
     draw = np.random.default_rng([config.seed, 1, *item.encode()])
     image = render(product, draw, config.image_px)
     return {
         "item_id": item,
-        "product_id": listed,
+        "product_id": product_id,
         "category": product.category,
         "title": title(product, draw, config),
         "attributes": json.dumps(teacher_attributes(product, image.background, draw, config)),

@@ -1,4 +1,4 @@
-"""Products of the synthetic catalogue: what they can be, and families of near-identical siblings."""
+"""Products of the synthetic catalogue: their possible attributes, and families of near-identical siblings."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ HIDDEN = ("material", "capacity")
 
 @dataclass(frozen=True)
 class Product:
-    """What a product is; all attributes together are its identity."""
+    """A product; its attributes together are its identity."""
 
     category: str
     color: str
@@ -55,7 +55,7 @@ class Product:
     capacity: str
 
     def attributes(self) -> dict[str, str]:
-        """Attributes in canonical order, the form under its category's name (neckline, handle, ...)."""
+        """Attributes in canonical order; the form is named after the category (neckline, handle, ...)."""
         return {
             "color": self.color,
             "pattern": self.pattern,
@@ -68,7 +68,7 @@ class Product:
 
 
 def choices(category: str, field: str, color: str) -> list[str]:
-    """Values that a field may have; a logo never has the colour of the body."""
+    """Possible values of a field; the logo's colour always differs from the body's."""
     values = {
         "color": tuple(COLORS),
         "pattern": PATTERNS,
@@ -82,6 +82,7 @@ def choices(category: str, field: str, color: str) -> list[str]:
 
 
 def random_product(draw: np.random.Generator) -> Product:
+    """A product with random attributes."""
     category = str(draw.choice(list(FORMS)))
     color = str(draw.choice(list(COLORS)))
     fields = ("pattern", "form", "logo", "trim", "material", "capacity")
@@ -89,7 +90,7 @@ def random_product(draw: np.random.Generator) -> Product:
 
 
 def sibling(product: Product, draw: np.random.Generator) -> Product:
-    """A product that differs in exactly one attribute."""
+    """A random product that differs from `product` in exactly one attribute."""
     field = str(draw.choice([*VISIBLE, *HIDDEN]))
     own = getattr(product, field)
     values = [value for value in choices(product.category, field, product.color) if value != own]
@@ -99,9 +100,12 @@ def sibling(product: Product, draw: np.random.Generator) -> Product:
 
 
 def families(count: int, siblings: int, draw: np.random.Generator, seen: set[Product]) -> list[list[Product]]:
-    """At least `count` new products in families; every member but the first differs from another in one attribute.
+    """`count` new products in families; every member but the first differs from another member in one attribute.
 
     Args:
+        count: number of products.
+        siblings: products of a family.
+        draw: random generator.
         seen: products that exist already; new ones are added.
     """
     found: list[list[Product]] = []

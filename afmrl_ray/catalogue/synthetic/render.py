@@ -1,4 +1,4 @@
-"""Images of the synthetic catalogue: a product drawn on a seller's background."""
+"""Images of the synthetic catalogue: a product drawn on a random background."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _OVERSAMPLING = 2
 
 @dataclass(frozen=True)
 class Rendering:
-    """An encoded image and where its visible parts are.
+    """An encoded image and the boxes of its visible parts.
 
     Attributes:
         data: JPEG bytes.
         background: name of the background.
-        boxes: part to (left, top, right, bottom), shares of the image's sides.
+        boxes: part to (left, top, right, bottom), as fractions of the image's width and height.
     """
 
     data: bytes
@@ -43,7 +43,7 @@ class Rendering:
 
 
 class _Canvas:
-    """Draws in product coordinates: x and y from -1 to 1, shifted and scaled."""
+    """Draws in product coordinates: x and y from -1 to 1, then shifted and scaled."""
 
     def __init__(self, size: int, x: float, y: float, scale: float, background: Color) -> None:
         self.image = Image.new("RGB", (size, size), background)
@@ -59,8 +59,8 @@ class _Canvas:
     def points(self, *xy: float) -> list[tuple[float, float]]:
         return [self.point(x, y) for x, y in zip(xy[::2], xy[1::2], strict=True)]
 
-    def width(self, share: float) -> int:
-        return max(1, round(share * self._scale * self._size / 2))
+    def width(self, fraction: float) -> int:
+        return max(1, round(fraction * self._scale * self._size / 2))
 
     def rectangle(self, x0: float, y0: float, x1: float, y1: float, fill: Color) -> None:
         self._draw.rectangle(self.points(x0, y0, x1, y1), fill=fill)
@@ -79,7 +79,7 @@ class _Canvas:
         self.boxes[part] = (left / self._size, top / self._size, right / self._size, bottom / self._size)
 
     def body(self, shape: str, box: Box, fill: Color, pattern: str, ink: Color, *outline: float) -> None:
-        """Fill a shape with colour and pattern; the pattern is clipped to the shape."""
+        """Draw a shape filled with a colour and a pattern."""
         mask = Image.new("L", self.image.size, 0)
         draw = ImageDraw.Draw(mask)
         if shape == "ellipse":
@@ -111,10 +111,12 @@ class _Canvas:
 
 
 def render(product: Product, draw: np.random.Generator, size: int) -> Rendering:
-    """Draw one item of a product: background, light, position, scale, crop and noise are the item's own.
+    """Draw one item of a product; background, brightness, position, scale, crop and noise are drawn for each item.
 
     Args:
-        size: side of the image, pixels.
+        product: what to draw.
+        draw: random generator.
+        size: width and height of the image, pixels.
     """
     name = str(draw.choice(list(BACKGROUNDS)))
     x, y = draw.uniform(-0.1, 0.1, size=2)
@@ -141,7 +143,7 @@ def _cropped(box: Box, left: float, top: float, window: float) -> Box:
 
 
 def _floor(canvas: _Canvas, draw: np.random.Generator) -> None:
-    """A darker floor behind the product, where the seller's table begins."""
+    """Draw a darker floor behind the product."""
     size = canvas.image.size[0]
     level = round(size * draw.uniform(0.66, 0.84))
     shade = tuple(round(value * 0.9) for value in canvas.background)
@@ -149,12 +151,12 @@ def _floor(canvas: _Canvas, draw: np.random.Generator) -> None:
 
 
 def _ink(color: Color) -> Color:
-    """A tone of a colour that shows on it."""
+    """A darker or lighter tone of a colour that contrasts with it."""
     return tuple(round(v * 0.5) if sum(color) > 170 else min(255, v + 105) for v in color)  # type: ignore[return-value]
 
 
 def _details(canvas: _Canvas, product: Product, logo: Box, trim: Box) -> None:
-    """The logo, framed so that it shows on any pattern, and the trim."""
+    """Draw the trim, and the logo in a frame that makes it visible on any pattern."""
     if product.trim in TRIM_COLORS:
         canvas.rectangle(*trim, fill=TRIM_COLORS[product.trim])
         canvas.mark("trim", *trim)

@@ -1,4 +1,4 @@
-"""Texts of the synthetic catalogue: sellers' titles and a teacher that is wrong on purpose."""
+"""Texts of the synthetic catalogue: sellers' titles, and a teacher's attributes with random errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DELIVERIES = ("fast", "free", "tracked")
 
 
 def title(product: Product, draw: np.random.Generator, config: SyntheticConfig) -> str:
-    """Some of the attributes, in synonyms, among promotional words, in the seller's order."""
+    """A title: some of the attributes, as synonyms, and promotional words, in random order."""
     words = [value for field in VISIBLE if field != "logo" and draw.random() < config.title_mention_rate
              if (value := getattr(product, field)) not in ("solid", "no-trim")]  # fmt: skip
     words += [getattr(product, field) for field in HIDDEN if draw.random() < config.title_hidden_mention_rate]
@@ -46,7 +46,7 @@ def title(product: Product, draw: np.random.Generator, config: SyntheticConfig) 
 def teacher_attributes(
     product: Product, background: str, draw: np.random.Generator, config: SyntheticConfig
 ) -> dict[str, str]:
-    """What a teacher says of an item: true attributes, some wrong, some missing, and irrelevant ones between them."""
+    """A teacher's attributes of an item: some are wrong, some are missing, and some are irrelevant."""
     pairs: list[tuple[str, str]] = []
     for (name, value), field in zip(product.attributes().items(), (*VISIBLE, *HIDDEN), strict=True):
         if draw.random() < config.teacher_missing_rate:

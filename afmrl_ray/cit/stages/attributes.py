@@ -12,7 +12,7 @@ from afmrl_ray import storage
 from afmrl_ray.attributes.quality import quality
 from afmrl_ray.attributes.store import AttributeRow, AttributeStore, read_attributes, write_attributes
 from afmrl_ray.attributes.teachers import TeacherItem, make_teacher
-from afmrl_ray.attributes.text import InvalidAttributes, chosen_attributes, format_attributes, normalise_attributes
+from afmrl_ray.attributes.text import InvalidAttributes, format_attributes, normalise_attributes, select_attributes
 from afmrl_ray.catalogue import StagedCatalogue
 from afmrl_ray.catalogue.schema import parse_source_attributes
 from afmrl_ray.cit.spec import CATALOGUE, StageContext, StageSpec
@@ -134,7 +134,7 @@ def oracle_stage(context: StageContext) -> StageOutcome:
     annotate = context.config.annotate
     rows = catalogue.rows(annotate.items)
     truth = catalogue.column(annotate.ground_truth_column)
-    source = [chosen_attributes(parse_source_attributes(truth[row]), names) for row in rows.tolist()]
+    source = [select_attributes(parse_source_attributes(truth[row]), names) for row in rows.tolist()]
     texts = [format_attributes(normalise_attributes(attributes)) for attributes in source]
     found = [(text, "" if text else "empty") for text in texts]
     fingerprint = storage.digest({"truth": annotate.ground_truth_column, "names": names})

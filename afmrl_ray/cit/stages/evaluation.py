@@ -17,7 +17,7 @@ from afmrl_ray.config.catalogue import ItemSelector
 from afmrl_ray.config.evaluation import RetrievalProtocol
 from afmrl_ray.retrieval.baselines import chance, pixel_embeddings
 from afmrl_ray.retrieval.embed import EncoderRef, View, embed_rows
-from afmrl_ray.retrieval.evaluate import evaluate, retrieval_protocol, sides
+from afmrl_ray.retrieval.evaluate import evaluate, retrieval_protocol, selections
 from afmrl_ray.retrieval.per_query import FILE, write_per_query
 from afmrl_ray.runs import StageName, StageOutcome
 from afmrl_ray.training.cluster import pool_demand
@@ -71,7 +71,7 @@ def evaluate_stage(context: StageContext) -> StageOutcome:
 
     # Every item is embedded once in every view that any protocol uses.
     wanted: dict[View, np.ndarray] = {}
-    for selector, with_attributes in sides(config.evaluation):
+    for selector, with_attributes in selections(config.evaluation):
         shown = view(selector, with_attributes)
         wanted[shown] = np.union1d(wanted.get(shown, np.empty(0, np.int64)), catalogue.rows(selector))
     encoder = EncoderRef(context.output("encoder", "model"), config.encoder)

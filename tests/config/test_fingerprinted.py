@@ -1,4 +1,4 @@
-"""Which settings ask for finished work again."""
+"""Fingerprints of the config: which fields count."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def fingerprinted(*overrides: str) -> dict:
         "evaluation.pool.cpus_per_worker=2",
     ],
 )
-def test_what_changes_no_result_asks_for_nothing_again(override):
+def test_runtime_only_fields_do_not_change_the_fingerprint(override):
     assert fingerprinted(override) == fingerprinted()
 
 
@@ -49,5 +49,5 @@ def test_what_changes_no_result_asks_for_nothing_again(override):
         "evaluation.protocols=[{kind: retrieval, name: fine, map_k: 3}]",
     ],
 )
-def test_what_may_change_one_does(override):
+def test_fields_that_can_change_a_result_change_the_fingerprint(override):
     assert fingerprinted(override) != fingerprinted()
