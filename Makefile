@@ -27,7 +27,7 @@ demo: $(VENV)/.installed ## two rounds on the synthetic catalogue: table, report
 demo-grocery: $(VENV)/.installed ## the same on real photographs: make demo-grocery CATALOGUE=products.parquet
 	$(BIN)/python jobs/run_cit.py --config jobs/configs/grocery.yaml catalogue.path=$(CATALOGUE)
 
-test: $(VENV)/.installed ## the tests, but for those marked slow
+test: $(VENV)/.installed ## the tests, except those marked slow
 	$(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed ## ruff, mypy, import rules
@@ -36,14 +36,14 @@ lint: $(VENV)/.installed ## ruff, mypy, import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: $(VENV)/.installed ## mend what ruff can
+format: $(VENV)/.installed ## fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed ## side-by-side timings, after an equality check
-	$(BIN)/python jobs/bench/bm25.py
+bench: $(VENV)/.installed ## BM25 timed beside rank_bm25, after an equality check
+	$(BIN)/python -m jobs.benchmarks.bm25
 
-# An environment of its own: peers are never needed by the package.
+# A separate environment: the package does not need the implementations that it is timed against.
 .venv-bench/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt torch
@@ -54,41 +54,41 @@ test-bench: .venv-bench/.installed ## the tests against stock sentence-transform
 	.venv-bench/bin/python -c 'import sentence_transformers'
 	.venv-bench/bin/python -m pytest tests/models/test_sentence_transformers_export.py
 
-bench-agcl: .venv-bench/.installed ## stage 1 side by side with sentence-transformers, faiss, bm25s (about 15 minutes)
-	.venv-bench/bin/python jobs/bench/agcl.py
+bench-agcl: .venv-bench/.installed ## stage 1 timed beside sentence-transformers, faiss, bm25s (about 15 minutes)
+	.venv-bench/bin/python -m jobs.benchmarks.agcl
 
-bench-rar: .venv-bench/.installed ## stage 2 side by side with TRL, stock generation and plain loops (about 15 minutes)
-	.venv-bench/bin/python jobs/bench/rar.py
+bench-rar: .venv-bench/.installed ## stage 2 timed beside TRL, stock generation and plain loops (about 15 minutes)
+	.venv-bench/bin/python -m jobs.benchmarks.rar
 
 rar-depth: $(VENV)/.installed ## RAR with recall@1 to recall@100 as its reward, 3 seeds, two catalogues, resumable (hours on 2 cores)
-	$(BIN)/python jobs/bench/rar_depth.py --config jobs/configs/demo.yaml run.name=depth-demo
-	$(BIN)/python jobs/bench/rar_depth.py --config jobs/configs/grocery.yaml run.name=depth-grocery catalogue.path=$(CATALOGUE)
+	$(BIN)/python -m jobs.experiments.rar_depth --config jobs/configs/demo.yaml run.name=depth-demo
+	$(BIN)/python -m jobs.experiments.rar_depth --config jobs/configs/grocery.yaml run.name=depth-grocery catalogue.path=$(CATALOGUE)
 
-record-trl: .venv-bench/.installed ## losses and gradients as TRL computes them, for tests that need no TRL
-	PYTHONPATH=jobs/bench .venv-bench/bin/python jobs/bench/record_trl_golden.py
+record-trl: .venv-bench/.installed ## record losses and gradients of TRL, for tests without TRL
+	.venv-bench/bin/python -m jobs.benchmarks.record_trl_golden
 
-ablation: $(VENV)/.installed ## readings of stage 1's loss on two catalogues, 3 seeds, resumable (about 2 hours on 2 cores)
-	$(BIN)/python jobs/bench/agcl_ablation.py --catalogue $(CATALOGUE)
+ablation: $(VENV)/.installed ## variants of stage 1's loss on two datasets, 3 seeds, resumable (about 2 hours on 2 cores)
+	$(BIN)/python -m jobs.experiments.loss_ablation --catalogue $(CATALOGUE)
 
-ladder: $(VENV)/.installed ## the ladder, 5 seeds synthetic and 3 on photographs, resumable (hours on 2 cores)
-	$(BIN)/python jobs/bench/ladder.py --config jobs/configs/ladder.yaml --seeds 0 1 2 3 4
-	$(BIN)/python jobs/bench/ladder.py --config jobs/configs/ladder-grocery.yaml --seeds 0 1 2 \
-	  --rungs clip fg-clip vlm2vec agcl distilled rl cit-2 cit-3 rl-queries oracle-input oracle -- catalogue.path=$(CATALOGUE)
+ladder: $(VENV)/.installed ## the paper's table as an ablation study on two catalogues, 5 and 3 seeds, resumable (hours on 2 cores)
+	$(BIN)/python -m jobs.experiments.ladder --config jobs/configs/ladder.yaml --seeds 0 1 2 3 4
+	$(BIN)/python -m jobs.experiments.ladder --config jobs/configs/ladder-grocery.yaml --seeds 0 1 2 --variants dual-encoder \
+	  dual-encoder-regions info-nce agcl distilled rl cit-2 cit-3 rl-queries oracle-input oracle -- catalogue.path=$(CATALOGUE)
 
-ladder-sweep: $(VENV)/.installed ## the rungs while the catalogue's knobs are turned, one seed, resumable (hours on 2 cores)
-	$(BIN)/python jobs/bench/ladder_sweep.py --config jobs/configs/ladder.yaml
+ladder-sweep: $(VENV)/.installed ## the study with other settings of catalogue and batches, one seed, resumable (hours on 2 cores)
+	$(BIN)/python -m jobs.experiments.ladder_sweep --config jobs/configs/ladder.yaml
 
-inference-cost: $(VENV)/.installed ## hit@1 against ms a query, after make ladder: make inference-cost RUN=runs/ladder-s0
-	$(BIN)/python jobs/bench/inference_cost.py --run $(RUN)
+inference-cost: $(VENV)/.installed ## hit@1 against ms per query, after make ladder: make inference-cost RUN=runs/ladder-s0
+	$(BIN)/python -m jobs.experiments.inference_cost --run $(RUN)
 
 serve: $(VENV)/.installed ## serve the last promoted round of the demo on this machine, page at http://127.0.0.1:8000 (after make demo)
 	$(BIN)/python jobs/build_index.py --config jobs/configs/demo.yaml
 	$(BIN)/serve run afmrl_ray.serving:app_builder run=runs/demo auth.anonymous_on_loopback=true
 
 bench-serve: $(VENV)/.installed ## throughput, overload, kills and 10,000 hostile requests against a real Serve (about 40 minutes; needs wrk)
-	$(BIN)/python jobs/bench/serve.py
+	$(BIN)/python -m jobs.benchmarks.serve
 
-chaos: $(VENV)/.installed ## the tests that kill things: each kill TRIALS times, 100,000 inputs for the readers
+chaos: $(VENV)/.installed ## the tests marked slow or fuzz: each fault TRIALS times, 100,000 inputs for the parsers
 	AFMRL_TRIALS=$(TRIALS) AFMRL_FUZZ=100000 $(BIN)/python -m pytest -m "slow or fuzz"
 
 clean: ## remove the environment, caches and runs

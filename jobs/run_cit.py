@@ -10,7 +10,9 @@ from afmrl_ray.cit.driver import open_run, run_cit
 from afmrl_ray.cit.schedule import dry_run
 from afmrl_ray.cli import job_main
 from afmrl_ray.config import Config
-from afmrl_ray.report import run_table, write_report
+from afmrl_ray.report import write_report
+from afmrl_ray.report.collect import collect
+from afmrl_ray.report.table import print_summary
 
 
 def body(config: Config, options: argparse.Namespace) -> None:
@@ -19,7 +21,7 @@ def body(config: Config, options: argparse.Namespace) -> None:
         index = write_report(pipeline.run, items=pipeline.catalogue)
         if pipeline.tracker is not None:
             pipeline.tracker.report(index)
-        print(run_table(pipeline.run))
+        print_summary(collect(pipeline.run))
         print(f"report: {index}")
 
 

@@ -1,4 +1,4 @@
-"""Try settings of a round's RAR with Ray Tune, from the same start, and say which gains most on held-out prompts."""
+"""Compare settings of a round's RAR with Ray Tune, from the same start, by the gain in reward on held-out prompts."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from afmrl_ray.cli import job_main, round_argument
 from afmrl_ray.config import Config, with_values
 from afmrl_ray.errors import ConfigError
 from afmrl_ray.rar.tune import RARTrainable
+from afmrl_ray.report.text_table import TextTable, print_tables
 from afmrl_ray.runs import StageName
 
 COLUMNS = ("heldout_before", "heldout_after", "heldout_gain", "kl", "invalid_fraction", "attribute_pairs")
@@ -34,14 +35,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def grid(text: str, config: Config) -> tuple[str, list[Any]]:
-    """A field and the values to try, each of them checked.
+    """The field and the values of a `--grid` option.
 
     Raises:
-        ConfigError: it is not `field=v1,v2`, or the config takes one of them not.
+        ConfigError: it is not `field=v1,v2`, or a value is invalid.
     """
     field, equals, values = text.partition("=")
     if not equals or not values:
-        raise ConfigError(f"--grid {text!r} is no grid; write field=value,value")
+        raise ConfigError(f"--grid {text!r} is not a grid; write field=value,value")
     found = [safe_load(value) for value in values.split(",")]
     for value in found:
         with_values(config, {field: value})
@@ -49,9 +50,9 @@ def grid(text: str, config: Config) -> tuple[str, list[Any]]:
 
 
 def trial_resources(config: Config) -> tune.PlacementGroupFactory:
-    """What a trial's actors and learners hold; as many trials run at once as there is room for."""
+    """Resources of a trial's actors and learners; Tune runs as many trials at once as fit."""
     asked = [demand.each for demand in resources(config)["rar"] for _ in range(demand.count)]
-    # The trial itself needs nothing, but one that asks for nothing never starts.
+    # The trial itself needs no resources, but a bundle without resources is never placed.
     return tune.PlacementGroupFactory([{"memory": 1}, *({name: n for name, n in each.items() if n} for each in asked)])
 
 
@@ -70,10 +71,11 @@ def body(config: Config, options: argparse.Namespace) -> None:
     for error in results.errors:
         raise error
     fields = list(space)
-    print(" ".join(f"{name:>18}" for name in (*fields, *COLUMNS)))
-    for result in results:
-        values = [result.config[field] for field in fields] + [f"{result.metrics[name]:.4f}" for name in COLUMNS]
-        print(" ".join(f"{value!s:>18}" for value in values))
+    rows = [
+        [*(str(result.config[field]) for field in fields), *(f"{result.metrics[name]:.4f}" for name in COLUMNS)]
+        for result in results
+    ]
+    print_tables([TextTable("trials", [*fields, *COLUMNS], rows)])
     best = results.get_best_result("heldout_gain", "max")
     print("best: " + " ".join(f"{field}={best.config[field]}" for field in fields))
 

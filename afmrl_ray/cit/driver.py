@@ -145,8 +145,14 @@ def run_record(config: Config, pipeline: Pipeline) -> dict[str, Any]:
 
 
 def own_command() -> str:
-    """This process's command line, to be pasted into a shell."""
-    return shlex.join(["python", *[os.path.relpath(part) if os.path.exists(part) else part for part in sys.argv]])
+    """This process's command line, to be pasted into a shell at the same working directory."""
+    program, arguments = [sys.argv[0]], sys.argv[1:]
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and spec.origin == sys.argv[0]:
+        # Started with `python -m`: the file alone would not find the package's other modules.
+        program = ["-m", spec.name]
+    words = [os.path.relpath(part) if os.path.exists(part) else part for part in [*program, *arguments]]
+    return shlex.join(["python", *words])
 
 
 def _job() -> str:

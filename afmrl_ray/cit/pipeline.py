@@ -9,8 +9,9 @@ from typing import Any, cast
 from afmrl_ray.catalogue import Catalogue, CatalogueRef, StagedCatalogue
 from afmrl_ray.cit.mlflow_tracker import MLflowTracker
 from afmrl_ray.cit.projection import ConfigProjection, fingerprinted_values
-from afmrl_ray.cit.spec import CATALOGUE, StageContext, StageSpec, catalogue_ref
+from afmrl_ray.cit.spec import CATALOGUE, MODELS, StageContext, StageSpec, catalogue_ref
 from afmrl_ray.cit.stages import declare
+from afmrl_ray.cit.stages.training import base_checkpoint
 from afmrl_ray.config import Config, with_values
 from afmrl_ray.runs import RunDirectory, Stage, StageName
 from afmrl_ray.runs.directory import stage_fingerprint
@@ -125,6 +126,11 @@ class Pipeline:
             parameters=spec.parameters,
             catalogue_config=self.config.catalogue,
         )
+
+    def base_checkpoint(self, role: str) -> str:
+        """Checkpoint that the encoder or the generator begins with; a tiny one is made if the config names none."""
+        path = getattr(self.config, role).path
+        return base_checkpoint(path, None if path is not None else self.stage(MODELS), role)
 
     @property
     def catalogue_ref(self) -> CatalogueRef:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from afmrl_ray.report.compare import compare, comparison_text
+from afmrl_ray.report.compare import compare
+from afmrl_ray.report.compare_tables import comparison_text
 from afmrl_ray.report.table import run_table
 from afmrl_ray.report.write import write_comparison, write_report
 

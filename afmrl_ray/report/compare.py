@@ -1,4 +1,4 @@
-"""Two runs side by side: what was set otherwise, what came of it, and what it cost."""
+"""Comparison of two runs: settings that differ, and differences of metrics, paired by query where possible."""
 
 from __future__ import annotations
 
@@ -10,27 +10,21 @@ import numpy as np
 
 from afmrl_ray import storage
 from afmrl_ray.errors import StorageError
-from afmrl_ray.report.collect import Rung, RunSummary, collect
+from afmrl_ray.report.collect import collect
 from afmrl_ray.report.estimate import Estimate
-from afmrl_ray.report.labels import metric_label, metric_order
-from afmrl_ray.report.text_table import TextTable, points, share
+from afmrl_ray.report.labels import metric_order
+from afmrl_ray.report.summary import RunSummary, Variant
 from afmrl_ray.retrieval.evaluate import paired_gain
 from afmrl_ray.retrieval.per_query import read_per_query
 from afmrl_ray.runs import RunDirectory, Stage
 
 SAMPLES, SEED = 2000, 0
 """Resamples of a paired difference, and the seed of their draws."""
-_SIZES = (
-    ("mean_pairs", "pairs", 1.0),
-    ("mean_words", "words", 1.0),
-    ("invalid_fraction", "invalid %", 100.0),
-    ("f1", "F1 %", 100.0),
-)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting, or a version, that is not the same; empty where a run does not have it."""
+    """A setting or version that differs; empty where a run does not have it."""
 
     name: str
     left: str
@@ -39,13 +33,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric of a rung that both runs have.
+    """A metric of a variant that both runs have.
 
     Attributes:
-        change: right less left; its interval is of a bootstrap over the queries that both answered, or there is none.
+        change: right minus left, with the interval of a bootstrap over the common queries where they can be paired.
     """
 
-    rung: str
+    variant: str
     protocol: str
     metric: str
     left: Estimate
@@ -55,11 +49,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is known of two runs.
+    """The comparison of two runs.
 
     Attributes:
-        unpaired: why differences have no intervals, or empty.
-        uncompared: protocols that only one run has, or empty.
+        unpaired: why some differences have no intervals, or empty.
+        uncompared: protocols that only one run measures, or empty.
     """
 
     left: RunSummary
@@ -71,7 +65,7 @@ class Comparison:
 
     @property
     def names(self) -> tuple[str, str]:
-        """What the runs are called; their paths are too long for legends."""
+        """Short names of the runs, different from one another."""
         return _names(self.left, self.right)
 
 
@@ -85,17 +79,17 @@ def compare(left: RunDirectory, right: RunDirectory) -> Comparison:
     """Read both runs.
 
     Raises:
-        StorageError: one is no run, or no stage is measured in both.
+        StorageError: a path holds no run, or the runs have no metric in common.
     """
     summaries = collect(left), collect(right)
     prints = [summary.catalogue.get("fingerprint") for summary in summaries]
     other_catalogue = "" if prints[0] == prints[1] else "the runs are of different catalogues"
     differences = []
     reasons: dict[str, set[str]] = {}
-    for rung, other in _common(*summaries):
-        stages = [stage for run in (left, right) if (stage := run.committed(rung.stage)) is not None]
-        for protocol in (name for name in rung.protocols if name in other.protocols):
-            sides = rung.protocols[protocol].metrics, other.protocols[protocol].metrics
+    for variant, other in common_variants(*summaries):
+        stages = [stage for run in (left, right) if (stage := run.committed(variant.stage)) is not None]
+        for protocol in (name for name in variant.protocols if name in other.protocols):
+            sides = variant.protocols[protocol].metrics, other.protocols[protocol].metrics
             metrics = sorted(sides[0].keys() & sides[1].keys(), key=metric_order)
             by_query = [name for name in metrics if all(side[name].has_interval for side in sides)]
             why = other_catalogue
@@ -106,7 +100,7 @@ def compare(left: RunDirectory, right: RunDirectory) -> Comparison:
                 before, after = (side[metric] for side in sides)
                 paired = metric in by_query and not why
                 change = _paired(stages, protocol, metric) if paired else _change(before, after)
-                differences.append(Difference(rung.name, protocol, metric, before, after, change))
+                differences.append(Difference(variant.name, protocol, metric, before, after, change))
     if not differences:
         raise StorageError(
             f"{left.path} and {right.path}: no stage measures the same in both; is one not evaluated yet?"
@@ -115,10 +109,10 @@ def compare(left: RunDirectory, right: RunDirectory) -> Comparison:
     return Comparison(*summaries, _settings(*summaries), differences, unpaired, _uncompared(*summaries))
 
 
-def _common(left: RunSummary, right: RunSummary) -> list[tuple[Rung, Rung]]:
-    """Rungs of the same name, but for chance and pixels."""
-    others = {rung.name: rung for rung in right.rungs if rung.trained}
-    return [(rung, others[rung.name]) for rung in left.rungs if rung.trained and rung.name in others]
+def common_variants(left: RunSummary, right: RunSummary) -> list[tuple[Variant, Variant]]:
+    """Pairs of trained variants of the same name."""
+    others = {variant.name: variant for variant in right.variants if variant.trained}
+    return [(each, others[each.name]) for each in left.variants if each.trained and each.name in others]
 
 
 def _change(left: Estimate, right: Estimate) -> Estimate:
@@ -128,7 +122,7 @@ def _change(left: Estimate, right: Estimate) -> Estimate:
 
 
 def _why_unpaired(summaries: tuple[RunSummary, RunSummary], stages: Sequence[Stage], protocol: str, metric: str) -> str:
-    """Why a protocol's metrics cannot be paired by query, or empty; its name belongs behind the words."""
+    """Why a protocol's metrics cannot be paired by query, as text that goes before the protocol's name, or empty."""
     asked = [_asked(stage, summary, protocol) for stage, summary in zip(stages, summaries, strict=True)]
     if asked[0] != asked[1]:
         return "the runs differ in the settings"
@@ -140,7 +134,7 @@ def _why_unpaired(summaries: tuple[RunSummary, RunSummary], stages: Sequence[Sta
 
 
 def _asked(stage: Stage, summary: RunSummary, protocol: str) -> Any:
-    """Settings of a protocol: those that the stage was measured with, or else the run's."""
+    """Settings of a protocol: those that the stage was measured with, or else those of the run."""
     evaluation = stage.inputs.get("config", {}).get("evaluation") or summary.config.get("evaluation", {})
     return next((each for each in evaluation.get("protocols", []) if each["name"] == protocol), None)
 
@@ -155,9 +149,9 @@ def _paired(stages: Sequence[Stage], protocol: str, metric: str) -> Estimate:
 
 
 def _uncompared(left: RunSummary, right: RunSummary) -> str:
-    """Which protocols only one run has, at the rungs that both have."""
-    rungs = _common(left, right)
-    measured = [{name: None for pair in rungs for name in pair[side].protocols} for side in (0, 1)]
+    """Protocols that only one run measures, over the common variants."""
+    variants = common_variants(left, right)
+    measured = [{name: None for pair in variants for name in pair[side].protocols} for side in (0, 1)]
     only = [[name for name in measured[side] if name not in measured[1 - side]] for side in (0, 1)]
     names = _names(left, right)
     return "; ".join(f"{name} alone measures {', '.join(of)}" for name, of in zip(names, only, strict=True) if of)
@@ -177,7 +171,7 @@ def _settings(left: RunSummary, right: RunSummary) -> list[Setting]:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted names and the values as text; lists of plain values stay whole."""
+    """Values as text by dotted name; a list of plain values is one value."""
     found: dict[str, str] = {}
     for name, value in values.items():
         sections = _sections(value)
@@ -189,7 +183,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _sections(value: Any) -> Mapping[str, Any] | None:
-    """A mapping itself, a list of mappings by their `name` or else their place; none = a plain value."""
+    """A mapping itself, or a list of mappings keyed by their `name` or else their index; None = a plain value."""
     if isinstance(value, Mapping):
         return value
     if not (isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value)):
@@ -198,71 +192,3 @@ def _sections(value: Any) -> Mapping[str, Any] | None:
     if not all(names) or len(set(names)) < len(names):
         names = [str(place) for place in range(len(value))]
     return dict(zip(names, value, strict=True))
-
-
-def comparison_tables(comparison: Comparison) -> list[TextTable]:
-    """Settings, metrics of every rung that both have, attributes, rewards, stages."""
-    left, right = comparison.names
-    settings = [[each.name, each.left, each.right] for each in comparison.settings]
-    found = [TextTable("Settings that differ", ["", left, right], settings)]
-    for rung in dict.fromkeys(each.rung for each in comparison.differences):
-        rows = [
-            [
-                f"{each.protocol}: {metric_label(each.metric)} %",
-                share(each.left),
-                share(each.right),
-                points(each.change),
-            ]
-            for each in comparison.differences
-            if each.rung == rung
-        ]
-        found.append(TextTable(f"Metrics, {rung}", ["", left, right, "difference, points"], rows))
-    found += [_attribute_table(comparison), _reward_table(comparison), _stage_table(comparison)]
-    return [table for table in found if table.rows]
-
-
-def _attribute_table(comparison: Comparison) -> TextTable:
-    rows = []
-    for rung, other in _common(comparison.left, comparison.right):
-        for name, label, scale in _SIZES:
-            sides = [getattr(each.attributes, name) for each in (rung, other) if each.attributes is not None]
-            values = [value for value in sides if value is not None]
-            if len(values) == 2:
-                rows.append([f"{rung.name}: {label}", *(f"{scale * value:.1f}" for value in values)])
-    return TextTable("Attributes of an item", ["", *comparison.names], rows)
-
-
-def _reward_table(comparison: Comparison) -> TextTable:
-    others = {each.number: each for each in comparison.right.rounds}
-    rows = []
-    for each in comparison.left.rounds:
-        pair = [summary.reward("heldout_gain") for summary in (each, others.get(each.number)) if summary is not None]
-        if len(pair) == 2 and all(value is not None for value in pair):
-            rows.append([f"round {each.number}: held-out reward gained, points", *(points(v) for v in pair if v)])
-    return TextTable("RAR", ["", *comparison.names], rows)
-
-
-def _stage_table(comparison: Comparison) -> TextTable:
-    sides = [{stage.name: stage.seconds for stage in each.stages} for each in (comparison.left, comparison.right)]
-    rows = []
-    for name in dict.fromkeys([*sides[0], *sides[1]]):
-        seconds = [side.get(name) for side in sides]
-        rows.append([name, *("" if value is None else f"{value:.1f}" for value in seconds), _ratio(*seconds)])
-    rows.append(["all", *(f"{sum(side.values()):.1f}" for side in sides), ""])
-    return TextTable("Stages, seconds", ["", *comparison.names, "right / left"], rows)
-
-
-def _ratio(left: float | None, right: float | None) -> str:
-    return f"{right / left:.2f}" if left and right is not None else ""
-
-
-def comparison_text(comparison: Comparison) -> str:
-    """The tables as plain text."""
-    notes = [f"{label}: {text}." for label, text in comparison_notes(comparison)]
-    return "\n\n".join([*notes, *(table.plain() for table in comparison_tables(comparison))])
-
-
-def comparison_notes(comparison: Comparison) -> list[tuple[str, str]]:
-    """What the tables lack, and why."""
-    notes = [("Differences without intervals", comparison.unpaired), ("Not compared", comparison.uncompared)]
-    return [(label, text) for label, text in notes if text]

@@ -1,14 +1,15 @@
-"""A measured number with its interval, as all tables and plots take it."""
+"""A measured value with its confidence interval."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and its 95 % interval; none where it was not measured or is not finite."""
+    """A mean and its 95 % interval; None where a value was not measured or is not finite."""
 
     mean: float | None
     low: float | None = None
@@ -23,10 +24,10 @@ class Estimate:
 
     @property
     def has_interval(self) -> bool:
+        """Whether both ends are known."""
         return self.low is not None and self.high is not None
 
 
 def finite(value: Any) -> float | None:
-    """The number, or none for what JSON has no word for."""
-    # NaN and infinity are no JSON, and `x - x` is 0 for everything else.
-    return float(value) if value is not None and value - value == 0 else None
+    """The number, or None if it is None, NaN or infinite."""
+    return float(value) if value is not None and math.isfinite(value) else None

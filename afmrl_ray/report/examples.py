@@ -1,4 +1,4 @@
-"""Queries of an evaluation as typed values: what they retrieved, and what each generator wrote about them."""
+"""Example queries of an evaluation: retrieved items, and the attributes that each generator gave them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from afmrl_ray.runs import Stage
 
 @dataclass(frozen=True)
 class Hit:
+    """A retrieved item; `right` = it is a positive of the query."""
+
     row: int
     item_id: str
     score: float
@@ -21,7 +23,7 @@ class Hit:
 
 @dataclass(frozen=True)
 class Missed:
-    """A positive that was not found, and the attributes that it was searched with."""
+    """A positive that was not retrieved, with the attributes that it was embedded with."""
 
     row: int
     item_id: str
@@ -30,11 +32,11 @@ class Missed:
 
 @dataclass(frozen=True)
 class Example:
-    """A query and what it retrieved, best first.
+    """A query and the items that it retrieved, best first.
 
     Attributes:
-        rank: place of its first positive, from 1; none where that was not kept.
-        missed: a positive, for queries that are shown because they failed.
+        rank: rank of its first positive, from 1; None where that was not recorded.
+        missed: one of its positives, for queries that are shown as failures.
     """
 
     query_row: int
@@ -47,7 +49,7 @@ class Example:
 
 
 def read_examples(stage: Stage, name: str) -> list[Example]:
-    """The output `examples` or `failures` of an evaluation; empty where it has none."""
+    """The output `examples` or `failures` of an evaluation stage; empty if the stage does not have it."""
     if name not in stage.outputs or not storage.exists(stage.output(name)):
         return []
     return [_example(record) for record in storage.read_json(stage.output(name))]
@@ -59,20 +61,22 @@ def _example(record: Mapping[str, Any]) -> Example:
     return Example(**{**record, "hits": hits, "missed": Missed(**missed) if missed is not None else None})
 
 
-AttributeResult = dict[str, list[tuple[str, str]]]
-"""By item, attribute texts with the generator that wrote them, in the order of the generators."""
+GeneratedAttributes = dict[str, list[tuple[str, str]]]
+"""Pairs of generator and attribute text by item ID, in the order of the generators."""
 
 
-def written_by_round(found: Mapping[str, Stage], items: Iterable[str], refused: Collection[int]) -> AttributeResult:
-    """What the generators of all rounds wrote about some items: distilled first, then after each round's RAR.
+def attributes_by_round(
+    found: Mapping[str, Stage], items: Iterable[str], refused: Collection[int]
+) -> GeneratedAttributes:
+    """Attribute texts of all generators for some items: the distilled one first, then those after each round's RAR.
 
     Args:
         found: committed stages by name.
-        items: of the items.
-        refused: rounds that were not promoted, which labels tell.
+        items: item IDs.
+        refused: rounds that were not promoted; their labels say so.
     """
     items = list(items)
-    texts: AttributeResult = {item: [] for item in items}
+    texts: GeneratedAttributes = {item: [] for item in items}
     number = 0
     while (stage := found.get(f"attributes-r{number}")) is not None:
         if "attributes" in stage.outputs and storage.exists(stage.output("attributes")):
@@ -87,17 +91,17 @@ def written_by_round(found: Mapping[str, Stage], items: Iterable[str], refused: 
 
 @dataclass(frozen=True)
 class PairChange:
-    """A pair of an attribute text, or one that is gone, held against the text before."""
+    """A name-value pair, and how it differs from the text of the generator before."""
 
     text: str
     kind: Literal["kept", "added", "changed", "removed"]
 
 
 def pair_changes(before: str | None, after: str) -> list[PairChange]:
-    """The pairs of `after` and what of `before` it lacks.
+    """The pairs of `after`, then those of `before` that are removed.
 
     Args:
-        before: canonical attribute text; none = there was none before, so nothing is marked.
+        before: canonical attribute text; None = `after` is the first text, so that all its pairs count as kept.
         after: canonical attribute text.
     """
     old, new = _pairs(before or ""), _pairs(after)

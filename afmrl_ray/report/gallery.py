@@ -1,4 +1,4 @@
-"""The queries that the page shows: images as data URLs, attributes with what changed from generator to generator."""
+"""The example queries of the page: images as data URLs, attributes with their changes from generator to generator."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from typing import Protocol
 
 from PIL import Image
 
-from afmrl_ray.report.collect import RunSummary
-from afmrl_ray.report.examples import AttributeResult, Example, PairChange, pair_changes
+from afmrl_ray.report.examples import Example, GeneratedAttributes, PairChange, pair_changes
+from afmrl_ray.report.summary import RunSummary
 
 _THUMBNAIL_PX = 192
 
 
 class Items(Protocol):
-    """Whatever has the images of the catalogue's rows."""
+    """Source of images by row of the catalogue."""
 
     def image(self, row: int) -> Image.Image: ...
 
 
 @dataclass(frozen=True)
 class ShownHit:
+    """A retrieved item with its image as a data URL."""
+
     item_id: str
     score: float
     right: bool
@@ -32,6 +34,8 @@ class ShownHit:
 
 @dataclass(frozen=True)
 class ShownMissed:
+    """A positive that was not retrieved, with its image as a data URL."""
+
     item_id: str
     image: str | None
     attributes: str
@@ -52,7 +56,7 @@ class ShownExample:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Queries drawn at random and those that failed worst, of the run's result."""
+    """Random queries, and those with the worst rank of the first positive, after one round."""
 
     round: int
     examples: list[ShownExample]
@@ -60,10 +64,10 @@ class Gallery:
 
 
 def make_gallery(summary: RunSummary, items: Items | None) -> Gallery | None:
-    """The gallery of a run; none where no round is evaluated and kept.
+    """The gallery of the run's result; None if no round is evaluated and promoted.
 
     Args:
-        items: images; without, the queries are text only.
+        items: source of images; None = the queries are shown as text only.
     """
     last = summary.result
     if last is None:
@@ -77,7 +81,7 @@ def make_gallery(summary: RunSummary, items: Items | None) -> Gallery | None:
 
 
 class _Thumbnails:
-    """Data URLs of images, each made once."""
+    """Data URLs of images, each computed once."""
 
     def __init__(self, items: Items | None) -> None:
         self._items = items
@@ -91,7 +95,7 @@ class _Thumbnails:
         return self._made[row]
 
 
-def _shown(example: Example, written: AttributeResult, thumbnails: _Thumbnails, last: int) -> ShownExample:
+def _shown(example: Example, written: GeneratedAttributes, thumbnails: _Thumbnails, last: int) -> ShownExample:
     texts = written.get(example.item_id) or [(f"round {last}", example.attributes)]
     before: list[str | None] = [None, *[text for _, text in texts[:-1]]]
     missed = example.missed
@@ -107,7 +111,7 @@ def _shown(example: Example, written: AttributeResult, thumbnails: _Thumbnails, 
 
 
 def thumbnail(image: Image.Image) -> str:
-    """A small JPEG as a data URL."""
+    """The image as a small JPEG in a data URL."""
     small = image.convert("RGB")
     small.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
     target = io.BytesIO()
@@ -116,5 +120,5 @@ def thumbnail(image: Image.Image) -> str:
 
 
 def data_url(data: bytes, kind: str) -> str:
-    """Bytes of an image as a data URL."""
+    """A data URL of an encoded image of type `image/<kind>`."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,4 +1,4 @@
-"""What metrics are called, and in which order they are read."""
+"""Display names and display order of metrics."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _LABELS = {
 
 
 def metric_order(metric: str) -> tuple[int, int, str]:
-    """Sorts metrics as they are read: hits, recalls, mAP, then labels; by depth within each."""
+    """Sort key: hit@k, recall@k, mAP, then label metrics; by k within each."""
     base, depth = _split(metric)
     return (_ORDER.index(base) if base in _ORDER else len(_ORDER), depth or 0, metric)
 
 
 def metric_label(metric: str) -> str:
-    """How a metric is called in tables and plots."""
+    """Display name of a metric, e.g. `mAP@10 (M5)` of `map_m5@10`."""
     base, depth = _split(metric)
     name, _, protocol = _LABELS.get(base, base).partition(" (")
     return name + (f"@{depth}" if depth is not None else "") + (f" ({protocol}" if protocol else "")

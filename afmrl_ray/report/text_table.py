@@ -1,57 +1,81 @@
-"""Tables whose cells are text already, and how numbers become such cells."""
+"""Tables of formatted cells, printed by rich: styled on a terminal, elsewhere plain text as wide as its cells."""
 
 from __future__ import annotations
 
+import io
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from afmrl_ray.report.estimate import Estimate
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+_WIDTH = 10_000
+"""Characters; wider than any table, so that no cell is wrapped."""
 
 
 @dataclass(frozen=True)
 class TextTable:
-    """A titled table; the first cell of a row is its name."""
+    """A titled table.
+
+    Attributes:
+        title: heading, printed above the table.
+        columns: [C] headers.
+        rows: [R] rows of C cells; the first cell is the name of the row.
+    """
 
     title: str
     columns: list[str]
     rows: list[list[str]]
 
-    def markdown(self) -> str:
-        """The table below its title, as Markdown."""
-        lines = ["| " + " | ".join(self.columns) + " |", "|" + " --- |" * len(self.columns)]
-        lines += ["| " + " | ".join(row) + " |" for row in self.rows]
-        return f"## {self.title}\n\n" + "\n".join(lines)
-
     def plain(self) -> str:
-        """The table below its title with aligned columns, for terminals."""
-        lines = [self.columns, *self.rows]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
-        aligned = (
-            "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-            for line in lines
-        )
-        return "\n".join([self.title, *(line.rstrip() for line in aligned)])
+        """Title and aligned columns without rules, for terminals and logs; ASCII if the cells are."""
+        return f"{self.title}\n{_text(_table(self))}" if self.title else _text(_table(self))
+
+    def markdown(self) -> str:
+        """A second-level heading and a Markdown table."""
+        return f"## {self.title}\n\n{_text(_table(self, markdown=True))}"
 
 
-def share(value: Estimate | None) -> str:
-    """A share as per cent with half of its interval."""
-    return spread(value, 100.0, 1)
+def print_tables(tables: Sequence[TextTable], *, notes: Sequence[str] = ()) -> None:
+    """Print tables, and notes below them, to standard output, with a blank line between any two of them.
+
+    Headers and titles are bold on a terminal; elsewhere the text is that of `TextTable.plain`.
+    """
+    if not sys.stdout.isatty():
+        sys.stdout.write("\n\n".join([*(table.plain() for table in tables), *notes]) + "\n")
+        return
+    console = _console(sys.stdout, _WIDTH)
+    for table in tables:
+        console.print(table.title, style="bold", soft_wrap=True)
+        console.print(_table(table), soft_wrap=True)
+        console.print()
+    for note in notes:
+        console.print(note, soft_wrap=True)
 
 
-def spread(value: Estimate | None, scale: float, digits: int) -> str:
-    """`mean ± half of the interval`, scaled."""
-    if value is None or value.mean is None:
-        return ""
-    text = f"{scale * value.mean:.{digits}f}"
-    if value.low is None or value.high is None:
-        return text
-    return f"{text} ± {scale * (value.high - value.low) / 2:.{digits}f}"
+def _table(table: TextTable, *, markdown: bool = False) -> Table:
+    """The first column is aligned to the left, the others to the right."""
+    drawn = Table(box=box.MARKDOWN) if markdown else Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for index, column in enumerate(table.columns):
+        drawn.add_column(_cell(column, markdown), justify="right" if index else "left", no_wrap=True)
+    for row in table.rows:
+        drawn.add_row(*(_cell(cell, markdown) for cell in row))
+    return drawn
 
 
-def points(value: Estimate) -> str:
-    """A gain in points with its interval."""
-    if value.mean is None:
-        return ""
-    text = f"{100 * value.mean:+.1f}"
-    return (
-        text if value.low is None or value.high is None else f"{text} [{100 * value.low:+.1f}, {100 * value.high:+.1f}]"
-    )
+def _cell(text: str, markdown: bool) -> str:
+    return text.replace("|", "\\|") if markdown else text
+
+
+def _text(table: Table) -> str:
+    """The table without styles and without spaces at line ends."""
+    buffer = io.StringIO()
+    _console(buffer, _WIDTH).print(table)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines() if line.strip())
+
+
+def _console(file: io.TextIOBase | object, width: int) -> Console:
+    # Cells are data: brackets and colons in them are not markup, and numbers are not coloured.
+    return Console(file=file, width=width, markup=False, emoji=False, highlight=False)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Writes the report of a run: index.html, the plots as PNG and report.json."""
+"""Writes the report of a run: `index.html`, the charts as PNG and `report.json`."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ from dataclasses import asdict
 from typing import Any
 
 from afmrl_ray import storage
-from afmrl_ray.report.collect import Round, Rung, RunSummary, collect
+from afmrl_ray.report.collect import collect
 from afmrl_ray.report.compare import Comparison
+from afmrl_ray.report.drawing import draw_png
 from afmrl_ray.report.estimate import Estimate
 from afmrl_ray.report.gallery import Items
 from afmrl_ray.report.html import render, render_comparison
-from afmrl_ray.report.ladder_plots import ladder_panels
-from afmrl_ray.report.plots import draw_png, plot_panels
+from afmrl_ray.report.plots import plot_panels
+from afmrl_ray.report.summary import Round, RunSummary, Variant
 from afmrl_ray.runs import RunDirectory
 
 
 def write_report(run: RunDirectory, *, items: Items | None = None) -> str:
-    """Write `report/` below the run's directory and return the path of its index.html.
+    """Write `report/` below the run's directory and return the path of its `index.html`.
 
     Args:
         run: the run, finished or not.
-        items: where the images of the examples come from; without, the examples are text only.
+        items: source of the example images; None = examples are shown as text only.
 
     Raises:
-        StorageError: there is no run at that path, or it cannot be written.
+        StorageError: the path holds no run, or it cannot be written.
     """
     summary = collect(run)
     directory = storage.join(run.path, "report")
-    ladder = ladder_panels(summary.ladder) if summary.ladder is not None else []
-    for name, panels in {**plot_panels(summary), "ladder": ladder}.items():
+    for name, panels in plot_panels(summary).items():
         path = storage.join(directory, f"{name}.png")
         if panels:
             storage.write_bytes(path, draw_png(panels))
@@ -42,7 +42,7 @@ def write_report(run: RunDirectory, *, items: Items | None = None) -> str:
 
 
 def write_comparison(comparison: Comparison, path: str) -> None:
-    """Write two runs side by side as one page.
+    """Write the comparison of two runs as one HTML page.
 
     Raises:
         StorageError: it cannot be written.
@@ -51,30 +51,30 @@ def write_comparison(comparison: Comparison, path: str) -> None:
 
 
 def report_record(summary: RunSummary) -> dict[str, Any]:
-    """What `report.json` holds (DESIGN 4.6): shares between 0 and 1, seconds, MiB; null where nothing was measured."""
+    """The content of `report.json`: fractions between 0 and 1, seconds, MiB; null where nothing was measured."""
     return {
         "name": summary.name,
         "command": summary.command,
         "versions": summary.versions,
         "catalogue": summary.catalogue,
         "primary_protocol": summary.primary_protocol,
-        "rungs": [_rung(rung, summary) for rung in summary.rungs],
+        "variants": [_variant(variant, summary) for variant in summary.variants],
         "rounds": [_round(each) for each in summary.rounds],
-        "ladder": asdict(summary.ladder) if summary.ladder is not None else None,
+        "attachments": {each.name: {"title": each.title, "record": each.record} for each in summary.attachments},
         "stages": [asdict(stage) for stage in summary.stages],
         "seconds": summary.seconds,
         "peak_memory_mb": summary.peak_memory_mb,
     }
 
 
-def _rung(rung: Rung, summary: RunSummary) -> dict[str, Any]:
+def _variant(variant: Variant, summary: RunSummary) -> dict[str, Any]:
     return {
-        "name": rung.name,
-        "round": rung.number,
-        "stage": rung.stage,
-        "stale": rung.stage in summary.stale,
-        "protocols": {name: asdict(result) for name, result in rung.protocols.items()},
-        "attributes": asdict(rung.attributes) if rung.attributes is not None else None,
+        "name": variant.name,
+        "round": variant.number,
+        "stage": variant.stage,
+        "stale": variant.stage in summary.stale,
+        "protocols": {name: asdict(result) for name, result in variant.protocols.items()},
+        "attributes": asdict(variant.attributes) if variant.attributes is not None else None,
     }
 
 
@@ -89,7 +89,7 @@ def _round(each: Round) -> dict[str, Any]:
 
 
 def _estimates(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Objects with a mean stay objects; plain numbers stay numbers; what is not finite becomes null."""
+    """Objects with a mean stay objects and numbers stay numbers; values that are not finite become null."""
     return {
         name: asdict(Estimate.of(value)) if isinstance(value, dict) else Estimate.of(value).mean
         for name, value in metrics.items()

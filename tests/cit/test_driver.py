@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import shlex
-import subprocess
 import sys
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +14,6 @@ from afmrl_ray.config import validate
 from afmrl_ray.runs import RunDirectory
 from tests.cit.fake_stages import FakePipeline
 
-BENCH = Path(__file__).resolve().parents[2] / "jobs/bench"
 GIVEN = SimpleNamespace(fingerprint="f" * 64)
 """A catalogue of `catalogue.path`, which `open_run` has checked before it opens the run."""
 
@@ -96,29 +92,10 @@ def test_the_command_of_a_run_from_before_is_kept(run, monkeypatch):
     assert job(monkeypatch, run, "jobs/build_index.py")["command"] == "python jobs/run_cit.py"
 
 
-def test_a_run_of_a_ladder_tells_the_ladders_command(run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(BENCH))
-    ladder_runs, ladder_climb = (importlib.import_module(name) for name in ("ladder_runs", "ladder_climb"))
-    started = []
-
-    def start(command, **_):
-        started.append(command)
-        return SimpleNamespace(poll=lambda: 0, returncode=0)
-
-    monkeypatch.setattr(ladder_runs, "subprocess", SimpleNamespace(Popen=start, STDOUT=subprocess.STDOUT))
-    monkeypatch.setattr(sys, "argv", ["jobs/bench/ladder.py", "--seeds", "0", "run.name=my mugs"])
-    beginning = ladder_runs.Beginning({"ray.address": "10.0.0.1:6379"}, None)
-    ladder_runs.run_side_by_side([validate({})], ["agcl"], beginning, share=1.0, processes=1)
-
-    monkeypatch.setattr(ladder_runs, "open_run", lambda config: opened(config, run))
-    climbed = {"protocols": {"fine": {"metrics": {"hit@1": {"mean": 0.5}}}}}
-    ladder = SimpleNamespace(climb=lambda key: SimpleNamespace(metrics=climbed))
-    monkeypatch.setattr(ladder_runs, "Ladder", lambda *_, **__: ladder)
-    reported = []
-    monkeypatch.setattr(ladder_runs, "write_report", lambda run, **_: reported.append(run.read_run()))
-    (child,) = started
-    monkeypatch.setattr(sys, "argv", child[1:])
-    assert ladder_climb.main(child[2:]) == 0
-    assert reported[0]["command"] == "python jobs/bench/ladder.py --seeds 0 'run.name=my mugs'"
-    assert reported[0]["jobs"] == {}
+def test_a_module_is_run_by_its_name(monkeypatch):
+    module = SimpleNamespace(__spec__=SimpleNamespace(name="jobs.experiments.ladder", origin="/code/jobs/ladder.py"))
+    monkeypatch.setitem(sys.modules, "__main__", module)
+    monkeypatch.setattr(sys, "argv", ["/code/jobs/ladder.py", "--seeds", "0", "run.name=my mugs"])
+    assert driver.own_command() == "python -m jobs.experiments.ladder --seeds 0 'run.name=my mugs'"
+    monkeypatch.setattr(sys, "argv", ["jobs/run_cit.py"])
+    assert driver.own_command() == "python jobs/run_cit.py"

@@ -1,4 +1,4 @@
-"""The jobs as a user runs them: help, printed config, dry run, mistakes, and a submission to a running cluster."""
+"""The jobs as a user runs them: help, printed config, dry run, user errors, and submission to a running cluster."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from tests.cit.conftest import run_values
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = {"api_key"}
-"""They have no config."""
-JOBS = sorted({path.stem for path in (ROOT / "jobs").glob("*.py")} - TOOLS)
+"""Jobs without a config."""
+JOBS = sorted({path.stem for path in (ROOT / "jobs").glob("[!_]*.py")} - TOOLS)
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on now; all are held until each is known, so that none comes twice."""
+    """Unused ports, different from one another since all are bound until the last is chosen."""
     with ExitStack() as held:
         sockets = [held.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
@@ -47,14 +47,14 @@ def main_of(job: str):
     return module.main
 
 
-def test_all_jobs_of_the_design_are_there():
+def test_all_documented_jobs_exist():
     assert {
         "make_catalogue", "import_catalogue", "distill", "annotate", "train_agcl", "train_rar", "evaluate", "run_cit",
     } <= set(JOBS)  # fmt: skip
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_help_tells_what_the_job_does(job, capsys):
+def test_help_lists_the_common_options(job, capsys):
     with pytest.raises(SystemExit) as ended:
         main_of(job)(["--help"])
     assert ended.value.code == 0
@@ -79,7 +79,7 @@ def test_a_dry_run_shows_schedule_and_resources_and_writes_nothing(capsys, tmp_p
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_dry_run_holds_what_is_asked_for_against_what_is_there(capsys, monkeypatch):
+def test_a_dry_run_compares_required_with_available_resources(capsys, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert main_of("run_cit")(["--dry-run", "ray.num_cpus=3", "agcl.workers.num_workers=4"]) == 0
     shown = capsys.readouterr().out
@@ -89,11 +89,11 @@ def test_a_dry_run_holds_what_is_asked_for_against_what_is_there(capsys, monkeyp
 
 
 @pytest.mark.parametrize("given", ["-1", "one", "1.5"])
-def test_a_round_that_is_none_is_refused(given, capsys):
+def test_an_invalid_round_is_refused(given, capsys):
     with pytest.raises(SystemExit) as ended:
         main_of("evaluate")([f"--round={given}"])
     assert ended.value.code == 2
-    assert f"{given!r} is not a round number" in capsys.readouterr().err
+    assert f"{given!r} is no round" in capsys.readouterr().err
 
 
 def catalogue_without_positives(folder: Path) -> str:
@@ -153,7 +153,7 @@ def bad_images(folder: Path) -> str:
         (lambda at, models: ["run.storage_path=/proc/nothing"], "/proc/nothing"),
     ],
 )
-def test_a_mistake_is_one_line_with_exit_code_2_and_nothing_is_written(
+def test_a_user_error_is_one_line_with_exit_code_2_and_writes_nothing(
     ray_local, tiny_checkpoints, tmp_path, capsys, given, named
 ):
     storage = tmp_path / "runs"
@@ -165,7 +165,23 @@ def test_a_mistake_is_one_line_with_exit_code_2_and_nothing_is_written(
     assert not storage.exists()
 
 
-def test_a_failure_that_is_nobodys_mistake_says_how_to_go_on(monkeypatch, capsys):
+def test_only_an_encoder_is_exported_for_sentence_transformers(tiny_checkpoints, tmp_path, capsys):
+    def export(role, out):
+        arguments = ["--model", tiny_checkpoints[role], "--role", role, "--out", str(out), "--sentence-transformers"]
+        return main_of("export")([*arguments, "encoder.image.max_pixels=50000", "encoder.instruction=Look."])
+
+    assert export("encoder", tmp_path / "encoder") == 0
+    assert capsys.readouterr().out.strip().endswith(str(tmp_path / "encoder"))
+    assert json.loads((tmp_path / "encoder" / "preprocessor_config.json").read_text())["size"]["longest_edge"] == 50000
+    card = (tmp_path / "encoder" / "README.md").read_text()
+    assert '"Look."' in card
+    assert export("generator", tmp_path / "generator") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error == "error: --sentence-transformers: a generator gives no embeddings; use --role encoder"
+    assert not (tmp_path / "generator").exists()
+
+
+def test_an_internal_error_says_how_to_resume(monkeypatch, capsys):
     from afmrl_ray import cli
 
     def body(config, options):
@@ -181,7 +197,7 @@ def test_a_failure_that_is_nobodys_mistake_says_how_to_go_on(monkeypatch, capsys
     )
 
 
-def test_an_error_stands_on_a_line_of_its_own_whatever_bars_are_about(capsys):
+def test_an_error_is_on_a_line_of_its_own_below_progress_bars(capsys):
     from afmrl_ray import cli
 
     with tqdm(total=3, desc="first") as bar, tqdm(total=3, desc="second"):
@@ -191,8 +207,8 @@ def test_an_error_stands_on_a_line_of_its_own_whatever_bars_are_about(capsys):
             raise StorageError("/runs: cannot be written")
 
         assert cli.job_main("a job", body, []) == 2
-    told = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", capsys.readouterr().err)
-    assert "error: /runs: cannot be written" in told.splitlines()
+    lines = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", capsys.readouterr().err)
+    assert "error: /runs: cannot be written" in lines.splitlines()
 
 
 def test_make_and_import_catalogue(tmp_path, capsys):
@@ -213,7 +229,7 @@ def test_make_and_import_catalogue(tmp_path, capsys):
     assert pq.read_table(tmp_path / "in.parquet").num_rows == 6
 
 
-def test_an_import_over_the_threshold_leaves_nothing_behind(tmp_path, capsys):
+def test_an_import_with_too_many_bad_rows_writes_nothing(tmp_path, capsys):
     source = tmp_path / "items.csv"
     source.write_text("item_id,image,title\n" + "".join(f"{n},none.jpg,mug\n" for n in range(5)))
     arguments = ["--source", str(source), "--images", str(tmp_path), "--out", str(tmp_path / "out.parquet")]

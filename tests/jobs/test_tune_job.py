@@ -1,4 +1,4 @@
-"""The job that tries settings of RAR, with Ray Tune's own actors."""
+"""The job that compares settings of RAR with Ray Tune."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.jobs.test_jobs import ROOT
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_every_value_of_the_grid_is_tried_from_the_same_start(tmp_path):
+def test_every_value_of_the_grid_is_run_from_the_same_start(tmp_path):
     values = run_values(tmp_path, ray={"num_cpus": 4, "object_store_mb": 100})
     values["rar"]["steps"] = 2
     config = tmp_path / "config.yaml"
@@ -27,7 +27,7 @@ def test_every_value_of_the_grid_is_tried_from_the_same_start(tmp_path):
     *_, head, first, second, best = done.stdout.strip().splitlines()
     assert head.split()[0] == "rar.kl_coef"
     assert sorted([first.split()[0], second.split()[0]]) == ["0.0", "0.5"]
-    assert first.split()[1] == second.split()[1], "trials began with other held-out rewards"
+    assert first.split()[1] == second.split()[1], "trials have different held-out rewards before RAR"
     gains = {line.split()[0]: float(line.split()[3]) for line in (first, second)}
     assert best == f"best: rar.kl_coef={max(gains, key=gains.__getitem__)}"
     trials = list((tmp_path / "t" / "tune" / "rar-r0").glob("*/log/metrics.jsonl"))
@@ -37,7 +37,7 @@ def test_every_value_of_the_grid_is_tried_from_the_same_start(tmp_path):
 
 
 @pytest.mark.parametrize("given", ["rar.kl_coef", "rar.kl_coef=", "rar.kl_coef=-1", "rar.no_such=1"])
-def test_a_grid_that_is_none_is_refused_in_one_line(given, tmp_path, capsys):
+def test_an_invalid_grid_is_refused_with_one_line(given, tmp_path, capsys):
     from tests.jobs.test_jobs import main_of
 
     assert main_of("tune_rar")([f"--grid={given}", f"run.storage_path={tmp_path}"]) == 2

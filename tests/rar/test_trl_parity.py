@@ -1,4 +1,4 @@
-"""Losses, gradients and advantages equal those that TRL gave (`jobs/bench/record_trl_golden.py`)."""
+"""Losses, gradients and advantages equal those that TRL gave (`jobs/benchmarks/record_trl_golden.py`)."""
 
 from __future__ import annotations
 

@@ -67,7 +67,10 @@ class FakeRun:
         self.stage("models", {"encoder": {"first_loss": 6.5, "last_loss": 5.4}})
         self.stage("labels", self.sizes(9.0))
         self.stage("distill", {"loss": 0.81}, log=["loss"])
-        self.stage("floor", {"pixels": self.floor(0.09, pixels=True), "chance": self.floor(0.004, pixels=False)})
+        self.stage(
+            "baselines",
+            {"pixels": self.baseline_metrics(0.09, pixels=True), "chance": self.baseline_metrics(0.004, pixels=False)},
+        )
         if baseline:
             self.stage("baseline", {"loss": 2.2, "accuracy": 0.31}, log=["loss", "accuracy", "masked_fraction"])
             self.stage("evaluate-baseline", {"protocols": self.protocols(0.31)}, "baseline", examples=True)
@@ -116,7 +119,7 @@ class FakeRun:
     ) -> Stage:
         """Commit one stage."""
         above = {up: stage.fingerprint for up in upstream if (stage := self.run.committed(up)) is not None}
-        inputs = {"config": {"agcl": CONFIG["agcl"]}, "seed": 0, "upstream": above}
+        inputs = {"config": {"agcl": CONFIG["agcl"], "run": {"seed": 0}}, "upstream": above}
 
         def body(directory: str) -> StageOutcome:
             if log:
@@ -180,7 +183,7 @@ class FakeRun:
             "fine": {"kind": "retrieval", "queries": 480, "gallery": 720, "metrics": retrieval},
         }
 
-    def floor(self, level: float, *, pixels: bool) -> dict[str, Any]:
+    def baseline_metrics(self, level: float, *, pixels: bool) -> dict[str, Any]:
         """Retrieval only; chance has neither counts nor intervals."""
         if pixels:
             return {name: found for name, found in self.protocols(level).items() if name != "labels"}

@@ -1,4 +1,4 @@
-"""What is read from a run directory, whole or in pieces."""
+"""Reading a run directory, finished or not."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import pytest
 
 from afmrl_ray import storage
 from afmrl_ray.errors import StorageError
-from afmrl_ray.report.collect import Estimate, collect
+from afmrl_ray.report.collect import collect
+from afmrl_ray.report.estimate import Estimate
 from afmrl_ray.runs import RunDirectory, StageOutcome
 from tests.report.fake_run import CONFIG, STEPS, FakeRun
 
 
-def test_every_stage_record_is_found_again(tmp_path: Path) -> None:
+def test_the_summary_holds_every_stage_record(tmp_path: Path) -> None:
     run = FakeRun(str(tmp_path)).everything()
     summary = collect(run)
-    assert [rung.name for rung in summary.rungs] == ["chance", "pixels", "baseline", "round 0", "round 1"]
-    for rung in summary.rungs:
-        stage = run.committed(rung.stage)
+    assert [variant.name for variant in summary.variants] == ["chance", "pixels", "baseline", "round 0", "round 1"]
+    for variant in summary.variants:
+        stage = run.committed(variant.stage)
         assert stage is not None
-        recorded = stage.metrics[rung.name] if rung.stage == "floor" else stage.metrics["protocols"]
-        assert {name: {m: vars(v) for m, v in result.metrics.items()} for name, result in rung.protocols.items()} == {
-            name: result["metrics"] for name, result in recorded.items()
-        }
+        recorded = stage.metrics[variant.name] if variant.stage == "baselines" else stage.metrics["protocols"]
+        read = {name: {m: vars(v) for m, v in of.metrics.items()} for name, of in variant.protocols.items()}
+        assert read == {name: result["metrics"] for name, result in recorded.items()}
     for each in summary.rounds:
         rar = run.committed(f"rar-r{each.number}")
         assert rar is not None
@@ -37,7 +37,7 @@ def test_every_stage_record_is_found_again(tmp_path: Path) -> None:
     assert summary.stale == set()
 
 
-def test_credentials_in_addresses_are_not_passed_on(tmp_path: Path) -> None:
+def test_credentials_in_addresses_are_removed(tmp_path: Path) -> None:
     fake = FakeRun(str(tmp_path))
     record = fake.run.read_run()
     fake.run.write_run({**record, "command": "python job.py run.storage_path=s3://key:secret@bucket/runs"})
@@ -46,7 +46,7 @@ def test_credentials_in_addresses_are_not_passed_on(tmp_path: Path) -> None:
     assert summary.config["teacher"]["base_url"] == "https://***@teacher.example/v1"
 
 
-def test_a_stage_that_was_made_with_credentials_is_not_outdated_by_leaving_them_out(tmp_path: Path) -> None:
+def test_credentials_do_not_make_a_stage_stale(tmp_path: Path) -> None:
     fake = FakeRun(str(tmp_path))
     fake.run.run_stage("labels", {"config": {"teacher": CONFIG["teacher"]}}, lambda directory: StageOutcome({}, {}))
     assert collect(fake.run).stale == set()
@@ -58,12 +58,12 @@ def test_values_that_are_not_finite_count_as_not_measured() -> None:
     assert not Estimate.of({"mean": 1, "low": 0, "high": None}).has_interval
 
 
-def test_a_run_that_is_not_there_is_the_users_error(tmp_path: Path) -> None:
+def test_a_missing_run_is_a_storage_error(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"run\.json"):
         collect(RunDirectory(str(tmp_path), "nowhere"))
 
 
-def test_stages_with_other_settings_or_changed_foundations_are_outdated(tmp_path: Path) -> None:
+def test_stages_with_other_settings_or_changed_upstream_stages_are_stale(tmp_path: Path) -> None:
     fake = FakeRun(str(tmp_path))
     run = fake.everything(rounds=1, baseline=False)
     fake.stage("attributes-r0", fake.sizes(5.0), "distill")
@@ -73,7 +73,7 @@ def test_stages_with_other_settings_or_changed_foundations_are_outdated(tmp_path
     assert collect(run).stale == {stage.name for stage in run.stages()}
 
 
-def test_a_changed_seed_outdates_only_what_reads_it(tmp_path: Path) -> None:
+def test_a_changed_seed_makes_only_stages_that_read_it_stale(tmp_path: Path) -> None:
     fake = FakeRun(str(tmp_path))
     fake.stage("distill", {"loss": 1.0})
     fake.run.run_stage("catalogue", {"synthetic": {"seed": 7}}, lambda directory: StageOutcome({}, {}))
@@ -95,7 +95,7 @@ def test_the_result_is_the_last_round_that_was_not_refused(tmp_path: Path, promo
     assert summary.refused == ({1} if promoted is False else set())
 
 
-def test_records_of_other_programs_are_read_too(tmp_path: Path) -> None:
+def test_stages_of_experiments_are_read_too(tmp_path: Path) -> None:
     fake = FakeRun(str(tmp_path))
     for name, upstream in (("depth", ["f" * 64]), ("depth-attributes", "f" * 64)):
         fake.run.run_stage(name, {"upstream": upstream}, lambda directory: StageOutcome({}, {}))

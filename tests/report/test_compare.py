@@ -1,4 +1,4 @@
-"""Two runs side by side: what differs, paired differences, the page and the job."""
+"""Comparison of two runs: settings, paired differences, the page and the job."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from safetensors.numpy import save
 from afmrl_ray import storage
 from afmrl_ray.errors import StorageError
 from afmrl_ray.report import compare, comparison_text, write_comparison
+from afmrl_ray.report.compare import Comparison
+from afmrl_ray.report.compare_tables import comparison_notes, comparison_tables
 from afmrl_ray.runs import RunDirectory, StageOutcome
 from jobs.report import main
 from tests.report.fake_run import FakeRun
-from tests.report.test_write import ADDRESS, Page
+from tests.report.page import Element, read_page
+from tests.report.test_write import ADDRESS
 
 ROWS = np.arange(40)
 HITS = np.random.default_rng(0).random(40)
@@ -65,6 +68,19 @@ def measured(
     return run
 
 
+def notes(comparison: Comparison) -> list[str]:
+    return [f"{label}: {reason}." for label, reason in comparison_notes(comparison)]
+
+
+def page_of(comparison: Comparison, folder: Path) -> Element:
+    write_comparison(comparison, str(folder / "page.html"))
+    return read_page((folder / "page.html").read_text("utf-8"))
+
+
+def notes_of_page(comparison: Comparison, folder: Path) -> list[str]:
+    return [note.text for note in page_of(comparison, folder).all("p", kind="notice")]
+
+
 def differences(left: RunDirectory, right: RunDirectory) -> dict[str, Any]:
     return {each.metric: each.change for each in compare(left, right).differences}
 
@@ -97,16 +113,16 @@ def test_only_what_differs_is_listed(tmp_path: Path) -> None:
         ({"protocols": [{"name": "fine", "with_attributes": "query"}]}, "the runs differ in the settings of fine"),
     ],
 )
-def test_what_cannot_be_paired_has_no_interval_and_says_why(tmp_path: Path, change: Any, why: str) -> None:
+def test_unpaired_differences_have_no_interval_and_a_reason(tmp_path: Path, change: Any, why: str) -> None:
     same = [{"name": "fine", "with_attributes": "both"}]
     left = measured(tmp_path, HITS, protocols=same)
     found = compare(left, measured(tmp_path, HITS + 0.1, name="right", **{"protocols": same, **change}))
     assert found.differences[0].change.mean == pytest.approx(0.1)
     assert not found.differences[0].change.has_interval
     assert found.unpaired == why
-    assert f"Differences without intervals: {why}." in comparison_text(found)
-    write_comparison(found, str(tmp_path / "page.html"))
-    assert f"Differences without intervals: {why}." in (tmp_path / "page.html").read_text("utf-8")
+    assert [reason for _, reason in comparison_notes(found)] == [why]
+    assert notes_of_page(found, tmp_path) == notes(found)
+    assert comparison_text(found).splitlines()[-1] == notes(found)[0]
 
 
 def test_only_the_protocol_that_is_configured_otherwise_is_not_paired(tmp_path: Path) -> None:
@@ -135,11 +151,9 @@ def test_protocols_that_only_one_run_has_are_named(tmp_path: Path) -> None:
     right = measured(tmp_path, HITS, name="right", others=["labels", "<b>"])
     found = compare(left, right)
     assert found.uncompared == "left alone measures coarse; right alone measures <b>"
-    assert f"Not compared: {found.uncompared}." in comparison_text(found)
-    write_comparison(found, str(tmp_path / "page.html"))
-    page = (tmp_path / "page.html").read_text("utf-8")
-    assert "Not compared: left alone measures coarse; right alone measures &lt;b&gt;." in page
-    assert "Not compared" not in comparison_text(compare(left, measured(tmp_path, HITS, others=["coarse", "labels"])))
+    assert [reason for _, reason in comparison_notes(found)] == [found.uncompared]
+    assert notes_of_page(found, tmp_path) == notes(found)
+    assert comparison_notes(compare(left, measured(tmp_path, HITS, others=["coarse", "labels"]))) == []
 
 
 def test_sections_in_lists_are_compared_setting_by_setting(tmp_path: Path) -> None:
@@ -155,7 +169,7 @@ def test_sections_in_lists_are_compared_setting_by_setting(tmp_path: Path) -> No
     ]
 
 
-def test_sections_without_names_of_their_own_go_by_their_place(tmp_path: Path) -> None:
+def test_sections_without_unique_names_are_compared_by_index(tmp_path: Path) -> None:
     left, right = measured(tmp_path, HITS), measured(tmp_path, HITS, name="left-2")
     for run, changed in ((left, "both"), (right, "text")):
         record = run.read_run()
@@ -170,7 +184,7 @@ def test_sections_without_names_of_their_own_go_by_their_place(tmp_path: Path) -
     ]
 
 
-def test_runs_that_measure_nothing_alike_are_refused(tmp_path: Path) -> None:
+def test_runs_without_a_common_metric_are_refused(tmp_path: Path) -> None:
     empty = RunDirectory(str(tmp_path), "empty")
     empty.create()
     empty.write_run({"name": "empty"})
@@ -178,38 +192,56 @@ def test_runs_that_measure_nothing_alike_are_refused(tmp_path: Path) -> None:
         compare(measured(tmp_path, HITS), empty)
 
 
-def test_the_page_holds_every_number_and_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
+def test_the_page_shows_every_table_and_is_self_contained(tmp_path: Path) -> None:
     left = FakeRun(str(tmp_path / "a")).everything()
     right = measured(tmp_path, HITS, name="<img src=x onerror=alert(1)>")
     whole = compare(left, FakeRun(str(tmp_path / "b")).everything())
-    assert {each.rung for each in whole.differences} == {"baseline", "round 0", "round 1"}
-    write_comparison(whole, str(tmp_path / "whole.html"))
-    write_comparison(compare(left, right), str(tmp_path / "hostile.html"))
-    for name in ("whole", "hostile"):
-        page = Page((tmp_path / f"{name}.html").read_text("utf-8"))
-        shown = [attributes for tag, attributes in page.tags if tag == "img"]
-        assert len(shown) == 3
-        assert all((attributes["src"] or "").startswith("data:image/png") for attributes in shown)
-        assert not ADDRESS.search(page.style)
-        assert not [tag for tag, _ in page.tags if tag in ("script", "link", "iframe")]
-    text = " ".join(Page((tmp_path / "whole.html").read_text("utf-8")).text)
-    for each in whole.differences:
-        assert f"{100 * each.left.mean:.1f}" in text
-    assert "heldout" not in text
-    assert "held-out reward gained" in text
+    assert {each.variant for each in whole.differences} == {"baseline", "round 0", "round 1"}
+    for comparison in (whole, compare(left, right)):
+        page = page_of(comparison, tmp_path)
+        images = page.all("img")
+        assert len(images) == 3
+        assert all(image.attributes["src"].startswith("data:image/png") for image in images)
+        assert not ADDRESS.search(page.all("style")[0].text)
+        assert not [each for each in page.all() if each.tag in ("script", "link", "iframe")]
+        for table in comparison_tables(comparison):
+            assert page.table(table.title) == [table.columns, *[[cell or "–" for cell in row] for row in table.rows]]
+
+
+def test_tables_have_a_row_per_metric_with_both_means_and_the_difference(tmp_path: Path) -> None:
+    left, right = measured(tmp_path, HITS), measured(tmp_path, HITS + 0.125, name="right", steps=20)
+    tables = {table.title: table for table in comparison_tables(compare(left, right))}
+    metrics = tables["Metrics, baseline"]
+    assert metrics.columns[1:3] == ["left", "right"]
+    means = [100 * HITS.mean(), 100 * (HITS + 0.125).mean()]
+    assert metrics.rows == [
+        ["fine: hit@1 %", *(f"{mean:.1f} ± 10.0" for mean in means), "+12.5 [+12.5, +12.5]"],
+        ["fine: NMI %", "50.0", "50.0", "+0.0"],
+    ]
+    assert tables["Settings that differ"].rows == [["agcl.steps", "10", "20"], ["run.name", "left", "right"]]
+    assert [row[0] for row in tables["Stages, seconds"].rows] == ["evaluate-baseline", "all"]
+
+
+def test_attributes_and_rewards_are_compared_by_round(tmp_path: Path) -> None:
+    left, right = FakeRun(str(tmp_path / "a")), FakeRun(str(tmp_path / "b"))
+    tables = {table.title: table for table in comparison_tables(compare(left.everything(), right.everything()))}
+    attributes = {row[0]: row[1:] for row in tables["Attributes of an item"].rows}
+    assert attributes["round 0: words"] == ["7.3", "7.3"]
+    assert attributes["round 1: invalid %"] == ["2.1", "2.1"]
+    rewards = [row[1:] for row in tables["RAR"].rows]
+    assert rewards == [["+5.1 [+3.8, +6.5]"] * 2] * 2
 
 
 def test_the_job_writes_the_page_and_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     left, right = measured(tmp_path, HITS), measured(tmp_path, HITS + 0.125, name="right")
     assert main(["--compare", left.path, right.path + "/"]) == 0
-    printed = capsys.readouterr().out
-    assert "+12.5 [+12.5, +12.5]" in printed
+    assert comparison_text(compare(left, right)) in capsys.readouterr().out
     assert (tmp_path / "right" / "report" / "compare-left.html").exists()
     assert main(["--run", left.path]) == 0
     assert (tmp_path / "left" / "report" / "index.html").exists()
 
 
-def test_the_job_says_which_run_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_job_names_the_missing_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     left = measured(tmp_path, HITS)
     assert main(["--compare", left.path, str(tmp_path / "none")]) == 2
     errors = capsys.readouterr().err.strip().splitlines()

@@ -1,4 +1,4 @@
-"""Attributes before and after RAR, and the worst failures."""
+"""Example queries: attributes before and after RAR, retrieved items, the worst failures."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from afmrl_ray.report.examples import PairChange, pair_changes
 from afmrl_ray.report.gallery import make_gallery
 from afmrl_ray.runs import RunDirectory, StageOutcome
 from tests.report.fake_run import FakeItems, FakeRun
+from tests.report.page import Element, read_page
 
 ITEM = "item-00000"
 ROUNDS = ("color: blue; size: small; cap: red", "color: blue; size: large", "color: blue; size: large; logo: star")
@@ -31,7 +32,9 @@ ROUNDS = ("color: blue; size: small; cap: red", "color: blue; size: large", "col
         ("", "", []),
     ],
 )
-def test_pairs_are_held_against_those_before(before: str | None, after: str, expected: list[tuple[str, str]]) -> None:
+def test_pairs_are_compared_with_those_of_the_text_before(
+    before: str | None, after: str, expected: list[tuple[str, str]]
+) -> None:
     assert pair_changes(before, after) == [PairChange(text, kind) for text, kind in expected]  # type: ignore[arg-type]
 
 
@@ -70,7 +73,7 @@ def run(tmp_path: Path) -> RunDirectory:
     return fake.run
 
 
-def test_a_query_shows_what_every_generator_wrote_and_what_it_changed(run: RunDirectory) -> None:
+def test_an_example_has_the_attributes_of_every_generator_and_their_changes(run: RunDirectory) -> None:
     gallery = make_gallery(collect(run), FakeItems())
     assert gallery is not None
     (example,) = gallery.examples
@@ -81,23 +84,30 @@ def test_a_query_shows_what_every_generator_wrote_and_what_it_changed(run: RunDi
     assert changes[2] == [("color: blue", "kept"), ("size: large", "kept"), ("logo: star", "added")]
 
 
-def test_failures_stand_in_a_section_of_their_own_with_the_positive_that_was_missed(run: RunDirectory) -> None:
-    page = Path(write_report(run, items=FakeItems())).read_text("utf-8")
-    examples, failures = page.split("<h2>Worst failures</h2>")
-    assert "drawn" in examples
-    assert "failed 77" not in examples
-    assert failures.index("failed 77") < failures.index("failed 61")
-    assert "first positive in place 77" in failures
-    assert failures.count("its positive item-missed") == 2
-    assert failures.count("color: green") == 2
-    assert failures.count("✓ right") == 0
-    assert failures.count("✗ wrong") == 10
+def titles(section: Element) -> list[str]:
+    """Titles of the queries of a section."""
+    return [article.all("p")[0].own_text for article in section.all("article")]
+
+
+def test_failures_have_a_section_with_the_missed_positive_and_the_rank(run: RunDirectory) -> None:
+    page = read_page(Path(write_report(run, items=FakeItems())).read_text("utf-8"))
+    assert titles(page.section("examples")) == ["drawn"]
+    failures = page.section("failures")
+    assert titles(failures) == ["failed 77", "failed 61"]
+    assert [rank.text for rank in failures.all("span", kind="rank")] == ["77", "61"]
+    missed = failures.all("dl", kind="missed")
+    assert [each.all("dt")[0].text.split()[-1] for each in missed] == ["item-missed"] * 2
+    assert [each.all("dd")[0].text for each in missed] == ["color: green"] * 2
+    assert len(failures.all("li")) == 10
+    assert failures.all("li", kind="right") == []
 
 
 def test_without_failures_there_is_no_such_section(tmp_path: Path) -> None:
     fake = FakeRun(str(tmp_path))
     fake.stage("evaluate-r0", {"protocols": {}}, examples=True)
-    assert "Worst failures" not in Path(write_report(fake.run)).read_text("utf-8")
+    page = read_page(Path(write_report(fake.run)).read_text("utf-8"))
+    assert page.find("examples") is not None
+    assert page.find("failures") is None
 
 
 @pytest.mark.parametrize(
@@ -114,13 +124,13 @@ def test_a_refused_round_is_not_shown_as_the_result(tmp_path: Path, promoted: di
         )
     for number, yes in promoted.items():
         fake.stage(f"promotion-r{number}", {"promoted": yes, "why": []}, f"evaluate-r{number}")
-    page = Path(write_report(fake.run)).read_text("utf-8")
-    other = 1 - shown
-    assert f"drawn {shown}" in page
-    assert f"failed {shown}" in page
-    assert f"drawn {other}" not in page
-    assert f"failed {other}" not in page
-    assert page.count(f"after round {shown}") == 2
-    assert f"after round {other}" not in page
-    assert ("after RAR, round 1 (refused)" in page) == (shown == 0)
-    assert "after RAR, round 0 (refused)" not in page
+    page = read_page(Path(write_report(fake.run)).read_text("utf-8"))
+    examples, failures = page.section("examples"), page.section("failures")
+    assert titles(examples) == [f"drawn {shown}"]
+    assert titles(failures) == [f"failed {shown}"]
+    rounds = [each.text for section in (examples, failures) for each in section.all("span", kind="round")]
+    assert rounds == [f"{shown}"] * 2
+    gallery = make_gallery(collect(fake.run), None)
+    assert gallery is not None
+    labels = [label for label, _ in gallery.examples[0].attributes]
+    assert [label.endswith("(refused)") for label in labels] == [False, False, shown == 0]

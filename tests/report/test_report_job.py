@@ -1,4 +1,4 @@
-"""The job that writes reports: what it is given, and what may be missing of a run."""
+"""The job that writes reports: its arguments, and runs with missing parts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.report.test_compare import HITS, measured
 
 
 @pytest.mark.parametrize("path", ["s3://b/runs/demo", "s3://b/runs/demo/", "s3://b/runs/demo//"])
-def test_slashes_at_the_end_of_a_run_do_not_count(path: str) -> None:
+def test_trailing_slashes_of_a_run_are_ignored(path: str) -> None:
     assert directory(path).path == "s3://b/runs/demo"
 
 
@@ -27,7 +27,7 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_a_run_without_its_record_is_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_run_json_is_an_error_of_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunDirectory(str(tmp_path), "fake")
     fake = FakeRun(str(tmp_path))
     fake.stage("catalogue", {"fingerprint": "f" * 64})
@@ -36,7 +36,9 @@ def test_a_run_without_its_record_is_told_in_one_line(tmp_path: Path, capsys: py
     assert last_line(capsys).startswith(f"error: {run.path}: no run.json")
 
 
-def test_a_setting_that_is_no_more_costs_the_images_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_with_an_unknown_setting_is_reported_without_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     fake = FakeRun(str(tmp_path))
     fake.stage("catalogue", {"fingerprint": "f" * 64})
     fake.run.write_run({**fake.run.read_run(), "config": {"gone": {"by": "now"}}})
@@ -45,9 +47,7 @@ def test_a_setting_that_is_no_more_costs_the_images_only(tmp_path: Path, capsys:
     assert Path(fake.run.path, "report", "index.html").exists()
 
 
-def test_one_run_and_a_comparison_are_not_asked_for_together(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_run_and_compare_exclude_one_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     left, right = measured(tmp_path, HITS), measured(tmp_path, HITS, name="right")
     assert main(["--run", left.path, "--compare", left.path, right.path]) == 2
     assert last_line(capsys).startswith("error: --run: ")

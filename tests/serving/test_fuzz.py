@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import pytest
 import requests
 
-BENCH = str(Path(__file__).parents[2] / "jobs" / "bench")
+from jobs.benchmarks.serve_fuzz import barrage
 
 
-@pytest.fixture
-def barrage(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
-    monkeypatch.syspath_prepend(BENCH)
-    import serve_fuzz
-
-    return serve_fuzz.barrage
-
-
-def test_no_hostile_request_is_a_fault_of_the_server(client: Any, barrage: Callable[..., dict[str, Any]]) -> None:
+def test_no_hostile_request_is_a_fault_of_the_server(client: Any) -> None:
     def send(method: str, path: str, **how: Any) -> Any:
         ready = requests.Request(method, "http://127.0.0.1" + path, **how).prepare()
         return client.request(method, ready.path_url, content=ready.body, headers=dict(ready.headers))
@@ -32,7 +21,7 @@ def test_no_hostile_request_is_a_fault_of_the_server(client: Any, barrage: Calla
     assert client.post("/v1/search", json={"title": "red mug", "k": 3, "attributes_source": "none"}).status_code == 200
 
 
-def test_the_barrage_sees_a_fault(barrage: Callable[..., dict[str, Any]], client: Any) -> None:
+def test_the_barrage_sees_a_fault(client: Any) -> None:
     class Broken:
         status_code = 500
         text = "Traceback"

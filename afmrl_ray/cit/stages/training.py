@@ -17,7 +17,7 @@ from afmrl_ray.models.annotate import GeneratorRef
 from afmrl_ray.models.model_settings import encoder_settings, generator_settings
 from afmrl_ray.rar.trainer import RARJob, train_rar
 from afmrl_ray.retrieval.embed import EncoderRef, View, embed_rows, save_embeddings
-from afmrl_ray.runs import StageName, StageOutcome
+from afmrl_ray.runs import Stage, StageName, StageOutcome
 from afmrl_ray.storage import absolute, is_dir
 from afmrl_ray.training.cluster import Demand, pool_demand, workers_demand
 
@@ -36,13 +36,17 @@ def models_upstream(config: Config) -> dict[str, StageName]:
     return {"models": MODELS} if missing_checkpoints(config) else {}
 
 
-def base_checkpoint(context: StageContext, role: str) -> str:
-    """Checkpoint that a model begins with: `<role>.path`, or the one that the run made."""
-    path = getattr(context.config, role).path
+def base_checkpoint(path: str | None, models: Stage | None, role: str) -> str:
+    """Checkpoint that a model begins with: `<role>.path`, or the one that the stage `models` made."""
     if path is None:
-        return context.output("models", role)
+        assert models is not None, f"there is neither a path of the {role} nor a stage that made it"
+        return models.output(role)
     # A folder's name is written into adapters, which are read from any working directory; hub names stay as they are.
     return absolute(path) if is_dir(path) else path
+
+
+def _base(context: StageContext, role: str) -> str:
+    return base_checkpoint(getattr(context.config, role).path, context.upstream.get("models"), role)
 
 
 def _trained(context: StageContext, role: str, metrics: dict[str, Any]) -> StageOutcome:
@@ -70,7 +74,7 @@ def declare_distill(config: Config) -> StageSpec:
 
 def distill_stage(context: StageContext) -> StageOutcome:
     """Fine-tunes the generator on the teacher's attributes."""
-    start, labels = base_checkpoint(context, "generator"), context.output("labels", "attributes")
+    start, labels = _base(context, "generator"), context.output("labels", "attributes")
     job = DistillJob(start, labels, context.catalogue, context.directory, context.name)
     return _trained(context, "generator", train_distill(context.config, job))
 
@@ -122,7 +126,7 @@ def encoder_spec(
 def agcl_stage(context: StageContext) -> StageOutcome:
     """Trains the encoder by contrastive learning, guided by attributes where the stage has some."""
     upstream = context.upstream
-    start = context.output("previous", "model") if "previous" in upstream else base_checkpoint(context, "encoder")
+    start = context.output("previous", "model") if "previous" in upstream else _base(context, "encoder")
     attributes = context.output("attributes", "attributes") if "attributes" in upstream else None
     job = AGCLJob(start, attributes, context.catalogue, context.directory, context.name)
     return _trained(context, "encoder", train_agcl(context.config, job))
