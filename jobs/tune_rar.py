@@ -1,4 +1,4 @@
-"""Try settings of a round's RAR with Ray Tune, from the same start, and say which gains most on held-out prompts."""
+"""Search settings of a round's RAR with Ray Tune, and report which gains most reward on held-out prompts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from afmrl_ray.cit.schedule import dry_run, resources
 from afmrl_ray.cli import job_main, round_argument
 from afmrl_ray.config import Config, with_values
 from afmrl_ray.errors import ConfigError
-from afmrl_ray.rar.tune import RARTrainable
+from afmrl_ray.rar.tune import HELDOUT, RARTrainable
 
-COLUMNS = ("heldout_before", "heldout_after", "heldout_gain", "kl", "invalid_fraction", "attribute_pairs")
+COLUMNS = (*HELDOUT, "actor/kl", "rollout/invalid_fraction", "rollout/attribute_pairs")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,15 +27,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--grid",
         action="append",
         metavar="FIELD=V1,V2",
-        help="values to try of a field; may be repeated (default: rar.kl_coef=0.0,0.01)",
+        help="values of a field; may be repeated (default: rar.kl_coef=0.0,0.01)",
     )
 
 
 def grid(text: str, config: Config) -> tuple[str, list[Any]]:
-    """A field and the values to try, each of them checked.
+    """A field and its values, each of them validated.
 
     Raises:
-        ConfigError: it is not `field=v1,v2`, or the config takes one of them not.
+        ConfigError: `text` is not `field=v1,v2`, or a value is not valid.
     """
     field, equals, values = text.partition("=")
     if not equals or not values:
@@ -47,10 +47,12 @@ def grid(text: str, config: Config) -> tuple[str, list[Any]]:
 
 
 def trial_resources(config: Config) -> tune.PlacementGroupFactory:
-    """What a trial's actors and learners hold; as many trials run at once as there is room for."""
-    asked = [demand.each for demand in resources(config)["rar"] for _ in range(demand.count)]
-    # The trial itself needs nothing, but one that asks for nothing never starts.
-    return tune.PlacementGroupFactory([{"memory": 1}, *({name: n for name, n in each.items() if n} for each in asked)])
+    """Resources of a trial's actors and learners; Tune runs as many trials at once as fit."""
+    bundles = [demand.each for demand in resources(config)["rar"] for _ in range(demand.count)]
+    # The trial itself needs nothing, but Ray never starts one that requests nothing.
+    return tune.PlacementGroupFactory(
+        [{"memory": 1}, *({name: n for name, n in each.items() if n} for each in bundles)]
+    )
 
 
 def body(config: Config, options: argparse.Namespace) -> None:
@@ -67,11 +69,11 @@ def body(config: Config, options: argparse.Namespace) -> None:
     for error in results.errors:
         raise error
     fields = list(space)
-    print(" ".join(f"{name:>18}" for name in (*fields, *COLUMNS)))
+    print(" ".join(f"{name:>26}" for name in (*fields, *COLUMNS)))
     for result in results:
         values = [result.config[field] for field in fields] + [f"{result.metrics[name]:.4f}" for name in COLUMNS]
-        print(" ".join(f"{value!s:>18}" for value in values))
-    best = results.get_best_result("heldout_gain", "max")
+        print(" ".join(f"{value!s:>26}" for value in values))
+    best = results.get_best_result("eval/reward_gain", "max")
     print("best: " + " ".join(f"{field}={best.config[field]}" for field in fields))
 
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from afmrl_ray.attributes.quality import NAME_SHARE
+from afmrl_ray.attributes.quality import NAME_FRACTION
 from afmrl_ray.report.collect import Log, RunSummary, StageCost
 from afmrl_ray.report.estimate import Estimate
 from afmrl_ray.report.labels import metric_label, metric_order
@@ -77,7 +77,7 @@ def metric_panels(summary: RunSummary) -> list[Panel]:
     sizes = [each for rung in summary.rungs if (each := rung.attributes) is not None]
     if sizes:
         panels.append(Panel("words and pairs of an item's attributes", _attribute_sizes(summary)))
-    if any(each.reward("heldout_after") for each in summary.rounds):
+    if any(each.reward("eval/reward_after") for each in summary.rounds):
         panels.append(Panel("held-out reward before and after RAR", _heldout(summary)))
     return panels
 
@@ -96,14 +96,14 @@ def rar_panels(summary: RunSummary) -> list[Panel]:
     """Reward, invalid and zero-variance share, KL, length and log-probability gap over RAR steps."""
     logs = [(f"round {each.number}", each.rar_log) for each in summary.rounds]
     keys = (
-        ("reward_mean", "reward"),
-        ("invalid_fraction", "invalid share"),
-        ("zero_variance_fraction", "groups without variance, share"),
-        ("kl", "KL to the round's start, nats a token"),
-        ("attribute_words", "words of valid attributes"),
-        ("attribute_pairs", "pairs of valid attributes"),
-        ("completion_tokens", "tokens of a completion"),
-        ("rollout_logprob_diff", "sampler against learner, nats a token"),
+        ("reward/mean", "reward"),
+        ("rollout/invalid_fraction", "invalid share"),
+        ("reward/zero_variance_fraction", "groups without variance, share"),
+        ("actor/kl", "KL to the round's start, nats a token"),
+        ("rollout/attribute_words", "words of valid attributes"),
+        ("rollout/attribute_pairs", "pairs of valid attributes"),
+        ("rollout/completion_tokens", "tokens of a completion"),
+        ("actor/rollout_logprob_diff", "sampler against learner, nats a token"),
     )
     named = [
         Panel(f"share of completions that name it, {label}", _over_steps_by_key(log, _name_keys(log)))
@@ -115,9 +115,9 @@ def rar_panels(summary: RunSummary) -> list[Panel]:
 
 def _name_keys(log: Log) -> dict[str, str]:
     """Labels of the most frequent attribute names at the first steps, as many as there are colours."""
-    keys = [key for key in log[0] if key.startswith(NAME_SHARE)] if log else []
+    keys = [key for key in log[0] if key.startswith(NAME_FRACTION)] if log else []
     most = sorted(keys, key=lambda key: -sum(record.get(key) or 0.0 for record in log[:5]))[: len(LIGHT.series)]
-    return {key: key.removeprefix(NAME_SHARE) for key in most}
+    return {key: key.removeprefix(NAME_FRACTION) for key in most}
 
 
 def agcl_panels(summary: RunSummary) -> list[Panel]:
@@ -219,11 +219,11 @@ def _attribute_sizes(summary: RunSummary) -> Draw:
 
 
 def _heldout(summary: RunSummary) -> Draw:
-    rounds = [each for each in summary.rounds if each.reward("heldout_after")]
+    rounds = [each for each in summary.rounds if each.reward("eval/reward_after")]
 
     def draw(axes: Axes, theme: Theme) -> None:
         for index, when in enumerate(("before", "after")):
-            values = [each.reward(f"heldout_{when}") or Estimate(None) for each in rounds]
+            values = [each.reward(f"eval/reward_{when}") or Estimate(None) for each in rounds]
             _errorbar(axes, theme, index, values, when, offset=0.12 * (index - 0.5), line=False)
         _name_rungs(axes, [f"round {each.number}" for each in rounds])
         _legend_below(axes)

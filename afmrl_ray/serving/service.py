@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from afmrl_ray.cit.index_stage import ItemRecord
-from afmrl_ray.rar.batching import SingleFlightCache
+from afmrl_ray.concurrency import SingleFlightCache
 from afmrl_ray.serving.bundle import Bundle
 from afmrl_ray.serving.errors import Overloaded, Problem
 from afmrl_ray.serving.models import Embedding, EncoderInput

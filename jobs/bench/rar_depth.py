@@ -75,7 +75,7 @@ class Cells:
             job = self._pipeline.rar_job(0, directory)
             outcome = stage_functions.rar_stage_fn(config, job)
             steps = read_metrics(storage.join(directory, "log"))
-            outcome.metrics["zero_variance"] = statistics.fmean(step["zero_variance_fraction"] for step in steps)
+            outcome.metrics["zero_variance"] = statistics.fmean(step["reward/zero_variance_fraction"] for step in steps)
             return outcome
 
         rar = run.run_stage(name, inputs, reinforced, resumable=True)
@@ -99,15 +99,15 @@ class Cells:
         )
         hit_queries = self._hit(f"{name}-evaluate-queries", queries)
         return {
-            "heldout_before": found["heldout_before"]["mean"],
-            "heldout_gain": found["heldout_gain"]["mean"],
+            "heldout_before": found["eval/reward_before"]["mean"],
+            "heldout_gain": found["eval/reward_gain"]["mean"],
             "hit1_before": 100 * self._before,
             "hit1_gain": 100 * (hit - self._before),
             "hit1_gain_queries": 100 * (hit_queries - self._before),
-            "pairs_before": found["heldout_pairs_before"],
-            "pairs_after": found["heldout_pairs_after"],
-            "invalid_before": 100 * found["heldout_invalid_before"],
-            "invalid_after": 100 * found["heldout_invalid_after"],
+            "pairs_before": found["eval/attribute_pairs_before"],
+            "pairs_after": found["eval/attribute_pairs_after"],
+            "invalid_before": 100 * found["eval/invalid_fraction_before"],
+            "invalid_after": 100 * found["eval/invalid_fraction_after"],
             "zero_variance": 100 * found["zero_variance"],
         }
 

@@ -35,7 +35,7 @@ A_RUN = 10
 STEPS = 12
 """Of AGCL and of RAR: enough of them to die amid."""
 COMPARED = ("distill", "attributes-r0", "agcl-r0", "rar-r0", "evaluate-r0")
-NOT_OF_THE_ALGORITHM = ("time", "reward_service_", "learner_restarts", "rollout_restarts")
+NOT_OF_THE_ALGORITHM = ("time", "reward/service_", "actor/restarts", "rollout/restarts")
 """Numbers of a training that tell when its actors worked and died."""
 
 TITLES = {

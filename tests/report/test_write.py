@@ -159,8 +159,8 @@ def test_report_json_round_trips(report: dict[str, Any]) -> None:
         name: found["metrics"] for name, found in protocols.items()
     }
     rar = report["run"].committed("rar-r0").metrics
-    assert record["rounds"][0]["rar"]["heldout_gain"] == rar["heldout_gain"]
-    assert record["rounds"][0]["rar"]["rollout_logprob_diff"] is None
+    assert record["rounds"][0]["rar"]["eval/reward_gain"] == rar["eval/reward_gain"]
+    assert record["rounds"][0]["rar"]["actor/rollout_logprob_diff"] is None
     assert record["rounds"][0]["promotion"] == {"promoted": True, "why": [], "gain": None}
     refused = report["run"].committed("promotion-r1").metrics
     assert record["rounds"][1]["promotion"] == refused

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afmrl_ray.rar.batching import Answers, DynamicBatcher, SingleFlightCache
+from afmrl_ray.concurrency import Answers, DynamicBatcher, SingleFlightCache
 
 
 def coalesced(items: list[int], *, budget: int, wait_s: float, fails: int | None = None, pause: float = 0.0):
