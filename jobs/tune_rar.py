@@ -1,4 +1,4 @@
-"""Search settings of a round's RAR with Ray Tune, and report which gains most reward on held-out prompts."""
+"""Try settings of a round's RAR with Ray Tune, from the same start, and say which gains most on held-out prompts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,16 @@ from afmrl_ray.cit.schedule import dry_run, resources
 from afmrl_ray.cli import job_main, round_argument
 from afmrl_ray.config import Config, with_values
 from afmrl_ray.errors import ConfigError
-from afmrl_ray.rar.tune import HELDOUT, RARTrainable
+from afmrl_ray.rar.tune import RARTrainable
 
-COLUMNS = (*HELDOUT, "actor/kl", "rollout/invalid_fraction", "rollout/attribute_pairs")
+COLUMNS = (
+    "eval/reward_before",
+    "eval/reward_after",
+    "eval/reward_gain",
+    "actor/kl",
+    "rollout/invalid_fraction",
+    "rollout/attribute_pairs",
+)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,15 +34,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--grid",
         action="append",
         metavar="FIELD=V1,V2",
-        help="values of a field; may be repeated (default: rar.kl_coef=0.0,0.01)",
+        help="values to try of a field; may be repeated (default: rar.kl_coef=0.0,0.01)",
     )
 
 
 def grid(text: str, config: Config) -> tuple[str, list[Any]]:
-    """A field and its values, each of them validated.
+    """A field and the values to try, each of them checked.
 
     Raises:
-        ConfigError: `text` is not `field=v1,v2`, or a value is not valid.
+        ConfigError: it is not `field=v1,v2`, or the config takes one of them not.
     """
     field, equals, values = text.partition("=")
     if not equals or not values:
@@ -47,12 +54,10 @@ def grid(text: str, config: Config) -> tuple[str, list[Any]]:
 
 
 def trial_resources(config: Config) -> tune.PlacementGroupFactory:
-    """Resources of a trial's actors and learners; Tune runs as many trials at once as fit."""
-    bundles = [demand.each for demand in resources(config)["rar"] for _ in range(demand.count)]
-    # The trial itself needs nothing, but Ray never starts one that requests nothing.
-    return tune.PlacementGroupFactory(
-        [{"memory": 1}, *({name: n for name, n in each.items() if n} for each in bundles)]
-    )
+    """What a trial's actors and learners hold; as many trials run at once as there is room for."""
+    asked = [demand.each for demand in resources(config)["rar"] for _ in range(demand.count)]
+    # The trial itself needs nothing, but one that asks for nothing never starts.
+    return tune.PlacementGroupFactory([{"memory": 1}, *({name: n for name, n in each.items() if n} for each in asked)])
 
 
 def body(config: Config, options: argparse.Namespace) -> None:
@@ -69,10 +74,10 @@ def body(config: Config, options: argparse.Namespace) -> None:
     for error in results.errors:
         raise error
     fields = list(space)
-    print(" ".join(f"{name:>26}" for name in (*fields, *COLUMNS)))
+    print(" ".join(f"{name:>24}" for name in (*fields, *COLUMNS)))
     for result in results:
         values = [result.config[field] for field in fields] + [f"{result.metrics[name]:.4f}" for name in COLUMNS]
-        print(" ".join(f"{value!s:>26}" for value in values))
+        print(" ".join(f"{value!s:>24}" for value in values))
     best = results.get_best_result("eval/reward_gain", "max")
     print("best: " + " ".join(f"{field}={best.config[field]}" for field in fields))
 

@@ -105,11 +105,11 @@ class GRPOLearner(EngineLearner):
             for name, value in stats.items():
                 combine = torch.maximum if name.endswith("_max") else torch.add
                 sums[name] = combine(sums[name], value) if name in sums else value
-        applied = self._engine.step()
+        learning_rate, grad_norm = self._engine.step().values()
         metrics = {
             **_over_learners(sums),
-            "learning_rate": applied["learning_rate"],
-            "grad_norm": applied["gradient_norm"],
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
             "microbatches": float(len(microbatches)),
             "shared_prompt": float(self._policy.shared_prompt),
         }

@@ -14,15 +14,14 @@ from afmrl_ray.config import Config, with_values
 from afmrl_ray.rar.context import RARJob
 from afmrl_ray.rar.trainer import open_trainer
 
-HELDOUT = ("eval/reward_before", "eval/reward_after", "eval/reward_gain")
-"""Means that the last result of a trial adds to the metrics of its step."""
+_HELDOUT = ("eval/reward_before", "eval/reward_after", "eval/reward_gain")
 
 
 class RARTrainable(Trainable):
     """A trial: RAR with some settings changed, in a directory of its own below the job's.
 
     Tune's `config` has dotted keys, for example `{"rar.kl_coef": 0.01}`. A restored trial continues from its last
-    checkpoint.
+    checkpoint. The last result adds the means of the held-out rewards to the metrics of its step.
     """
 
     def setup(self, config: Mapping[str, Any], base: Config, job: RARJob) -> None:
@@ -44,7 +43,7 @@ class RARTrainable(Trainable):
         metrics: dict[str, Any] = dict(self._trainer.train_step())
         if self._trainer.step == self._steps:
             result = self._trainer.finish()
-            metrics |= {name: result[name]["mean"] for name in HELDOUT}
+            metrics |= {name: result[name]["mean"] for name in _HELDOUT}
             metrics["done"] = True
         return metrics
 
