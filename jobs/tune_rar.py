@@ -21,7 +21,14 @@ from afmrl_ray.rar.tune import RARTrainable
 from afmrl_ray.report.text_table import TextTable, print_tables
 from afmrl_ray.runs import StageName
 
-COLUMNS = ("heldout_before", "heldout_after", "heldout_gain", "kl", "invalid_fraction", "attribute_pairs")
+COLUMNS = (
+    "eval/reward_before",
+    "eval/reward_after",
+    "eval/reward_gain",
+    "actor/kl",
+    "rollout/invalid_fraction",
+    "rollout/attribute_pairs",
+)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +83,7 @@ def body(config: Config, options: argparse.Namespace) -> None:
         for result in results
     ]
     print_tables([TextTable("trials", [*fields, *COLUMNS], rows)])
-    best = results.get_best_result("heldout_gain", "max")
+    best = results.get_best_result("eval/reward_gain", "max")
     print("best: " + " ".join(f"{field}={best.config[field]}" for field in fields))
 
 

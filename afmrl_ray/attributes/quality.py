@@ -9,8 +9,8 @@ from typing import Any
 
 from afmrl_ray.attributes.text import Attributes
 
-NAME_SHARE = "name_share/"
-"""Prefix of the logged keys that tell which share of some items has an attribute name."""
+NAME_FRACTION = "rollout/name_fraction/"
+"""Prefix of the metrics of RAR that give the fraction of valid completions with an attribute name."""
 
 
 @dataclass(frozen=True)

@@ -140,25 +140,25 @@ class AGCLConfig(Section):
 
 
 class RetrievalTask(Section):
-    """The retrieval that RAR is rewarded for."""
+    """The retrieval task that RAR is rewarded for."""
 
     query: ItemSelector = ItemSelector(split=("train",))
-    """Items for which attributes are generated."""
+    """Query items, for which attributes are generated."""
     gallery: ItemSelector = ItemSelector(split=("train",))
-    """Items that are searched; the query's own is excluded."""
+    """Gallery items; the query item itself is excluded from its results."""
     heldout_query: ItemSelector = ItemSelector(split=("val",), role="query")
-    """Items never trained on, for the reward before and after."""
+    """Query items that are never trained on, for the reward before and after."""
     heldout_gallery: ItemSelector = ItemSelector(split=("val", "train"))
-    """Items searched by the held-out queries."""
+    """Gallery items of the held-out queries."""
     gallery_with_attributes: bool = True
-    """Whether the gallery is embedded with its attributes of this round."""
+    """Embed gallery items with their attributes of this round."""
 
 
 class RewardConfig(Section):
     """The reward service: frozen encoder and gallery behind Ray actors.
 
-    Which queries go through the encoder together changes their embeddings by rounding. With `batch_wait_ms` and
-    `cached_scores` 0 a score is a function of its request alone.
+    Batching changes embeddings by rounding errors. With `batch_wait_ms` 0 and `cached_scores` 0 a score depends on its
+    request alone.
     """
 
     runtime_only = frozenset(
@@ -169,50 +169,52 @@ class RewardConfig(Section):
     )  # fmt: skip
 
     kind: Literal["hit", "recall", "reciprocal_rank", "ndcg"] = "recall"
-    """Retrieval metric of the query with attributes: hit@k, recall@k, reciprocal rank of the first positive (at any
-    depth), or nDCG@k."""
+    """Retrieval metric of the query with its attributes that is the reward: hit@k, recall@k, reciprocal rank of the
+    first positive (at any depth), or nDCG@k."""
     k: int = Field(50, gt=0)
-    """Depth of the retrieval."""
+    """Rank up to which `hit`, `recall` and `ndcg` count, items."""
     invalid: float = -0.1
-    """Reward of an output that the parser refuses."""
+    """Reward of a completion that the parser rejects."""
     pool: PoolConfig = PoolConfig()
-    """Reward actors; `batch_size` counts the queries of a request, an item's together."""
+    """Reward actors; `batch_size` is the largest number of queries per request, an item's queries in one request."""
     gallery_placement: Literal["shared", "sharded"] = "shared"
-    """`shared`: every actor maps the whole gallery, one copy per node; `sharded`: each holds a share of its rows, and
-    their counts add up to the same ranks."""
+    """`shared`: every actor maps the whole gallery, one copy per node; `sharded`: each actor holds a part of its rows,
+    and counts are added up to the same ranks."""
     shared_prefix: bool = True
-    """Whether the encoder computes what the queries of an item begin with once."""
+    """Encode the common prefix of an item's queries (image and title) once."""
     tokens_per_batch: int = Field(16384, gt=0)
-    """Tokens, visual ones counted, that requests are collected up to, and of one forward pass of the encoder."""
+    """Largest encoder batch, tokens including visual ones; requests are collected up to it."""
     batch_wait_ms: float = Field(3.0, ge=0)
-    """Longest wait of a request for others to be encoded with, ms; 0 = each request by itself."""
+    """Longest time that a request waits for others to share a batch, ms; 0 = no batching across requests."""
     cached_scores: int = Field(65536, ge=0)
-    """Latest scores that an actor keeps, so that it scores equal queries once; 0 = none."""
+    """Size of an actor's cache of scores, queries (least recently used are dropped); 0 = no cache."""
     max_in_flight: int = Field(8, gt=0)
-    """Requests that an actor works on at once, and that a client has sent to it; further ones wait."""
+    """Most requests that an actor handles at once, and that a client sends to it before replies; others wait."""
     start_timeout_s: float = Field(600, gt=0)
-    """Seconds that all actors may take to begin, with reading the encoder."""
+    """Time limit for all actors to start and load the encoder, seconds."""
     timeout_s: float = Field(120, gt=0)
-    """Deadline of one request, from when it is sent."""
+    """Time limit of one request, seconds."""
     max_retries: int = Field(3, ge=0)
-    """Times that a failed request is sent again, to another actor if there is one."""
+    """Retries of a failed request, each at another actor if there is one."""
     backoff_s: float = Field(0.2, ge=0)
-    """Pause before the first retry; doubles with each, up to 10 s, and is drawn from half to one and a half of it."""
+    """Pause before the first retry, seconds; doubles with each retry up to 10 s, with a jitter of half to one and a
+    half times."""
     max_failed_fraction: float = Field(0.1, ge=0, le=1)
-    """Share of a step's rewards that may fail for reasons of infrastructure before the job stops."""
+    """Fraction of a step's rewards that may fail for reasons of infrastructure; above it the job fails."""
 
 
 class VLLMConfig(Section):
-    """vLLM inside a rollout actor; what else it needs to know follows from the policy."""
+    """vLLM inside a rollout actor; its other arguments follow from the policy."""
 
     runtime_only = frozenset({"gpu_memory_utilization", "tensor_parallel_size", "enforce_eager"})
 
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
-    """Share of each GPU's memory that an actor takes; actors that share a GPU must share this too."""
+    """Fraction of each GPU's memory that an actor uses; for actors that share a GPU the fractions must add up to at
+    most 1."""
     tensor_parallel_size: int = Field(1, ge=1)
-    """GPUs of one node that an actor spreads the model over; then `rollout.pool.gpus_per_worker` is the same number."""
+    """GPUs of a node that an actor splits the model over; if above 1, `rollout.pool.gpus_per_worker` must equal it."""
     enforce_eager: bool = False
-    """Run without CUDA graphs: begins sooner, takes less memory, samples more slowly."""
+    """Run without CUDA graphs: faster start, less memory, slower sampling."""
 
 
 class RolloutConfig(Section):
@@ -221,28 +223,28 @@ class RolloutConfig(Section):
     runtime_only = frozenset({"timeout_s", "max_restarts"})
 
     engine: Literal["transformers", "vllm"] = "transformers"
-    """What samples: `transformers`, on CPUs or GPUs; or `vllm`, on GPUs (`pip install .[vllm]`), made for large models,
-    whose rollouts are a function of weights, prompt and seed only up to rounding."""
+    """Sampling engine: `transformers`, on CPUs or GPUs; or `vllm`, on GPUs (`pip install .[vllm]`), for large models;
+    its rollouts are a function of weights, prompt and seed only up to rounding."""
     vllm: VLLMConfig = VLLMConfig()
-    """For engine `vllm`."""
+    """Settings of engine `vllm`."""
     pool: PoolConfig = PoolConfig(batch_size=8)
-    """Rollout actors; `batch_size` counts prompts (groups) sampled at once, of which vLLM wants many."""
+    """Rollout actors; `batch_size` is the number of prompts (groups) per call, of which vLLM needs many."""
     temperature: float = Field(1.0, gt=0)
-    """Sampling temperature; log-probabilities are those at this temperature."""
+    """Sampling temperature; log-probabilities are computed at this temperature."""
     timeout_s: float = Field(600, gt=0)
-    """Deadline of one rollout call and of one weight push."""
+    """Time limit of one rollout call and of one push of weights, seconds."""
     max_restarts: int = Field(5, ge=0)
-    """Times that a dead actor is replaced before the job stops."""
+    """Dead actors that are replaced, in all; one more and the job fails."""
 
     @model_validator(mode="after")
-    def _within_what_vllm_takes(self) -> RolloutConfig:
+    def _supported_by_vllm(self) -> RolloutConfig:
         if self.engine != "vllm":
             return self
         gpus, parallel = self.pool.gpus_per_worker, self.vllm.tensor_parallel_size
         if not 0 < gpus <= 1 if parallel == 1 else gpus != parallel:
             raise ValueError(
                 f"rollout.engine vllm with vllm.tensor_parallel_size {parallel} does not run on {gpus:g} GPUs; set "
-                f"rollout.pool.gpus_per_worker={parallel}{', or a share of one' if parallel == 1 else ''}"
+                f"rollout.pool.gpus_per_worker={parallel}{', or a fraction of one' if parallel == 1 else ''}"
             )
         if not 0.01 <= self.temperature <= 2:
             raise ValueError(
@@ -252,28 +254,31 @@ class RolloutConfig(Section):
 
 
 class GRPOConfig(Section):
-    """Readings of GRPO's loss; the defaults are what most trainers agree on."""
+    """Variants of GRPO's loss; the defaults are those of most trainers."""
 
     loss_aggregation: Literal["token", "sequence", "constant"] = "token"
-    """What the loss of a step is: the mean over its tokens, the mean over completions of the mean over their tokens, or
-    the sum over tokens by a constant, completions times `generator.max_new_tokens` (Dr. GRPO)."""
+    """Loss of a step: `token` = mean over its tokens; `sequence` = mean over completions of the mean over their tokens;
+    `constant` = sum over tokens / (completions * `generator.max_new_tokens`) (Dr. GRPO)."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
-    """Whether every token has its own ratio, or a completion the geometric mean of its tokens' (GSPO)."""
+    """One ratio per token, or one per completion, the geometric mean of its tokens' ratios (GSPO). No effect beyond
+    rounding: with one update per batch of rollouts every ratio is 1."""
     delta: float | None = Field(None, gt=1)
-    """Largest ratio where the clip does not hold, of either sign of the advantage; none = no cap."""
+    """Upper bound of the ratio where the clip does not apply; none = no bound. No effect beyond rounding: with one
+    update per batch of rollouts every ratio is 1."""
     dual_clip: float | None = Field(None, gt=1)
-    """Bound of the loss for negative advantages, times the advantage; none = no bound."""
+    """Upper bound of the loss for negative advantages, as a multiple of minus the advantage; none = no bound. No effect
+    beyond rounding: with one update per batch of rollouts every ratio is 1."""
     kl: Literal["k1", "k2", "k3"] = "k3"
-    """Estimator of the KL; k1 gives the policy a gradient that is zero in the mean, see Schulman 2020."""
+    """Estimator of the KL (Schulman 2020); in the loss, the gradient of k1 is zero on average."""
     kl_times_ratio: bool = False
-    """Whether the KL is multiplied by the ratio, whose gradient then counts."""
+    """Multiply the KL by the ratio, with its gradient."""
     kl_in_reward: bool = False
-    """Whether the KL is taken off a completion's reward, summed over its tokens, instead of being added to the loss."""
+    """Subtract the KL, summed over tokens, from a completion's reward instead of adding it to the loss."""
     baseline: Literal["mean", "leave_one_out"] = "mean"
-    """What is taken off a reward: its group's mean, or the mean of the others of its group."""
+    """Baseline that is subtracted from a reward: mean of its group, or mean of the other rewards of its group."""
     mask_truncated_completions: bool = False
-    """Whether completions that did not end within `generator.max_new_tokens` are left out of the loss; their rewards
-    count in their group all the same."""
+    """Exclude completions that did not end within `generator.max_new_tokens` from the loss; their rewards still count
+    in their group's statistics."""
 
 
 class RARConfig(Section):
@@ -287,67 +292,73 @@ class RARConfig(Section):
     )  # fmt: skip
 
     task: RetrievalTask = RetrievalTask()
-    """What is retrieved."""
+    """The retrieval task."""
     steps: int = Field(200, gt=0)
-    """Optimizer steps of a round; one per batch of rollouts."""
+    """Optimizer steps of a round, one per batch of rollouts."""
     prompts_per_step: int = Field(32, gt=0)
-    """Groups per step."""
+    """Prompts (groups) per step."""
     group_size: int = Field(8, ge=2)
     """Completions per prompt."""
     tokens_per_microbatch: int = Field(16384, gt=0)
-    """Prompt and completion tokens per forward pass of a learner; decides memory, never the result."""
+    """Prompt and completion tokens per forward pass of a learner; affects memory, not the result."""
     shared_prompt: Literal["auto", "on", "off"] = "auto"
-    """Whether learners compute a group's prompt once: `auto` = unless a check of the first batch finds a difference,
-    `on` = such a difference is an error, `off` = a row for each completion."""
+    """Compute the prompt of a group once in the learners: `auto` = yes, unless a check of the first batch finds other
+    log-probabilities; `on` = yes, and such a difference is an error; `off` = one row per completion."""
     epsilon: float = Field(0.2, gt=0, lt=1)
-    """Lower clip of the ratio: 1 - epsilon."""
+    """The ratio of new to old policy is clipped from below at 1 - epsilon. No effect beyond rounding: with one update
+    per batch of rollouts every ratio is 1."""
     epsilon_high: float = Field(0.2, gt=0)
-    """Upper clip of the ratio: 1 + epsilon_high."""
+    """The ratio of new to old policy is clipped from above at 1 + epsilon_high. No effect beyond rounding: with one
+    update per batch of rollouts every ratio is 1."""
     kl_coef: float = Field(0.001, ge=0)
-    """Weight of the KL to the policy at the round's start; 0 frees the reference model."""
+    """Coefficient of the KL to the policy at the round's start; at 0 the reference model is not loaded."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """What advantages are divided by: the group's deviation, the batch's, or nothing."""
+    """Divisor of centred rewards: standard deviation of the group, of the batch, or 1."""
     advantage_eps: float = Field(1e-4, gt=0)
-    """Added to the deviation."""
+    """Added to that standard deviation."""
     grpo: GRPOConfig = GRPOConfig()
-    """Readings of the loss."""
+    """Variants of the loss."""
     rollout_logprob_diff_limit: float = Field(0.05, gt=0)
-    """Largest mean gap between the sampler's and the learner's log-probabilities of fresh rollouts."""
+    """Largest mean difference of the sampler's and the learner's log-probabilities on fresh rollouts, nats per token;
+    above it the job fails."""
     adapter: AdapterConfig = AdapterConfig(kind="full")
-    """What is trained; the paper fine-tunes the generator fully."""
+    """Which weights are trained; the default is all of the generator but its vision tower, see `train_vision`."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-6, schedule="constant")
     """Optimizer."""
     num_learners: int = Field(1, ge=0)
     """RLlib learners; 0 = one inside the driver's process. May be changed before a RAR is resumed."""
     cpus_per_learner: float = Field(1, gt=0)
-    """CPUs of a learner; also its torch threads."""
+    """CPUs of a learner, and its number of torch threads."""
     gpus_per_learner: float = Field(0, ge=0)
     """GPUs of a learner."""
     max_learner_restarts: int = Field(3, ge=0)
-    """Deaths of learners in a RAR before it fails; each time all of them are made anew from the last checkpoint."""
+    """Deaths of learners in a RAR that are survived, by rebuilding all learners from the last checkpoint; one more and
+    the job fails."""
     zero_stage: int = Field(0, ge=0, le=3)
-    """DeepSpeed ZeRO stage inside the learners."""
+    """DeepSpeed ZeRO stage of the learners."""
     rollout: RolloutConfig = RolloutConfig()
     """Rollout actors."""
     reward: RewardConfig = RewardConfig()
     """Reward service."""
     max_staleness: int = Field(0, ge=0, le=1)
-    """Updates by which rollouts may lag behind the policy that learns from them: 0 = none, 1 = the next step is sampled
-    and scored while this one is learned, and its tokens are weighted for it (`tis_cap`)."""
+    """Updates by which rollouts may be older than the policy that trains on them: 0 = none; 1 = the next step is
+    sampled and scored during the update, and its tokens get truncated importance weights (`tis_cap`)."""
     tis_cap: float = Field(2.0, ge=1)
-    """Largest weight of a token whose sampler lags behind: the ratio of policy and sampler is cut off there."""
+    """Upper bound of the importance weight (policy over sampler) of a token of a stale rollout."""
     dynamic_sampling_rounds: int = Field(0, ge=0)
-    """Times per step that prompts whose completions all have the same reward make way for others; 0 = they stay."""
+    """Times per step that prompts whose completions all have the same reward are replaced by others; 0 = never."""
     checkpoint_every: int = Field(20, gt=0)
     """Steps between checkpoints."""
     heldout_samples: int = Field(4, gt=0)
     """Completions per held-out prompt for the reward before and after."""
 
     @model_validator(mode="after")
-    def _a_bound_holds(self) -> RARConfig:
-        cap = self.grpo.delta
-        if cap is not None and cap <= 1 + self.epsilon_high:
-            raise ValueError(f"grpo.delta {cap:g} is below 1 + epsilon_high; use more than {1 + self.epsilon_high:g}")
+    def _delta_above_the_clip(self) -> RARConfig:
+        delta = self.grpo.delta
+        if delta is not None and delta <= 1 + self.epsilon_high:
+            raise ValueError(
+                f"grpo.delta {delta:g} is not above 1 + epsilon_high; use more than {1 + self.epsilon_high:g}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -355,7 +366,7 @@ class RARConfig(Section):
         learners = max(1, self.num_learners)
         if self.prompts_per_step % learners:
             raise ValueError(
-                f"prompts_per_step {self.prompts_per_step} does not divide among num_learners {learners}; "
+                f"prompts_per_step {self.prompts_per_step} does not divide by num_learners {learners}; "
                 "use a multiple, so that no group is split and no learner idles"
             )
         return self

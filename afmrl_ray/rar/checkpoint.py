@@ -7,6 +7,7 @@ from typing import Any
 from afmrl_ray import storage
 
 _KEPT = 2
+"""Checkpoints that are kept."""
 
 
 class Checkpoints:
@@ -16,14 +17,14 @@ class Checkpoints:
         self._directory = directory
 
     def engine_path(self, step: int) -> str:
-        return storage.join(self._directory, f"step_{step:07d}", "engine")
+        """Where the engine's shards of a checkpoint are."""
+        return storage.join(self._path(step), "engine")
 
     def commit(self, step: int, manifest: dict[str, Any]) -> None:
-        """Make the shards written to `engine_path(step)` count, and drop all but the latest checkpoints."""
-        path = storage.join(self._directory, f"step_{step:07d}", "manifest.json")
-        storage.write_json(path, {"step": step, **manifest})
+        """Complete the checkpoint whose shards are at `engine_path(step)`, and remove all but the latest ones."""
+        storage.write_json(storage.join(self._path(step), "manifest.json"), {"step": step, **manifest})
         for old in self.steps()[:-_KEPT]:
-            storage.remove(storage.join(self._directory, f"step_{old:07d}"))
+            storage.remove(self._path(old))
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
@@ -33,6 +34,7 @@ class Checkpoints:
     def latest(self) -> dict[str, Any] | None:
         """The manifest of the latest complete checkpoint."""
         steps = self.steps()
-        if not steps:
-            return None
-        return storage.read_json(storage.join(self._directory, f"step_{steps[-1]:07d}", "manifest.json"))
+        return storage.read_json(storage.join(self._path(steps[-1]), "manifest.json")) if steps else None
+
+    def _path(self, step: int) -> str:
+        return storage.join(self._directory, f"step_{step:07d}")

@@ -1,4 +1,4 @@
-"""What samples inside a rollout actor: plain code behind one interface."""
+"""Rollout engines: the plain code inside a rollout actor, behind one interface."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from afmrl_ray.rar.weights import load_tensors, trained_tensors, weights_fingerp
 
 
 class RolloutEngine(Protocol):
-    """What a rollout actor is made of."""
+    """Interface of the engines; a rollout actor is an instance of one."""
 
     def set_weights(self, weights: Weights) -> tuple[int, str]:
-        """Take pushed weights; returns the version and the fingerprint of what the engine now holds."""
+        """Load weights; returns version and fingerprint of what the engine now holds."""
 
     def sample(self, rows: Sequence[int], seeds: Sequence[int], *, group_size: int, version: int) -> list[PromptGroup]:
-        """Sample a group for each row; a group is a function of weights, row and seed.
+        """Sample one group per row; a group is a function of weights, row and seed.
 
         Raises:
-            WeightSyncError: the engine is not at `version`.
+            WeightSyncError: the engine holds another version of the weights.
         """
 
 
 MakeEngine = Callable[[PolicySpec, RolloutConfig, int], RolloutEngine]
-"""A class whose instances are engines, called with the policy, `rar.rollout` and torch's threads."""
+"""Class of an engine; its constructor takes the policy, `rar.rollout` and the number of torch threads."""
 
 
 def engine_class(config: RolloutConfig) -> MakeEngine:
-    """What `rar.rollout.engine` names; vLLM is imported only where it is chosen.
+    """The class that `rar.rollout.engine` names; vLLM is imported only when it is chosen.
 
     Raises:
         ConfigError: vLLM is chosen and not installed.
@@ -56,12 +56,12 @@ def engine_class(config: RolloutConfig) -> MakeEngine:
 
 
 class TransformersEngine:
-    """Sampling by `models.generation`: a prompt computed once per group, each group with its own random numbers.
+    """Sampling with `models.generation`: one prefill per group, and a random generator per group.
 
     Args:
         spec: the policy.
         config: `rar.rollout`.
-        threads: of torch.
+        threads: number of torch threads.
     """
 
     def __init__(self, spec: PolicySpec, config: RolloutConfig, threads: int) -> None:

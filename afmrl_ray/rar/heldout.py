@@ -1,20 +1,22 @@
-"""The reward on items that are never trained on, before and after."""
+"""Reward of held-out items, which are never trained on, before and after RAR."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from afmrl_ray.attributes.text import InvalidAttributes
+from afmrl_ray.attributes.text import Attributes, InvalidAttributes
+from afmrl_ray.rar.rollout_metrics import mean_pairs, valid_attributes
 
 _RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95 % percentile bootstrap interval over prompts."""
+    """A mean over prompts and its 95 % percentile bootstrap interval."""
 
     mean: float
     low: float
@@ -27,8 +29,8 @@ class HeldOut:
 
     Attributes:
         rewards: [P] mean reward of each prompt's completions, NaN where all failed.
-        invalid_fraction: share of completions that the parser refused.
-        mean_pairs: attribute pairs of the valid ones.
+        invalid_fraction: fraction of completions that the parser rejected.
+        mean_pairs: mean attribute pairs of valid completions.
     """
 
     rewards: list[float]
@@ -39,38 +41,33 @@ class HeldOut:
         return asdict(self)
 
 
-def summarise(rewards: np.ndarray, parsed: list[Any], *, group_size: int) -> HeldOut:
-    """Fold completions (prompt after prompt) into prompts.
+def summarise(rewards: np.ndarray, parsed: Sequence[Attributes | InvalidAttributes]) -> HeldOut:
+    """Average completions over prompts.
 
     Args:
-        rewards: [P * group_size], NaN where the reward failed.
-        parsed: what the parser made of each completion.
+        rewards: [P, G], NaN where the reward failed.
+        parsed: [P * G] parsed completions.
     """
-    grouped = rewards.reshape(-1, group_size)
-    known = ~np.isnan(grouped)
-    means = np.where(known, grouped, 0.0).sum(1) / np.where(known.any(1), known.sum(1), np.nan)
-    valid = [attributes for attributes in parsed if not isinstance(attributes, InvalidAttributes)]
-    return HeldOut(
-        rewards=means.tolist(),
-        invalid_fraction=1 - len(valid) / len(parsed),
-        mean_pairs=float(np.mean([len(attributes) for attributes in valid])) if valid else 0.0,
-    )
+    known = ~np.isnan(rewards)
+    means = np.where(known, rewards, 0.0).sum(1) / np.where(known.any(1), known.sum(1), np.nan)
+    valid = valid_attributes(parsed)
+    return HeldOut(means.tolist(), 1 - len(valid) / len(parsed), mean_pairs(valid))
 
 
 def compare(before: HeldOut, after: HeldOut, *, seed: int) -> dict[str, Any]:
-    """Mean reward before and after, and of the difference paired by prompt, each with an interval."""
+    """`eval/reward_before`, `_after` and `_gain` (paired by prompt) with intervals, and sizes before and after."""
     first, second = np.array(before.rewards), np.array(after.rewards)
     both = ~(np.isnan(first) | np.isnan(second))
     first, second = first[both], second[both]
     return {
-        "heldout_before": asdict(_interval(first, seed)),
-        "heldout_after": asdict(_interval(second, seed)),
-        "heldout_gain": asdict(_interval(second - first, seed)),
-        "heldout_prompts": len(first),
-        "heldout_invalid_before": before.invalid_fraction,
-        "heldout_invalid_after": after.invalid_fraction,
-        "heldout_pairs_before": before.mean_pairs,
-        "heldout_pairs_after": after.mean_pairs,
+        "eval/reward_before": asdict(_interval(first, seed)),
+        "eval/reward_after": asdict(_interval(second, seed)),
+        "eval/reward_gain": asdict(_interval(second - first, seed)),
+        "eval/prompts": len(first),
+        "eval/invalid_fraction_before": before.invalid_fraction,
+        "eval/invalid_fraction_after": after.invalid_fraction,
+        "eval/attribute_pairs_before": before.mean_pairs,
+        "eval/attribute_pairs_after": after.mean_pairs,
     }
 
 

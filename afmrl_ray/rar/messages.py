@@ -1,4 +1,4 @@
-"""What travels between the trainer and its rollout actors; importing it needs no torch."""
+"""Messages between the trainer and its rollout actors; importing them does not import torch."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class Weights:
 
 @dataclass(frozen=True)
 class PromptGroup:
-    """The completions of one prompt.
+    """The G completions of one prompt.
 
     Attributes:
         row: catalogue row of the prompt.
-        version: of the weights that sampled them.
+        version: version of the weights that sampled them.
         ids: [G, C] token ids.
         mask: [G, C] True at sampled tokens.
         logp: [G, C] float32 log-probabilities at the sampling temperature.
-        texts: G texts and whether each ended by itself.
+        texts: G texts, each with whether it ended with an end-of-text token.
     """
 
     row: int

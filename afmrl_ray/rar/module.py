@@ -1,4 +1,4 @@
-"""The policy as an RLlib module: the generator that is trained, and the frozen reference beside it."""
+"""The policy as an RLlib module: the generator that is trained, and the frozen reference of the KL."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from afmrl_ray.models.shared_prefix import pack, use_shared_prefix
 ROW, COMPLETION, MASK, OLD_LOGP, ADVANTAGE, REWARD, WEIGHT, DENOMINATOR, TOKENS = (
     "row", "completion", "mask", "old_logp", "advantage", "reward", "weight", "denominator", "tokens"
 )  # fmt: skip
-"""Columns of a learner's batch, aligned by completion; images never travel, only catalogue rows do."""
+"""Columns of a learner's batch, one row per completion; it holds catalogue rows, never images."""
 LOGP, REF_LOGP = "logp", "ref_logp"
-"""What the module gives."""
+"""Outputs of the module."""
 ONLY_REFERENCE = "only_reference"
-"""Set beside the columns where the policy's log-probabilities are not asked for."""
+"""Key of a batch that asks for the reference's log-probabilities alone."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class PolicySpec:
     """The policy as plain data, for learners and rollout workers alike.
 
     Attributes:
-        start: generator at the round's start; also the reference of the KL.
-        generator: how items are shown to it.
-        adapter: what of it is trained.
-        catalogue: where the items are.
-        temperature: at which log-probabilities are meant.
+        start: checkpoint of the generator at the round's start; also the reference of the KL.
+        generator: prompt, image budget and limits.
+        adapter: which weights are trained.
+        catalogue: catalogue of the items.
+        temperature: sampling temperature, at which log-probabilities are computed.
         with_reference: whether the learner holds the frozen reference.
-        seed: of a new adapter's first weights.
+        seed: seed of a new adapter's initial weights.
     """
 
     start: str
@@ -54,11 +54,11 @@ class PolicySpec:
     seed: int
 
     def load_policy(self) -> Policy:
-        """The trainable policy as it was at the round's start."""
+        """The trainable policy as of the round's start."""
         return Policy(load_start(self.start, "generator", self.adapter, seed=self.seed, dtype=self.generator.dtype))
 
     def load_reference(self) -> Policy:
-        """A frozen copy of the policy at the round's start, never "adapter off": rounds build on one another."""
+        """A frozen copy of the policy as of the round's start, adapters of earlier rounds included."""
         reference = load_trained(self.start, "generator", dtype=self.generator.dtype)
         return Policy(reference.requires_grad_(False)).eval()
 
@@ -67,11 +67,10 @@ class PolicySpec:
 
 
 class AttributePolicy(TorchRLModule):
-    """`model_config["policy"]` is a `PolicySpec`."""
-
-    framework = "torch"
+    """Policy and reference of a `PolicySpec`, which is `model_config["policy"]`."""
 
     def setup(self) -> None:
+        """Load the models; RLlib calls this instead of a constructor."""
         spec: PolicySpec = self.model_config["policy"]
         self.spec = spec
         self.policy = spec.load_policy()
@@ -84,28 +83,28 @@ class AttributePolicy(TorchRLModule):
         self._prompts: dict[int, ModelInput] = {}
 
     def train(self, mode: bool = True) -> AttributePolicy:
-        """Stay in evaluation mode: with dropout the learner's log-probabilities would not be the sampler's."""
+        """Stay in evaluation mode: with dropout, learner and sampler would compute different log-probabilities."""
         return super().train(False)
 
     def prompts(self, rows: Sequence[int]) -> list[ModelInput]:
-        """The prompt of each row, prepared once until `forget_prompts`; completions of a group share one object."""
+        """The prompt of each row, cached until `forget_prompts`; completions of a group share one object."""
         for row in set(rows) - self._prompts.keys():
             self._prompts[row] = generator_input(self.processor, self.catalogue, row, config=self.spec.generator)
         return [self._prompts[row] for row in rows]
 
     def forget_prompts(self) -> None:
-        """Free what `prompts` prepared."""
+        """Empty the cache of `prompts`."""
         self._prompts.clear()
 
     def _forward_train(self, batch: dict[str, Tensor], **_: Any) -> dict[str, Tensor]:
-        """Log-probabilities of completions; with `shared_prompt`, neighbours with equal `row` share their prompt.
+        """Log-probabilities of completions; with `shared_prompt`, consecutive rows with equal `row` share their prompt.
 
         Args:
-            batch: columns `row` [B], `completion` [B, C], `mask` [B, C], and `ref_logp` [B, C] where it is known.
+            batch: columns `row` [B], `completion` [B, C], `mask` [B, C]; `ref_logp` [B, C] if already computed, and
+                `only_reference` to leave `logp` out.
 
         Returns:
-            `logp` and, with a reference, `ref_logp`: [B, C] float32, 0 where the mask is False; without `logp` under
-            `only_reference`.
+            `logp` and, with a reference, `ref_logp`: [B, C] float32, 0 where the mask is False.
         """
         kept = batch[MASK].bool()
         completions = [ids[keep].cpu().numpy() for ids, keep in zip(batch[COMPLETION], kept, strict=True)]

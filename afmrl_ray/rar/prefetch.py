@@ -1,4 +1,4 @@
-"""Collecting a step's experience while the step before it is learned from."""
+"""Collecting the rollouts of the next step while the learners train on those of this one."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from afmrl_ray.rar.rollout_batch import RolloutBatch
 
 
 class RolloutPrefetcher:
-    """Rollouts of one step after another; with a lag of 1 the next one is collected in a thread of its own.
+    """Rollouts step by step; with a lag of 1 the next step is collected on a thread.
 
     Args:
         collect: samples and scores a step.
-        lag: steps ahead, 0 or 1.
-        steps: of the training.
+        lag: steps collected ahead, 0 or 1.
+        steps: steps of the training.
     """
 
     def __init__(self, collect: Callable[[int], RolloutBatch], *, lag: int, steps: int) -> None:
         self._collect, self._lag, self._steps = collect, lag, steps
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="next-step")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout-prefetch")
         self._next: Future[RolloutBatch] | None = None
 
     def take(self, step: int) -> RolloutBatch:
-        """The experience of a step; raises what collecting it raised. With a lag, the next one is begun."""
-        found = self._next.result() if self._next is not None else self._collect(step)
+        """Rollouts of a step; raises what collecting them raised. With a lag, starts to collect the next step."""
+        batch = self._next.result() if self._next is not None else self._collect(step)
         self._next = self._thread.submit(self._collect, step + 1) if self._lag and step + 1 < self._steps else None
-        return found
+        return batch
 
-    def put(self, found: RolloutBatch) -> None:
-        """Let the next `take` give what a checkpoint has kept."""
-        self._next = self._thread.submit(lambda: found)
+    def put(self, batch: RolloutBatch) -> None:
+        """Make the next `take` return a batch that a checkpoint held."""
+        self._next = self._thread.submit(lambda: batch)
 
     def wait(self) -> RolloutBatch | None:
-        """The experience of the next step, if it was begun, as soon as it is whole."""
+        """Wait for the rollouts that are being collected ahead, if any, and return them without taking them."""
         return self._next.result() if self._next is not None else None
 
     def close(self) -> None:

@@ -1,6 +1,8 @@
-"""Which prompts a step asks, with which seeds, and what becomes a learner's batch: pure functions."""
+"""Prompts and seeds of a training step, and the columns of a learner's batch: pure functions."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,36 +18,50 @@ from afmrl_ray.rar.messages import PromptGroup
 from afmrl_ray.rar.module import ADVANTAGE, COMPLETION, DENOMINATOR, MASK, OLD_LOGP, REWARD, ROW, TOKENS, WEIGHT
 
 
-def usable_rows(
-    catalogue: StagedCatalogue, generator: GeneratorRef, side: ItemSelector, gallery_rows: np.ndarray
-) -> tuple[np.ndarray, int]:
-    """Rows of a side that have a positive in the gallery and whose prompt fits, and how many were dropped.
+@dataclass(frozen=True)
+class UsablePrompts:
+    """Query items that can be trained or evaluated on.
+
+    Attributes:
+        rows: [P] catalogue rows.
+        dropped: number of query items that were left out.
+    """
+
+    rows: np.ndarray
+    dropped: int
+
+
+def usable_prompts(
+    catalogue: StagedCatalogue, generator: GeneratorRef, query: ItemSelector, gallery_rows: np.ndarray
+) -> UsablePrompts:
+    """Query items that have a positive in the gallery and whose prompt is within `generator.max_prompt_tokens`.
 
     Raises:
-        CatalogueError: none is left.
+        CatalogueError: there are none.
     """
     processor = ItemProcessor.from_pretrained(generator.path, generator.config.image)
     products = catalogue.column("product_id")
-    holders: dict[str, set[int]] = {}
+    by_product: dict[str, set[int]] = {}
     for row in gallery_rows.tolist():
         if products[row] is not None:
-            holders.setdefault(products[row], set()).add(row)
-    rows = catalogue.rows(side).tolist()
+            by_product.setdefault(products[row], set()).add(row)
+    rows = catalogue.rows(query).tolist()
     kept = [
         row
         for row in rows
-        if holders.get(products[row], set()) - {row} and prompt_fits(processor, catalogue, row, config=generator.config)
+        if by_product.get(products[row], set()) - {row}
+        and prompt_fits(processor, catalogue, row, config=generator.config)
     ]
     if not kept:
         raise CatalogueError(
-            f"rar.task: of {len(rows)} queries of split {' or '.join(side.split)} none has a positive in the gallery "
+            f"rar.task: of {len(rows)} queries of split {' or '.join(query.split)} none has a positive in the gallery "
             "and a prompt within generator.max_prompt_tokens"
         )
-    return np.array(kept), len(rows) - len(kept)
+    return UsablePrompts(np.array(kept), len(rows) - len(kept))
 
 
 def prompts_of_step(rows: np.ndarray, step: int, count: int, seed: int) -> np.ndarray:
-    """[count] prompt rows of a step: epochs of a seeded shuffle, one after another."""
+    """[count] catalogue rows of a step's prompts; every epoch is a seeded shuffle of `rows` [P]."""
     places = np.arange(step * count, (step + 1) * count)
     orders = {
         epoch: np.random.default_rng([seed, int(epoch)]).permutation(len(rows))
@@ -54,22 +70,23 @@ def prompts_of_step(rows: np.ndarray, step: int, count: int, seed: int) -> np.nd
     return np.array([rows[orders[place // len(rows)][place % len(rows)]] for place in places])
 
 
-def other_prompts(rows: np.ndarray, asked: np.ndarray, step: int, draw: int, count: int, seed: int) -> np.ndarray:
-    """Up to `count` prompt rows that a step has not asked yet, in place of some that taught nothing.
+def other_prompts(rows: np.ndarray, used: np.ndarray, step: int, draw: int, count: int, seed: int) -> np.ndarray:
+    """Up to `count` prompts that a step has not used yet, to replace prompts of zero variance.
 
     Args:
-        rows: [P] all prompts.
-        asked: those that the step has asked already.
-        step: of the training.
-        draw: which replacement of the step this is, from 1.
-        seed: of the run.
+        rows: [P] catalogue rows of all prompts.
+        used: rows that the step has used.
+        step: training step.
+        draw: number of the replacement within the step, from 1.
+        count: how many are wanted.
+        seed: seed of the run.
     """
-    left = rows[~np.isin(rows, asked)]
+    left = rows[~np.isin(rows, used)]
     return np.random.default_rng([seed, step, draw, 11]).permutation(left)[:count]
 
 
 def group_seeds(seed: int, step: int, count: int, *, draw: int = 0) -> list[int]:
-    """[count] sampling seeds of a step's groups, and of their `draw`-th replacements; step -1 = held-out prompts."""
+    """[count] sampling seeds of a step's groups, or of its `draw`-th replacements; step -1 = held-out prompts."""
     return np.random.default_rng([seed, step + 1, 7, *([draw] if draw else [])]).integers(2**62, size=count).tolist()
 
 
@@ -82,18 +99,19 @@ def batch_columns(
     max_tokens: int = 0,
     mask_truncated_completions: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Columns of the learners' batch, one row for each completion, groups contiguous.
+    """Columns of the learners' batch: one row per completion, the completions of a group next to each other.
 
-    Weights and denominator are those of the whole step, so that the loss is the same sum however the step is cut among
-    learners and micro-batches.
+    Weights and denominator are those of the whole step, so that the loss is the same sum however the step is split
+    over learners and micro-batches.
 
     Args:
+        groups: groups of G completions.
         advantages: [groups, G].
-        rewards: [groups, G], NaN where the reward failed: such a completion counts for nothing, the KL included.
-        aggregation: see `rar.loss.token_weights`.
-        max_tokens: the same.
-        mask_truncated_completions: exclude completions without an end-of-text token from the sum, but not from
-            the number of completions.
+        rewards: [groups, G], NaN where the reward failed: such a completion has weight 0, in the KL term too.
+        loss_aggregation: see `rar.loss.token_weights`.
+        max_tokens: see `rar.loss.token_weights`.
+        mask_truncated_completions: give completions without an end-of-text token weight 0; they still count in the
+            number of completions.
     """
     longest = max(group.ids.shape[1] for group in groups)
 

@@ -21,12 +21,12 @@ log = logging.getLogger(__name__)
 
 
 class RolloutPool:
-    """Actors that sample; chunks of prompts are cut by order alone, so results do not depend on who is free.
+    """Rollout actors; prompts are cut into chunks by order alone, so results do not depend on which actor is free.
 
     Args:
         spec: the policy.
         config: `rar.rollout`.
-        engine: what each actor is made of; none = what `config` names.
+        engine: class of the actors; none = the one that `config` names.
 
     Raises:
         ConfigError: see `rar.engine.engine_class`.
@@ -36,14 +36,12 @@ class RolloutPool:
         self._spec, self._config, self._engine = spec, config, engine or engine_class(config)
         self._weights: Weights | None = None
         self._restarts = 0
-        self._made = 0
-        self._room = ActorPlacement("rar.rollout.pool", config.pool)
+        self._placement = ActorPlacement("rar.rollout.pool", config.pool)
         self.actors = [self._make(index) for index in range(config.pool.num_workers)]
 
     def _make(self, index: int) -> Any:
         pool = self._config.pool
-        self._made += 1
-        actor = ray.remote(max_restarts=0, **self._room.options(index))(self._engine)
+        actor = ray.remote(max_restarts=0, **self._placement.options(index))(self._engine)
         return actor.remote(self._spec, self._config, torch_threads(pool.cpus_per_worker))
 
     @property
@@ -52,44 +50,43 @@ class RolloutPool:
         return self._restarts
 
     def push(self, weights: Weights) -> None:
-        """Give every actor the weights and wait until each has echoed version and fingerprint.
+        """Load weights into every actor and wait until each has returned their version and fingerprint.
 
         Raises:
-            WeightSyncError: an actor holds something else, or does not answer in time.
-            WeightsLostError: they are gone; they must be exported again.
-            RuntimeError: an actor cannot be made, or more died than `max_restarts`.
+            WeightSyncError: an actor returned another version or fingerprint, or did not answer in time.
+            WeightsLostError: the object store has lost the weights; they must be exported again.
+            RuntimeError: the constructor of an actor raised, or more actors died than `max_restarts`.
         """
         self._weights = weights
         for index in range(len(self.actors)):
             try:
-                self._push_to(index)
+                self._push_to(index, weights)
             except RayActorError:
-                self._replace(index)
+                self._replace(index, weights)
 
-    def _push_to(self, index: int) -> None:
-        assert self._weights is not None
+    def _push_to(self, index: int, weights: Weights) -> None:
         try:
-            echo = ray.get(self.actors[index].set_weights.remote(self._weights), timeout=self._config.timeout_s)
+            loaded = ray.get(self.actors[index].set_weights.remote(weights), timeout=self._config.timeout_s)
         except GetTimeoutError as error:
             raise WeightSyncError(
-                f"rollout actor {index} did not take weights {self._weights.version} within "
+                f"rollout actor {index} did not take weights {weights.version} within "
                 f"rar.rollout.timeout_s {self._config.timeout_s:g} s"
             ) from error
         except ObjectLostError as error:
             raise WeightsLostError(
-                f"weights {self._weights.version} were lost before rollout actor {index} had them"
+                f"weights {weights.version} were lost before rollout actor {index} had them"
             ) from error
         except RayActorError as error:
             if error.actor_init_failed:
-                # Its replacements would fail alike.
+                # A replacement would fail alike.
                 reason = str(error).strip().splitlines()[-1]
                 raise RuntimeError(f"rollout actor {index} cannot be made: {reason}") from error
             raise
-        if echo != (self._weights.version, self._weights.fingerprint):
-            raise WeightSyncError(f"rollout actor {index} holds {echo}, pushed was version {self._weights.version}")
+        if loaded != (weights.version, weights.fingerprint):
+            raise WeightSyncError(f"rollout actor {index} holds {loaded}, pushed was version {weights.version}")
 
-    def _replace(self, index: int) -> None:
-        """Make another in its place, and yet another where that dies before it has the weights."""
+    def _replace(self, index: int, weights: Weights) -> None:
+        """Replace an actor that died; again if the replacement dies before it has the weights."""
         while True:
             self._restarts += 1
             if self._restarts > self._config.max_restarts:
@@ -100,32 +97,34 @@ class RolloutPool:
             log.warning("rollout actor %d died, replaced (%d of %d)", index, self._restarts, self._config.max_restarts)
             self.actors[index] = self._make(index)
             try:
-                return self._push_to(index)
+                return self._push_to(index, weights)
             except RayActorError:
                 continue
 
     def sample(self, rows: Sequence[int], seeds: Sequence[int], *, group_size: int) -> list[PromptGroup]:
-        """A group for each row, in order; see `stream`."""
+        """One group per row, in order; see `stream`."""
         chunks = dict(self.stream(rows, seeds, group_size=group_size))
         return [group for place in sorted(chunks) for group in chunks[place]]
 
     def stream(
         self, rows: Sequence[int], seeds: Sequence[int], *, group_size: int
     ) -> Iterator[tuple[int, list[PromptGroup]]]:
-        """Groups as they come: number of the first row of a chunk, and a group for each row of it.
+        """Groups as they are sampled: index of the first row of a chunk, and one group per row of the chunk.
 
-        Chunks lost with an actor are sampled again, none twice.
+        A chunk that was lost with its actor is sampled again; no other is sampled twice.
 
         Args:
             rows: catalogue rows of the prompts.
-            seeds: one for each prompt; a group is a function of weights, prompt and seed.
+            seeds: one per prompt; a group is a function of weights, prompt and seed.
             group_size: completions per prompt.
 
         Raises:
-            TimeoutError: an actor does not answer; named.
-            RuntimeError: more actors died than `max_restarts`, or one cannot be made.
+            TimeoutError: the named actors did not answer in time.
+            RuntimeError: no weights were pushed, more actors died than `max_restarts`, or a constructor raised.
         """
-        assert self._weights is not None, "push weights before sampling"
+        weights = self._weights
+        if weights is None:
+            raise RuntimeError("push weights before sampling")
         size = self._config.pool.batch_size
         chunks = [slice(start, start + size) for start in range(0, len(rows), size)]
         waiting = list(range(len(chunks)))
@@ -139,10 +138,10 @@ class RolloutPool:
                     list(rows[chunks[chunk]]),
                     list(seeds[chunks[chunk]]),
                     group_size=group_size,
-                    version=self._weights.version,
+                    version=weights.version,
                 )
                 running[call] = chunk, actor
-            # Handed on only now, so that no actor idles while the caller looks at them.
+            # Yielded after the next calls are sent, so that no actor idles while the caller handles these.
             yield from ready
             ready = []
             if not running:
@@ -150,17 +149,18 @@ class RolloutPool:
             finished, _ = ray.wait(list(running), timeout=self._config.timeout_s)
             if not finished:
                 names = sorted(actor for _, actor in running.values())
-                raise TimeoutError(f"rollout actors {names} gave nothing within {self._config.timeout_s:g} s")
+                raise TimeoutError(f"rollout actors {names} returned nothing within {self._config.timeout_s:g} s")
             for call in finished:
                 chunk, actor = running.pop(call)
                 free.append(actor)
                 try:
                     ready.append((chunks[chunk].start, ray.get(call)))
                 except RayActorError:
-                    self._replace(actor)
+                    self._replace(actor, weights)
                     waiting.insert(0, chunk)
 
     def close(self) -> None:
+        """Kill the actors and release their resources."""
         for actor in self.actors:
             ray.kill(actor)
-        self._room.close()
+        self._placement.close()

@@ -1,6 +1,6 @@
-"""Rollouts of a step together with their rewards; chunks are scored while others are still being sampled.
+"""Rollouts of a step with their rewards; a chunk is scored while later ones are still being sampled.
 
-Only the parser gives `rar.reward.invalid`. What fails for reasons of infrastructure is NaN: not a bad answer.
+Only the parser gives `rar.reward.invalid`. A failure of the infrastructure gives NaN, never a bad reward.
 """
 
 from __future__ import annotations
@@ -15,65 +15,65 @@ import numpy as np
 from afmrl_ray.attributes.text import Attributes, InvalidAttributes, format_attributes, parse_attributes
 from afmrl_ray.rar.messages import PromptGroup
 from afmrl_ray.rar.prompts import group_seeds, other_prompts, prompts_of_step
-from afmrl_ray.rar.reward_spec import KINDS, Query, Scores
+from afmrl_ray.rar.reward.spec import METRICS, Query, Scores
 
 
 def parse_completions(
     texts: Sequence[tuple[str, bool]], *, max_attributes: int
 ) -> list[Attributes | InvalidAttributes]:
-    """What the strict parser makes of completions (text, whether it ended by itself)."""
+    """Parse completions strictly; each is a text and whether it ended with an end-of-text token."""
     return [parse_attributes(text, max_attributes=max_attributes, complete=complete) for text, complete in texts]
 
 
 class Rollouts(Protocol):
-    """What samples; `rar.rollout.RolloutPool` is one."""
+    """Samples completions, as `rar.rollout.RolloutPool` does."""
 
     def stream(
         self, rows: Sequence[int], seeds: Sequence[int], *, group_size: int
     ) -> Iterator[tuple[int, list[PromptGroup]]]: ...
 
 
-class Scoring(Protocol):
-    """Rewards on their way."""
+class PendingScores(Protocol):
+    """Scores that are being computed, as `concurrent.futures.Future`."""
 
     def result(self) -> Scores: ...
 
 
 class Rewards(Protocol):
-    """What scores; `rar.reward.RewardPool` is one."""
+    """Scores completions, as `rar.reward.client.RewardPool` does."""
 
-    def submit(self, gallery: str, queries: Sequence[Query]) -> Scoring: ...
+    def submit(self, gallery: str, queries: Sequence[Query]) -> PendingScores: ...
 
     def check(self, rewards: np.ndarray) -> None: ...
 
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """What a step learns from.
+    """The rollouts of a training step.
 
     Attributes:
-        groups: of the prompts, in order.
+        groups: one group per prompt, in the order of the prompts.
         rewards: [groups, G], NaN where scoring failed.
-        parsed: what the parser made of each completion, group after group.
-        numbers: `seconds_rollout` until the last completion, `seconds_reward` waited beyond it, `resampled_groups`,
-            and `reward_<kind>`, the mean of each measure over what was scored.
+        parsed: parsed completions, group after group.
+        metrics: `time/rollout` until the last completion, `time/reward` from there to the last score (seconds),
+            `rollout/resampled_groups`, and `reward/<metric>`, the mean of each retrieval metric over scored queries.
     """
 
     groups: list[PromptGroup]
     rewards: np.ndarray
     parsed: list[Attributes | InvalidAttributes]
-    numbers: dict[str, float]
+    metrics: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON values; what the parser made of the texts is left out, since it makes the same of them again."""
+        """JSON values; `parsed` is left out, since the texts give it again."""
         groups = [
             {**vars(g), "ids": g.ids.tolist(), "mask": g.mask.tolist(), "logp": g.logp.tolist()} for g in self.groups
         ]
-        return {"groups": groups, "rewards": self.rewards.tolist(), "numbers": self.numbers}
+        return {"groups": groups, "rewards": self.rewards.tolist(), "metrics": self.metrics}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, max_attributes: int) -> RolloutBatch:
-        """What `as_dict` gave."""
+        """Inverse of `as_dict`."""
         groups = [
             PromptGroup(
                 row=group["row"],
@@ -86,10 +86,10 @@ class RolloutBatch:
             for group in values["groups"]
         ]
         parsed = parse_completions([text for g in groups for text in g.texts], max_attributes=max_attributes)
-        return cls(groups, np.array(values["rewards"], dtype=np.float64), parsed, values["numbers"])
+        return cls(groups, np.array(values["rewards"], dtype=np.float64), parsed, values["metrics"])
 
-    def zero_variance(self) -> np.ndarray:
-        """[groups] bool, True where all rewards that are known are equal, so that nothing can be learned."""
+    def zero_variance_groups(self) -> np.ndarray:
+        """[groups] bool: True where all known rewards are equal, so that all advantages are 0."""
         known = ~np.isnan(self.rewards)
         highest = np.where(known, self.rewards, -np.inf).max(1)
         lowest = np.where(known, self.rewards, np.inf).min(1)
@@ -98,101 +98,120 @@ class RolloutBatch:
 
 @dataclass(frozen=True)
 class RolloutRequest:
-    """Which prompts, and how.
+    """How prompts are sampled and scored.
 
     Attributes:
-        gallery: that rewards search.
+        gallery: name of the gallery that rewards search.
         group_size: completions per prompt.
-        max_attributes: that the parser accepts.
-        invalid: reward of a completion that the parser refuses.
+        max_attributes: most attributes that the parser accepts.
+        invalid_reward: reward of a completion that the parser rejects.
     """
 
     gallery: str
     group_size: int
     max_attributes: int
-    invalid: float
+    invalid_reward: float
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Groups of consecutive prompts, with the scores of their valid completions in the making."""
+
+    groups: list[PromptGroup]
+    parsed: list[Attributes | InvalidAttributes]
+    valid: list[int]
+    pending: PendingScores | None
 
 
 class Collector:
-    """Samples and scores; a function of the weights that the rollout actors hold.
+    """Samples and scores; the result is a function of the request and of the weights that the rollout actors hold.
 
     Args:
-        rollouts: the pool that samples.
-        rewards: the service that scores.
+        rollouts: pool that samples.
+        rewards: service that scores.
     """
 
     def __init__(self, rollouts: Rollouts, rewards: Rewards) -> None:
         self._rollouts, self._rewards = rollouts, rewards
 
-    def collect(self, rows: Sequence[int], seeds: Sequence[int], ask: RolloutRequest) -> RolloutBatch:
-        """Sample a group for each row and score every chunk of them as soon as it is there.
+    def collect(self, rows: Sequence[int], seeds: Sequence[int], request: RolloutRequest) -> RolloutBatch:
+        """Sample a group for each row, and score every chunk of groups as soon as it is sampled.
 
         Raises:
-            RewardServiceError: more failed than may.
+            RewardServiceError: too many rewards failed.
         """
-        began = time.monotonic()
-        chunks: dict[int, tuple[list[PromptGroup], list[Any], list[int], Scoring | None]] = {}
-        for place, groups in self._rollouts.stream(rows, seeds, group_size=ask.group_size):
-            parsed = parse_completions([text for g in groups for text in g.texts], max_attributes=ask.max_attributes)
-            rows_of = [group.row for group in groups for _ in group.texts]
-            valid = [index for index, found in enumerate(parsed) if not isinstance(found, InvalidAttributes)]
-            queries = [(rows_of[index], format_attributes(parsed[index])) for index in valid]  # type: ignore[arg-type]
-            chunks[place] = groups, parsed, valid, self._rewards.submit(ask.gallery, queries) if queries else None
+        start = time.monotonic()
+        stream = self._rollouts.stream(rows, seeds, group_size=request.group_size)
+        chunks = {place: self._submit(groups, request) for place, groups in stream}
         sampled = time.monotonic()
-        every_group: list[PromptGroup] = []
-        every_parsed: list[Any] = []
-        rewards: list[np.ndarray] = []
-        measures: list[Scores] = []
-        for place in sorted(chunks):
-            groups, parsed, valid, scoring = chunks[place]
-            own = np.full(len(parsed), ask.invalid, dtype=np.float64)
-            if scoring is not None:
-                scores = scoring.result()
-                own[valid] = scores.rewards
-                measures.append(scores)
-            every_group += groups
-            every_parsed += parsed
+        in_order = [chunks[place] for place in sorted(chunks)]
+        rewards, scores = [], []
+        for chunk in in_order:
+            own = np.full(len(chunk.parsed), request.invalid_reward, dtype=np.float64)
+            if chunk.pending is not None:
+                scores.append(chunk.pending.result())
+                own[chunk.valid] = scores[-1].rewards
             rewards.append(own)
         scored = Scores(
-            np.concatenate([np.empty(0), *(scores.rewards for scores in measures)]),
-            {kind: np.concatenate([np.empty(0), *(s.measures[kind] for s in measures)]) for kind in KINDS},
+            np.concatenate([np.empty(0), *(each.rewards for each in scores)]),
+            {name: np.concatenate([np.empty(0), *(each.metrics[name] for each in scores)]) for name in METRICS},
         )
         self._rewards.check(scored.rewards)
+        groups = [group for chunk in in_order for group in chunk.groups]
         return RolloutBatch(
-            groups=every_group,
-            rewards=np.concatenate(rewards).reshape(len(every_group), ask.group_size),
-            parsed=every_parsed,
-            numbers={
-                "seconds_rollout": sampled - began,
-                "seconds_reward": time.monotonic() - sampled,
-                "resampled_groups": 0.0,
+            groups=groups,
+            rewards=np.concatenate(rewards).reshape(len(groups), request.group_size),
+            parsed=[completion for chunk in in_order for completion in chunk.parsed],
+            metrics={
+                "time/rollout": sampled - start,
+                "time/reward": time.monotonic() - sampled,
+                "rollout/resampled_groups": 0.0,
                 **scored.means(),
             },
         )
 
+    def _submit(self, groups: list[PromptGroup], request: RolloutRequest) -> _Chunk:
+        parsed = parse_completions([text for g in groups for text in g.texts], max_attributes=request.max_attributes)
+        rows = [group.row for group in groups for _ in group.texts]
+        queries = {
+            index: (rows[index], format_attributes(completion))
+            for index, completion in enumerate(parsed)
+            if not isinstance(completion, InvalidAttributes)
+        }
+        pending = self._rewards.submit(request.gallery, list(queries.values())) if queries else None
+        return _Chunk(groups, parsed, list(queries), pending)
+
     def collect_step(
-        self, rows: np.ndarray, step: int, *, count: int, seed: int, ask: RolloutRequest, dynamic_sampling_rounds: int
+        self,
+        rows: np.ndarray,
+        step: int,
+        *,
+        count: int,
+        seed: int,
+        request: RolloutRequest,
+        dynamic_sampling_rounds: int,
     ) -> RolloutBatch:
-        """The experience of a training step; prompts whose rewards are all equal make way for others.
+        """Rollouts of a training step; prompts whose rewards are all equal are replaced by others.
 
         Args:
-            rows: [P] all prompts that can be asked.
-            step: of the training.
+            rows: [P] prompts to choose from, catalogue rows.
+            step: training step.
             count: prompts per step.
-            seed: of the run.
-            dynamic_sampling_rounds: how often such prompts are replaced; those that are left after it stay.
+            seed: seed of the run.
+            request: how they are sampled and scored.
+            dynamic_sampling_rounds: how many times such prompts are replaced; those left afterwards stay.
         """
-        asked = prompts_of_step(rows, step, count, seed)
-        found = self.collect(asked.tolist(), group_seeds(seed, step, count), ask)
-        for round_ in range(1, dynamic_sampling_rounds + 1):
-            zero_variance = np.flatnonzero(found.zero_variance())
+        used = prompts_of_step(rows, step, count, seed)
+        batch = self.collect(used.tolist(), group_seeds(seed, step, count), request)
+        for draw in range(1, dynamic_sampling_rounds + 1):
+            zero_variance = np.flatnonzero(batch.zero_variance_groups())
             if not len(zero_variance):
                 break
-            instead = other_prompts(rows, asked, step, round_, len(zero_variance), seed)
-            asked = np.concatenate([asked, instead])
-            seeds = group_seeds(seed, step, len(instead), draw=round_)
-            found = _replaced(found, zero_variance[: len(instead)], self.collect(instead.tolist(), seeds, ask))
-        return found
+            others = other_prompts(rows, used, step, draw, len(zero_variance), seed)
+            used = np.concatenate([used, others])
+            seeds = group_seeds(seed, step, len(others), draw=draw)
+            batch = _replaced(batch, zero_variance[: len(others)], self.collect(others.tolist(), seeds, request))
+        return batch
 
 
 def _replaced(old: RolloutBatch, places: np.ndarray, new: RolloutBatch) -> RolloutBatch:
@@ -202,7 +221,7 @@ def _replaced(old: RolloutBatch, places: np.ndarray, new: RolloutBatch) -> Rollo
     for index, place in enumerate(places.tolist()):
         groups[place], rewards[place] = new.groups[index], new.rewards[index]
         parsed[place * size : (place + 1) * size] = new.parsed[index * size : (index + 1) * size]
-    # Means of measures stay those of the first draw, which no choice of ours has touched.
-    spent = {name: old.numbers[name] + new.numbers[name] for name in ("seconds_rollout", "seconds_reward")}
-    numbers = {**old.numbers, **spent, "resampled_groups": old.numbers["resampled_groups"] + len(places)}
-    return RolloutBatch(groups, rewards, parsed, numbers)
+    # Means of retrieval metrics stay those of the first draw, which selection has not biased.
+    added = {name: old.metrics[name] + new.metrics[name] for name in ("time/rollout", "time/reward")}
+    resampled = old.metrics["rollout/resampled_groups"] + len(places)
+    return RolloutBatch(groups, rewards, parsed, {**old.metrics, **added, "rollout/resampled_groups": resampled})

@@ -1,4 +1,4 @@
-"""Sampling by vLLM (0.30 and later); imported only where `rar.rollout.engine` is vllm."""
+"""Sampling with vLLM (0.30 and later); imported only when `rar.rollout.engine` is `vllm`."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from afmrl_ray.rar.weights import check_fit, weights_fingerprint
 
 
 def engine_options(spec: PolicySpec, config: RolloutConfig, trained: Trained) -> dict[str, Any]:
-    """Arguments of vLLM's `LLM`: sequences as long as the generator's longest, images of the generator's budget."""
+    """Arguments of vLLM's `LLM`: the generator's longest sequence, its image budget, and `rar.rollout.vllm`."""
     options: dict[str, Any] = {
         "model": fetch(trained.base),
         "dtype": spec.generator.dtype,
         "max_model_len": spec.generator.max_prompt_tokens + spec.generator.max_new_tokens,
         "mm_processor_kwargs": spec.generator.image.model_dump(),
         "limit_mm_per_prompt": {"image": 1, "video": 0},
-        # Log-probabilities of the distribution that is drawn from: at the temperature, without the forbidden tokens.
+        # Log-probabilities of the distribution that is sampled: at the temperature, without the forbidden tokens.
         "logprobs_mode": "processed_logprobs",
         **config.vllm.model_dump(),
     }
     if config.vllm.tensor_parallel_size > 1:
-        # The actor has its GPUs; vLLM would else ask Ray for others.
+        # The actor already has its GPUs; with its Ray backend, vLLM would request more.
         options["distributed_executor_backend"] = "mp"
     if trained.lora is None:
         options["worker_extension_cls"] = "afmrl_ray.rar.vllm_worker.TrainedTensors"
@@ -48,14 +48,15 @@ def engine_options(spec: PolicySpec, config: RolloutConfig, trained: Trained) ->
 
 
 class VLLMEngine:
-    """Sampling by vLLM: every completion is a request with a seed of its own; the prefix cache holds a group's prompt.
+    """Sampling with vLLM: one request and seed per completion; the prefix cache holds the prompt of a group.
 
-    A completion is a function of weights, prompt and seed up to rounding, which depends on what else is sampled then.
+    A completion is a function of weights, prompt and seed only up to rounding, which depends on the other requests of
+    the batch.
 
     Args:
         spec: the policy.
         config: `rar.rollout`.
-        threads: of torch.
+        threads: number of torch threads.
     """
 
     def __init__(self, spec: PolicySpec, config: RolloutConfig, threads: int) -> None:
@@ -72,7 +73,7 @@ class VLLMEngine:
     def set_weights(self, weights: Weights) -> tuple[int, str]:
         tensors = ray.get(weights.reference[0])
         check_fit(self._trained.tensors, tensors)
-        # Until all of it is done no version is held, so that what failed halfway is never sampled from.
+        # No version until everything is loaded, so that nothing is sampled from partly loaded weights.
         self._version = -1
         self._pushes += 1
         held = self._load(tensors) if self._trained.lora is None else self._adapt(tensors)
@@ -82,19 +83,19 @@ class VLLMEngine:
         return self._version, held
 
     def _load(self, tensors: dict[str, torch.Tensor]) -> str:
-        """Through a file, since vLLM's workers are processes of their own; returns their fingerprint."""
+        """Load full weights through a file, since vLLM's workers are separate processes; returns their fingerprint."""
         with tempfile.TemporaryDirectory(prefix="afmrl-weights-") as folder:
             path = str(Path(folder) / "trained.safetensors")
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
             held = set(self._llm.collective_rpc("load_trained_tensors", args=(path,)))
         if len(held) != 1:
             raise WeightSyncError(f"vLLM's workers hold {len(held)} different weights")
-        # With a trained vision tower its cached outputs are old too.
+        # If the vision tower is trained, its cached outputs are stale too.
         self._llm.llm_engine.reset_encoder_cache()
         return held.pop()
 
     def _adapt(self, tensors: dict[str, torch.Tensor]) -> str:
-        """As a new adapter each time: vLLM reads one that it knows by its number never again."""
+        """Load LoRA weights as a new adapter, since vLLM never reloads an adapter id; returns their fingerprint."""
         folder = Path(tempfile.mkdtemp(prefix="afmrl-adapter-"))
         write_adapter(folder / "adapter", self._trained.lora, tensors)
         adapter = LoRARequest(f"push-{self._pushes}", self._pushes, str(folder / "adapter"))
@@ -110,9 +111,9 @@ class VLLMEngine:
         if version != self._version:
             raise WeightSyncError(f"asked for rollouts of version {version}, the worker holds {self._version}")
         prompts = [generator_input(self._processor, self._catalogue, row, config=self._spec.generator) for row in rows]
-        asked = [prompt_of(prompt, self._processor.merge_size) for prompt in prompts]
+        requests = [prompt_of(prompt, self._processor.merge_size) for prompt in prompts]
         outputs = self._llm.generate(
-            [prompt for prompt in asked for _ in range(group_size)],
+            [prompt for prompt in requests for _ in range(group_size)],
             [self._sampling(one) for seed in seeds for one in completion_seeds(seed, group_size)],
             lora_request=self._adapter,
             use_tqdm=False,

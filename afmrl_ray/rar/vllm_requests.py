@@ -1,4 +1,4 @@
-"""What vLLM is asked, and what is made of its answers; nothing here imports vLLM."""
+"""Prompts and sampling options for vLLM, and groups from its outputs; nothing here imports vLLM."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from afmrl_ray.rar.messages import PromptGroup
 
 
 def shown_image(visual: Visual, merge_size: int) -> Image.Image:
-    """The image as the tower is shown it, at the size of its grid.
+    """The image as the vision tower gets it, at the size of its grid.
 
-    vLLM resizes with another library, whose pixels differ from ours; an image that has its size already is left alone.
+    vLLM resizes with another library, whose pixels differ from ours; it leaves an image of the right size as it is.
 
     Args:
         merge_size: patches per visual token along each axis.
@@ -26,7 +26,7 @@ def shown_image(visual: Visual, merge_size: int) -> Image.Image:
     _, height, width = visual.grid
     _, channels, area = visual.patches.shape
     side = math.isqrt(area)
-    # Patches come by visual tokens, merge x merge of them each.
+    # Patches are ordered by visual token, merge x merge patches each.
     tiles = visual.patches.reshape(
         height // merge_size, width // merge_size, merge_size, merge_size, channels, side, side
     )
@@ -34,7 +34,7 @@ def shown_image(visual: Visual, merge_size: int) -> Image.Image:
 
 
 def prompt_of(row: ModelInput, merge_size: int) -> dict[str, Any]:
-    """vLLM's tokens prompt: one placeholder for each image, which vLLM repeats as often as it has visual tokens."""
+    """vLLM's tokens prompt: one placeholder per image, which vLLM repeats for every visual token of the image."""
     visual = row.token_types == 1
     first = visual & ~np.append(False, visual[:-1])
     prompt: dict[str, Any] = {"prompt_token_ids": row.input_ids[~visual | first].tolist()}
@@ -44,18 +44,18 @@ def prompt_of(row: ModelInput, merge_size: int) -> dict[str, Any]:
 
 
 def completion_seeds(seed: int, group_size: int) -> list[int]:
-    """[G] a seed for each completion of a group.
+    """[G] seeds of the completions of a group.
 
-    vLLM's own `n` gives the completions the seeds that follow `seed`, so that groups with near seeds would share draws.
+    vLLM's own `n` would use consecutive seeds, so that groups with nearby seeds would share completions.
     """
     return (np.random.SeedSequence(seed).generate_state(group_size, np.uint64) >> np.uint64(1)).tolist()
 
 
 def sampling_options(processor: ItemProcessor, *, seed: int, max_new_tokens: int, temperature: float) -> dict[str, Any]:
-    """Arguments of vLLM's `SamplingParams` for one completion, drawn as `models.generation` draws.
+    """Arguments of vLLM's `SamplingParams` for one completion, with the sampling rules of `models.generation`.
 
-    The end of turn is a stop token and no other end is heeded. Forbidden tokens are biased, since vLLM does not take a
-    list as long as that of all the others.
+    The end of turn is the only stop token. Forbidden tokens get a bias of -inf, since vLLM limits the length of a list
+    of allowed tokens.
     """
     return {
         "seed": seed,
@@ -82,11 +82,12 @@ def groups_of(
 
     Args:
         rows: [B] catalogue rows.
-        prompts: [B] what was asked.
-        outputs: [B*G] of one completion each, groups in the order of the prompts.
+        prompts: [B] prompts.
+        outputs: [B*G] outputs with one completion each, groups in the order of the prompts.
 
     Raises:
-        RuntimeError: vLLM read other tokens than the prompt's, or a completion ended for a reason of vLLM's own.
+        RuntimeError: vLLM read other tokens than the prompt's, or ended a completion for another reason than the stop
+            token or the token limit.
     """
     longest = max(len(output.outputs[0].token_ids) for output in outputs)
     groups = []

@@ -1,7 +1,7 @@
-"""How pushed weights reach vLLM: as tensors of a checkpoint, or as a PEFT adapter; nothing here imports vLLM.
+"""Formats in which weights are pushed to vLLM: tensors of a checkpoint, or a PEFT adapter. Nothing here imports vLLM.
 
-An adapter stays apart from its base. Added into 16-bit weights it would mostly be rounded away as long as it is small,
-and the sampler would stay at the old policy; apart it is also a hundredth of what it changes.
+An adapter is not merged into its base: a small one would mostly be lost to rounding in 16-bit weights, and the sampler
+would stay at the old policy. Unmerged it is also about a hundredth of the size.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from afmrl_ray.rar.module import PolicySpec
 from afmrl_ray.rar.weights import trained_tensors
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM reserves room for."""
+"""Maximum ranks that vLLM accepts."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What of the policy is trained.
+    """The trained part of the policy.
 
     Attributes:
-        tensors: without storage, by the policy's names.
-        base: checkpoint that holds the rest.
-        lora: PEFT's config of the adapter, none where the weights themselves are trained.
+        tensors: meta tensors by the policy's names.
+        base: checkpoint that holds the other weights.
+        lora: PEFT's config of the adapter; none if the weights themselves are trained.
     """
 
     tensors: dict[str, Tensor]
@@ -40,10 +40,10 @@ class Trained:
 
     @classmethod
     def of(cls, spec: PolicySpec) -> Trained:
-        """Load the policy and keep only what is needed of it.
+        """Load the policy and read names, shapes and adapter from it.
 
         Raises:
-            ConfigError: its adapter is one that vLLM does not apply.
+            ConfigError: vLLM does not support its adapter.
         """
         policy = spec.load_policy()
         tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in trained_tensors(policy).items()}
@@ -57,17 +57,17 @@ class Trained:
         return cls(tensors, str(lora.base_model_name_or_path), lora)
 
     def max_rank(self) -> int:
-        """The room for an adapter that vLLM must reserve."""
+        """vLLM's `max_lora_rank`: the smallest that fits the adapter."""
         return next(rank for rank in _RANKS if rank >= self.lora.r)
 
 
 def checkpoint_name(name: str) -> str:
-    """The policy's name of a tensor as a checkpoint has it."""
+    """Name in a checkpoint of a tensor of the policy."""
     return name.removeprefix("backbone.")
 
 
 def adapter_name(name: str) -> str:
-    """The policy's name of an adapter's tensor as a PEFT folder has it."""
+    """Name in a PEFT folder of an adapter's tensor of the policy."""
     return checkpoint_name(name).replace(".default.", ".")
 
 

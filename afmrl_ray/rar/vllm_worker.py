@@ -1,4 +1,4 @@
-"""What vLLM's workers can do beside their own: load trained tensors from a file."""
+"""Extension of vLLM's workers: loading trained tensors from a file."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from afmrl_ray.rar.weights import weights_fingerprint
 
 
 class TrainedTensors:
-    """Named by `worker_extension_cls`, mixed into the worker class, called by `LLM.collective_rpc`."""
+    """Mixed into vLLM's worker class (`worker_extension_cls`); called with `LLM.collective_rpc`."""
 
     get_model: Callable[[], Any]
 
     def load_trained_tensors(self, path: str) -> str:
-        """Put tensors into the worker's share of the model, in place.
+        """Load tensors into the worker's shard of the model, in place.
 
         Args:
             path: safetensors file with the policy's names.

@@ -1,4 +1,4 @@
-"""The tensors that are pushed from learner to samplers: which they are, whether they fit, and their fingerprint."""
+"""The tensors that learners push to rollout actors: selection, checks, fingerprint."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from afmrl_ray.errors import CheckpointError
 
 
 def trained_tensors(policy: nn.Module) -> dict[str, Tensor]:
-    """What training changes, by name: under LoRA the adapter only."""
+    """Trained parameters by name; under LoRA the adapter only."""
     return {name: parameter.detach() for name, parameter in policy.named_parameters() if parameter.requires_grad}
 
 
 def check_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Compare names and shapes.
+    """Make sure that tensors have the names and shapes of the policy's.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected or of another shape.
@@ -32,7 +32,7 @@ def check_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_tensors(policy: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put pushed weights into a policy, strictly.
+    """Copy pushed weights into a policy, strictly.
 
     Raises:
         CheckpointError: see `check_fit`.

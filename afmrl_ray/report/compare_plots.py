@@ -20,7 +20,7 @@ def comparison_panels(comparison: Comparison) -> list[Panel]:
         for name, run in zip(comparison.names, (comparison.left, comparison.right), strict=True)
         for each in run.rounds
     ]
-    for key, title in (("reward_mean", "reward"), ("attribute_pairs", "attribute pairs per valid output")):
+    for key, title in (("reward/mean", "reward"), ("rollout/attribute_pairs", "attribute pairs per valid output")):
         lines = [(label, log, key) for label, log in logs if any(record.get(key) is not None for record in log)]
         if lines:
             panels.append(Panel(title, lines_over_steps(lines)))

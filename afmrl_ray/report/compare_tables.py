@@ -51,7 +51,9 @@ def _reward_table(comparison: Comparison) -> TextTable:
     others = {each.number: each for each in comparison.right.rounds}
     rows = []
     for each in comparison.left.rounds:
-        pair = [summary.reward("heldout_gain") for summary in (each, others.get(each.number)) if summary is not None]
+        pair = [
+            summary.reward("eval/reward_gain") for summary in (each, others.get(each.number)) if summary is not None
+        ]
         if len(pair) == 2 and all(value is not None for value in pair):
             rows.append(
                 [f"round {each.number}: held-out reward gained, points", *(format_points(v) for v in pair if v)]

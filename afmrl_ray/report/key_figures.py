@@ -44,7 +44,7 @@ def _hit_figure(summary: RunSummary) -> KeyFigure | None:
 
 def _reward_figure(summary: RunSummary) -> KeyFigure | None:
     kept = [each for each in summary.rounds if each.number not in summary.refused]
-    gains = [(each.number, gain) for each in kept if (gain := each.reward("heldout_gain")) is not None]
+    gains = [(each.number, gain) for each in kept if (gain := each.reward("eval/reward_gain")) is not None]
     if not gains:
         return None
     number, gain = gains[-1]

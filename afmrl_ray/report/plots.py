@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from matplotlib.axes import Axes
 
-from afmrl_ray.attributes.quality import NAME_SHARE
+from afmrl_ray.attributes.quality import NAME_FRACTION
 from afmrl_ray.report.drawing import LIGHT, Draw, Panel, Theme, errorbar, legend_below, lines_over_steps, name_ticks
 from afmrl_ray.report.estimate import Estimate
 from afmrl_ray.report.labels import metric_label, metric_order
@@ -42,7 +42,7 @@ def metric_panels(summary: RunSummary) -> list[Panel]:
     sizes = [each for variant in summary.variants if (each := variant.attributes) is not None]
     if sizes:
         panels.append(Panel("words and pairs of attributes per item", _attribute_sizes(summary)))
-    if any(each.reward("heldout_after") for each in summary.rounds):
+    if any(each.reward("eval/reward_after") for each in summary.rounds):
         panels.append(Panel("held-out reward before and after RAR", _heldout(summary)))
     return panels
 
@@ -61,14 +61,14 @@ def rar_panels(summary: RunSummary) -> list[Panel]:
     """Logged values over RAR steps, a line per round: rewards, KL, output lengths, log-probability difference."""
     logs = [(f"round {each.number}", each.rar_log) for each in summary.rounds]
     keys = (
-        ("reward_mean", "reward"),
-        ("invalid_fraction", "fraction of invalid outputs"),
-        ("zero_variance_fraction", "fraction of groups with zero variance"),
-        ("kl", "KL to the policy at the round's start, nats per token"),
-        ("attribute_words", "words per valid output"),
-        ("attribute_pairs", "attribute pairs per valid output"),
-        ("completion_tokens", "tokens per completion"),
-        ("rollout_logprob_diff", "log-probability difference of sampler and learner, nats per token"),
+        ("reward/mean", "reward"),
+        ("rollout/invalid_fraction", "fraction of invalid outputs"),
+        ("reward/zero_variance_fraction", "fraction of groups with zero variance"),
+        ("actor/kl", "KL to the policy at the round's start, nats per token"),
+        ("rollout/attribute_words", "words per valid output"),
+        ("rollout/attribute_pairs", "attribute pairs per valid output"),
+        ("rollout/completion_tokens", "tokens per completion"),
+        ("actor/rollout_logprob_diff", "log-probability difference of sampler and learner, nats per token"),
     )
     named = [
         Panel(f"fraction of completions with the attribute, {label}", _over_steps_by_key(log, _name_keys(log)))
@@ -80,9 +80,9 @@ def rar_panels(summary: RunSummary) -> list[Panel]:
 
 def _name_keys(log: Log) -> dict[str, str]:
     """Log keys and labels of the most frequent attribute names of the first steps, at most one per colour."""
-    keys = [key for key in log[0] if key.startswith(NAME_SHARE)] if log else []
+    keys = [key for key in log[0] if key.startswith(NAME_FRACTION)] if log else []
     most = sorted(keys, key=lambda key: -sum(record.get(key) or 0.0 for record in log[:5]))[: len(LIGHT.series)]
-    return {key: key.removeprefix(NAME_SHARE) for key in most}
+    return {key: key.removeprefix(NAME_FRACTION) for key in most}
 
 
 def agcl_panels(summary: RunSummary) -> list[Panel]:
@@ -153,11 +153,11 @@ def _attribute_sizes(summary: RunSummary) -> Draw:
 
 
 def _heldout(summary: RunSummary) -> Draw:
-    rounds = [each for each in summary.rounds if each.reward("heldout_after")]
+    rounds = [each for each in summary.rounds if each.reward("eval/reward_after")]
 
     def draw(axes: Axes, theme: Theme) -> None:
         for index, when in enumerate(("before", "after")):
-            values = [each.reward(f"heldout_{when}") or Estimate(None) for each in rounds]
+            values = [each.reward(f"eval/reward_{when}") or Estimate(None) for each in rounds]
             errorbar(axes, theme, index, values, when, offset=0.12 * (index - 0.5), line=False)
         name_ticks(axes, [f"round {each.number}" for each in rounds])
         legend_below(axes)

@@ -204,11 +204,11 @@ def _reward_section(summary: RunSummary) -> Section:
         return Row(label, [_reward(each, name, sign) for each in of_variants], intervals)
 
     heldout = [
-        Row(f"held-out, {when} RAR", [_reward(each, f"heldout_{when}", "") for each in of_variants], True)
+        Row(f"held-out, {when} RAR", [_reward(each, f"eval/reward_{when}", "") for each in of_variants], True)
         for when in ("before", "after")
     ]
-    gain = row("held-out gain", "heldout_gain", sign="+", intervals=True)
-    return Section("reward", "", [*heldout, gain, row("training, last steps", "reward_mean")])
+    gain = row("held-out gain", "eval/reward_gain", sign="+", intervals=True)
+    return Section("reward", "", [*heldout, gain, row("training, last steps", "reward/mean")])
 
 
 def _reward(each: Round | None, name: str, sign: str) -> Cell:

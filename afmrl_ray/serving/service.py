@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from time import monotonic, perf_counter
 from typing import Literal
 
-from afmrl_ray.rar.batching import SingleFlightCache
+from afmrl_ray.concurrency import SingleFlightCache
 from afmrl_ray.retrieval.item_table import ItemRecord
 from afmrl_ray.serving.bundle import Bundle
 from afmrl_ray.serving.errors import Overloaded, Problem

@@ -19,8 +19,8 @@ from afmrl_ray.config.models import VisionCacheConfig
 from afmrl_ray.config.train import RewardConfig, RolloutConfig
 from afmrl_ray.rar.messages import Weights
 from afmrl_ray.rar.prefetch import RolloutPrefetcher
-from afmrl_ray.rar.reward import RewardPool
-from afmrl_ray.rar.reward_spec import RewardSpec
+from afmrl_ray.rar.reward.client import RewardPool
+from afmrl_ray.rar.reward.spec import RewardSpec
 from afmrl_ray.rar.rollout import RolloutPool
 from afmrl_ray.rar.rollout_batch import Collector, RolloutRequest
 from jobs.benchmarks.harness import Comparison, comparison
@@ -66,7 +66,7 @@ def by_parts(rollouts: RolloutPool, rewards: RewardPool, rows: list[int], draw: 
 
 def piped(collector: Collector, rows: list[int], lag: int) -> list[float]:
     """Seconds of every step with overlapping parts, except the first one; `lag` = steps that rollouts run ahead."""
-    ask = RolloutRequest(gallery="train", group_size=GROUP_SIZE, max_attributes=64, invalid=-0.1)
+    ask = RolloutRequest(gallery="train", group_size=GROUP_SIZE, max_attributes=64, invalid_reward=-0.1)
 
     def collect(step: int) -> Any:
         return collector.collect(rows, seeds_of(rows, lag, step), ask)

@@ -18,9 +18,9 @@ from afmrl_ray.attributes.text import format_attributes, normalise_attributes
 from afmrl_ray.config.catalogue import ItemSelector
 from afmrl_ray.config.models import VisionCacheConfig
 from afmrl_ray.config.train import RewardConfig
-from afmrl_ray.rar.reward import RewardClient, RewardPool
-from afmrl_ray.rar.reward_spec import KINDS, Gallery, Query, RewardSpec
-from afmrl_ray.rar.scorer import Scorer
+from afmrl_ray.rar.reward.client import RewardClient, RewardPool
+from afmrl_ray.rar.reward.scoring import Scorer
+from afmrl_ray.rar.reward.spec import METRICS, Gallery, Query, RewardSpec
 from afmrl_ray.retrieval.embed import Encoder, EncoderRef
 from jobs.benchmarks.harness import Comparison, compare, seconds
 from jobs.benchmarks.tiny import SMALL, Bench, make_bench
@@ -82,7 +82,7 @@ def against_full_queries(bench: Bench, spec: RewardSpec, what: str) -> Compariso
     (packed,) = scorer.encode([prepared])
     gap = float(np.abs(packed.embeddings - encoder.embed(rows, texts, inputs="both")).max())
     assert gap < 1e-5, f"embeddings differ by {gap:g}"
-    full = [len(row) for row in prepared.rows.values()]
+    full = [len(row) for row in prepared.inputs.values()]
     shared = (sum(full) - prepared.tokens) / (SUFFIXES - 1)
     items = len(bench.catalogue.rows(TRAIN))
     with service(spec, f"bench-full-{len(what)}") as pool:
@@ -111,7 +111,7 @@ def against_bare_loop(bench: Bench, spec: RewardSpec) -> Comparison:
             return ray.get([runner.ask.remote(own) for runner, own in zip(runners, asked, strict=True)])
 
         def bare() -> list[np.ndarray]:
-            return [scorer.score("train", own)[:, KINDS.index(CONFIG.kind)] for own in asked]
+            return [scorer.score("train", own)[:, METRICS.index(CONFIG.kind)] for own in asked]
 
         for mine, theirs in zip(ours(), bare(), strict=True):
             np.testing.assert_array_equal(mine, theirs)

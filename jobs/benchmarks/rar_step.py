@@ -19,11 +19,12 @@ import torch
 from afmrl_ray.config.models import AdapterConfig, OptimizerConfig
 from afmrl_ray.config.train import RARConfig
 from afmrl_ray.models.shared_prefix import pack, use_shared_prefix
-from afmrl_ray.rar.learner import build_learners, learner_batch
+from afmrl_ray.rar.learner import build_learners
 from afmrl_ray.rar.loss import group_advantages, grpo_loss
 from afmrl_ray.rar.messages import Weights
 from afmrl_ray.rar.module import PolicySpec
 from afmrl_ray.rar.prompts import batch_columns, group_seeds
+from afmrl_ray.rar.rllib_contract import learner_batch
 from afmrl_ray.rar.rollout import RolloutPool
 from jobs.benchmarks.harness import Comparison, comparison
 from jobs.benchmarks.tiny import make_generator_bench

@@ -46,15 +46,15 @@ def measure(depths: RewardDepths, k: int, seed: int) -> dict[str, float]:
     hit_queries = depths.hit(f"{rar.name}-evaluate-queries", depths.query_attributes(rar, attributes))
     found = rar.metrics
     return {
-        "heldout_before": found["heldout_before"]["mean"],
-        "heldout_gain": found["heldout_gain"]["mean"],
+        "heldout_before": found["eval/reward_before"]["mean"],
+        "heldout_gain": found["eval/reward_gain"]["mean"],
         "hit1_before": 100 * before,
         "hit1_gain": 100 * (hit - before),
         "hit1_gain_queries": 100 * (hit_queries - before),
-        "pairs_before": found["heldout_pairs_before"],
-        "pairs_after": found["heldout_pairs_after"],
-        "invalid_before": 100 * found["heldout_invalid_before"],
-        "invalid_after": 100 * found["heldout_invalid_after"],
+        "pairs_before": found["eval/attribute_pairs_before"],
+        "pairs_after": found["eval/attribute_pairs_after"],
+        "invalid_before": 100 * found["eval/invalid_fraction_before"],
+        "invalid_after": 100 * found["eval/invalid_fraction_after"],
         "zero_variance": 100 * found["zero_variance"],
     }
 

@@ -253,7 +253,7 @@ def _rar_with_variance(context: StageContext) -> StageOutcome:
     """Trains the generator by GRPO, and counts the groups without variance."""
     outcome = rar_stage(context)
     steps = read_metrics(context.path("log"))
-    outcome.metrics["zero_variance"] = statistics.fmean(step["zero_variance_fraction"] for step in steps)
+    outcome.metrics["zero_variance"] = statistics.fmean(step["reward/zero_variance_fraction"] for step in steps)
     return outcome
 
 

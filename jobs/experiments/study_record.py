@@ -25,8 +25,8 @@ _SHARED = frozenset({"catalogue", "models", "baselines"})
 _SIZES = ("mean_pairs", "mean_words", "invalid_fraction")
 _QUALITY = ("precision", "recall", "f1")
 _HELD_OUT = (
-    "heldout_before", "heldout_after", "heldout_gain", "heldout_pairs_before", "heldout_pairs_after",
-    "heldout_invalid_before", "heldout_invalid_after",
+    "eval/reward_before", "eval/reward_after", "eval/reward_gain", "eval/attribute_pairs_before",
+    "eval/attribute_pairs_after", "eval/invalid_fraction_before", "eval/invalid_fraction_after",
 )  # fmt: skip
 
 

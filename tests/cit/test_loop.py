@@ -69,7 +69,7 @@ def test_a_run_commits_every_stage_skips_them_next_time_and_reruns_what_a_change
     steps = read_metrics(storage.join(run.committed("agcl-r0").directory, "log"))
     assert steps[-1]["vision_cache_hit_fraction"] > 0.5
     rar = run.committed("rar-r0").metrics
-    assert rar["heldout_before"]["low"] <= rar["heldout_before"]["mean"] <= rar["heldout_before"]["high"]
+    assert rar["eval/reward_before"]["low"] <= rar["eval/reward_before"]["mean"] <= rar["eval/reward_before"]["high"]
     assert weights(run.committed("rar-r0")) != weights(run.committed("distill"))
     for name, section in (("agcl-r0", config.encoder), ("distill", config.generator), ("rar-r0", config.generator)):
         check_model_settings(run.committed(name), section, pipeline.catalogue_ref.fingerprint)

@@ -44,7 +44,9 @@ def commit(run, name, metrics, steps=0, seed=0):
         if steps:
             log = MetricsLog(storage.join(directory, "log"))
             for step in range(steps):
-                log.log(step, {"reward_mean": step / 10, "kl": float("nan"), "name_share/size (cm)": 1.0})
+                log.log(
+                    step, {"reward/mean": step / 10, "actor/kl": float("nan"), "rollout/name_fraction/size (cm)": 1.0}
+                )
             log.close()
         return StageOutcome({}, metrics)
 
@@ -54,7 +56,7 @@ def commit(run, name, metrics, steps=0, seed=0):
 def test_metrics_steps_and_settings_are_found_in_mlflow(world):
     config, run, client = world
     tracker = MLflowTracker(config, run)
-    tracker.stage(commit(run, "rar-r0", {"reward_mean": 0.25}, steps=1200))
+    tracker.stage(commit(run, "rar-r0", {"reward/mean": 0.25}, steps=1200))
     tracker.stage(commit(run, "evaluate-r0", METRICS))
     tracker.close(finished=True)
     (experiment,) = (each for each in client.search_experiments() if each.name == "shop")
@@ -62,27 +64,27 @@ def test_metrics_steps_and_settings_are_found_in_mlflow(world):
     assert found.info.run_name == "mugs"
     assert found.info.status == "FINISHED"
     assert found.data.params["rar/group_size"] == str(config.rar.group_size)
-    assert found.data.metrics["rar-r0/reward_mean"] == 0.25
+    assert found.data.metrics["rar-r0/reward/mean"] == 0.25
     assert found.data.metrics["evaluate-r0/protocols/fine/metrics/hit_at_1/mean"] == 0.5
     assert not [name for name in found.data.metrics if name.endswith(("/low", "/ok", "/kl")) or "why" in name]
-    steps = client.get_metric_history(found.info.run_id, "rar-r0/step/reward_mean")
+    steps = client.get_metric_history(found.info.run_id, "rar-r0/step/reward/mean")
     assert [(each.step, each.value) for each in steps] == [(step, step / 10) for step in range(1200)]
-    assert "rar-r0/step/name_share/size _cm_" in found.data.metrics
+    assert "rar-r0/step/rollout/name_fraction/size _cm_" in found.data.metrics
 
 
 def test_a_resumed_job_goes_on_in_the_same_mlflow_run_and_logs_nothing_twice(world, monkeypatch):
     config, run, client = world
     first = MLflowTracker(config, run)
-    stage = commit(run, "rar-r0", {"reward_mean": 0.25}, steps=3)
+    stage = commit(run, "rar-r0", {"reward/mean": 0.25}, steps=3)
     first.stage(stage)
     first.close(finished=False)
     again = MLflowTracker(config, run)
     again.stage(stage)
     (experiment,) = (each for each in client.search_experiments() if each.name == "shop")
     (found,) = client.search_runs([experiment.experiment_id])
-    assert len(client.get_metric_history(found.info.run_id, "rar-r0/step/reward_mean")) == 3
-    again.stage(commit(run, "rar-r0", {"reward_mean": 0.5}, steps=2, seed=1))
-    assert client.get_run(found.info.run_id).data.metrics["rar-r0/reward_mean"] == 0.5
+    assert len(client.get_metric_history(found.info.run_id, "rar-r0/step/reward/mean")) == 3
+    again.stage(commit(run, "rar-r0", {"reward/mean": 0.5}, steps=2, seed=1))
+    assert client.get_run(found.info.run_id).data.metrics["rar-r0/reward/mean"] == 0.5
 
 
 def test_an_unreachable_server_costs_no_training_and_gets_the_stages_later(world, monkeypatch, caplog):
@@ -90,7 +92,7 @@ def test_an_unreachable_server_costs_no_training_and_gets_the_stages_later(world
 
     config, run, client = world
     tracker = MLflowTracker(config, run)
-    stage = commit(run, "rar-r0", {"reward_mean": 0.25})
+    stage = commit(run, "rar-r0", {"reward/mean": 0.25})
 
     def away(*_, **__):
         raise MlflowException("connection refused")
@@ -101,7 +103,7 @@ def test_an_unreachable_server_costs_no_training_and_gets_the_stages_later(world
     assert "did not take stage rar-r0, the next job tries again: connection refused" in caplog.text
     MLflowTracker(config, run).stage(stage)
     run_id = storage.read_json(storage.join(run.path, "mlflow.json"))["run_id"]
-    assert client.get_run(run_id).data.metrics["rar-r0/reward_mean"] == 0.25
+    assert client.get_run(run_id).data.metrics["rar-r0/reward/mean"] == 0.25
 
 
 def test_the_report_is_an_artifact(world, tmp_path):
@@ -145,14 +147,14 @@ def test_another_server_or_experiment_gets_a_run_of_its_own_with_all_stages(worl
     from mlflow import MlflowClient
 
     config, run, client = world
-    stage = commit(run, "rar-r0", {"reward_mean": 0.25})
+    stage = commit(run, "rar-r0", {"reward/mean": 0.25})
     MLflowTracker(config, run).stage(stage)
     before = mlflow_run(client, run)
     other = f"file://{tmp_path}/other"
     MLflowTracker(with_values(config, {"tracking.mlflow_uri": other}), run).stage(stage)
     moved = mlflow_run(MlflowClient(tracking_uri=other), run)
     assert moved.info.run_id != before.info.run_id
-    assert moved.data.metrics["rar-r0/reward_mean"] == 0.25
+    assert moved.data.metrics["rar-r0/reward/mean"] == 0.25
     MLflowTracker(with_values(config, {"tracking.mlflow_experiment": "stall"}), run)
     (stall,) = (each for each in client.search_experiments() if each.name == "stall")
     assert mlflow_run(client, run).info.experiment_id == stall.experiment_id

@@ -52,8 +52,8 @@ def exported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> set[str]:
     """Names under which Prometheus finds what the code exports through Ray."""
     import ray.util.metrics
 
-    from afmrl_ray.rar.reward import RewardClient
-    from afmrl_ray.rar.reward_meter import Meter
+    from afmrl_ray.rar.reward.client import RewardClient
+    from afmrl_ray.rar.reward.metrics import Meter
     from afmrl_ray.serving.app import _ray_metrics
     from afmrl_ray.training.metrics_log import MetricsLog
 
@@ -80,8 +80,8 @@ def test_dashboards_and_rules_name_metrics_that_are_exported(monkeypatch: pytest
     named = {name for text in texts for name in re.findall(r"\bray_afmrl_\w+", text)}
     assert len(named) > 10
     assert named <= exported(monkeypatch, tmp_path)
-    source = "".join(path.read_text() for path in (ROOT / "afmrl_ray").glob("*/*.py"))
-    for metric in {name for text in texts for name in re.findall(r'ray_afmrl_training\{metric=\\?"(\w+)', text)}:
+    source = "".join(path.read_text() for path in (ROOT / "afmrl_ray").rglob("*.py"))
+    for metric in {name for text in texts for name in re.findall(r'ray_afmrl_training\{metric=\\?"([\w/]+)', text)}:
         assert f'"{metric}"' in source
 
 

@@ -12,9 +12,10 @@ import psutil
 import pytest
 import ray
 
-from afmrl_ray.rar import experience
+from afmrl_ray.rar import rollout_batch
+from afmrl_ray.rar.trainer import open_trainer
 from tests.faults.harness import ROOT
-from tests.rar.conftest import every_text_counts, small_trainer
+from tests.rar.conftest import every_text_counts, small_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(2400)]
 
@@ -48,22 +49,19 @@ def test_memory_is_flat(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(experience, "parse_completions", every_text_counts)
+    monkeypatch.setattr(rollout_batch, "parse_completions", every_text_counts)
     reward = {"k": 5, "cached_scores": 64, "pool": {"cpus_per_worker": 0.5}}
     settings = {"steps": STEPS, "checkpoint_every": 100, "reward": reward}
-    driver = small_trainer(tiny_checkpoints, tiny_catalogue_ref, tmp_path / "soak", **settings)
+    job = small_job(tiny_checkpoints, tiny_catalogue_ref, tmp_path / "soak", **settings)
     sizes: dict[str, list[float]] = {}
     stored: list[float] = []
-    try:
-        driver.begin()
-        while driver.step < STEPS:
-            driver.train_step()
-            if driver.step % EVERY == 0:
+    with open_trainer(*job) as trainer:
+        while trainer.step < STEPS:
+            trainer.train_step()
+            if trainer.step % EVERY == 0:
                 for kind, process in processes():
                     sizes.setdefault(kind, []).append(process.memory_info().rss / 2**20)
                 stored.append(object_store_bytes())
-    finally:
-        driver.close()
     assert set(sizes) == {"driver", "RewardActor", "Engine"}
     later = WARM_UP // EVERY
     growth = {}

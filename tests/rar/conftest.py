@@ -9,24 +9,24 @@ import pytest
 
 from afmrl_ray.attributes.text import parse_attributes
 from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue
-from afmrl_ray.config import validate
+from afmrl_ray.config import Config, validate
 from afmrl_ray.config.catalogue import ItemSelector
 from afmrl_ray.config.models import AdapterConfig, EncoderConfig, GeneratorConfig
 from afmrl_ray.config.train import RewardConfig
 from afmrl_ray.models.annotate import GeneratorRef
+from afmrl_ray.rar.context import RARJob
 from afmrl_ray.rar.module import PolicySpec
-from afmrl_ray.rar.reward_spec import KINDS, Gallery, RewardSpec
-from afmrl_ray.rar.trainer import RARJob, RARTrainer
+from afmrl_ray.rar.reward.spec import METRICS, Gallery, RewardSpec
 from afmrl_ray.retrieval.embed import Encoder, EncoderRef, save_embeddings
 
-PICTURE = {"min_pixels": 784, "max_pixels": 3136}
+IMAGE = {"min_pixels": 784, "max_pixels": 3136}
 
 
 @pytest.fixture(scope="session")
 def policy_spec(tiny_checkpoints, tiny_catalogue_ref) -> PolicySpec:
     return PolicySpec(
         start=tiny_checkpoints["generator"],
-        generator=GeneratorConfig(image=PICTURE, max_new_tokens=10, max_attributes=12),
+        generator=GeneratorConfig(image=IMAGE, max_new_tokens=10, max_attributes=12),
         adapter=AdapterConfig(kind="full"),
         catalogue=tiny_catalogue_ref,
         temperature=1.0,
@@ -37,7 +37,7 @@ def policy_spec(tiny_checkpoints, tiny_catalogue_ref) -> PolicySpec:
 
 @dataclass(frozen=True)
 class RewardFixture:
-    """A reward service's parts over the tiny catalogue, and what it must compute, by other means."""
+    """Inputs of a reward service over the tiny catalogue, and the expected metrics, computed by a plain sort."""
 
     spec: RewardSpec
     encoder: Encoder
@@ -46,14 +46,14 @@ class RewardFixture:
     embeddings: np.ndarray
 
     def gallery(self, parts: int) -> RewardSpec:
-        """The spec with galleries in as many parts."""
+        """The spec with its gallery in `parts` parts."""
         put = Gallery.put(self.catalogue, self.rows, self.embeddings, parts=parts)
         return replace(self.spec, galleries={"train": put})
 
     def by_hand(self, queries: list[tuple[int, str]], k: int) -> dict[str, list[float]]:
-        """Every kind by sorting the whole gallery: own item left out, ties by item id."""
+        """Every metric by sorting the whole gallery, without the query's own item, ties by item id."""
         products, items = self.catalogue.column("product_id"), self.catalogue.column("item_id")
-        found: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        found: dict[str, list[float]] = {name: [] for name in METRICS}
         for row, text in queries:
             scores = (self.encoder.embed([row], [text], inputs="both") @ self.embeddings.T)[0]
             order = np.lexsort(([items[r] for r in self.rows], -scores))
@@ -68,7 +68,7 @@ class RewardFixture:
 
 @pytest.fixture(scope="session")
 def reward(ray_local, tiny_checkpoints, tiny_catalogue_ref) -> RewardFixture:
-    ref = EncoderRef(tiny_checkpoints["encoder"], EncoderConfig(image=PICTURE))
+    ref = EncoderRef(tiny_checkpoints["encoder"], EncoderConfig(image=IMAGE))
     catalogue = tiny_catalogue_ref.open()
     rows = catalogue.rows(ItemSelector())
     encoder = Encoder(ref, tiny_catalogue_ref)
@@ -89,17 +89,19 @@ def reward_config(**changes) -> RewardConfig:
 
 
 def every_text_counts(texts, max_attributes):
-    """In place of `experience.parse_completions`: random weights write nonsense, so every text is some attribute."""
+    """Replaces `rollout_batch.parse_completions`: random weights write nonsense, so every text counts as valid."""
     return [
         parse_attributes(f"it: {text.encode().hex() or 'none'}", max_attributes=9, complete=True) for text, _ in texts
     ]
 
 
-def small_trainer(checkpoints: dict[str, str], catalogue_ref: CatalogueRef, folder: Path, **rar: Any) -> RARTrainer:
-    """A trainer with two prompts of three completions a step, in `folder`."""
+def small_job(
+    checkpoints: dict[str, str], catalogue_ref: CatalogueRef, folder: Path, **rar: Any
+) -> tuple[Config, RARJob]:
+    """A RAR with two prompts of three completions a step, in `folder`."""
     config = validate(
         {
-            "generator": {"image": PICTURE, "max_new_tokens": 6},
+            "generator": {"image": IMAGE, "max_new_tokens": 6},
             "rar": {
                 "prompts_per_step": 2,
                 "group_size": 3,
@@ -113,7 +115,7 @@ def small_trainer(checkpoints: dict[str, str], catalogue_ref: CatalogueRef, fold
             },
         }
     )
-    encoder = EncoderRef(checkpoints["encoder"], EncoderConfig(image=PICTURE))
+    encoder = EncoderRef(checkpoints["encoder"], EncoderConfig(image=IMAGE))
     folder.mkdir(parents=True, exist_ok=True)
     gallery = str(folder / "gallery.safetensors")
     rows = np.arange(len(catalogue_ref.open()))
@@ -129,4 +131,4 @@ def small_trainer(checkpoints: dict[str, str], catalogue_ref: CatalogueRef, fold
         directory=str(folder),
         name="rar-r0",
     )
-    return RARTrainer(config, job)
+    return config, job

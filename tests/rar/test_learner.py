@@ -1,4 +1,4 @@
-"""The update of the learners: the same however it is cut, and however many learners share it."""
+"""The update of the learners: independent of the micro-batches and of the number of learners."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from deepspeed.utils import safe_get_full_fp32_param
 from afmrl_ray.config.models import AdapterConfig, OptimizerConfig
 from afmrl_ray.config.train import RARConfig, RolloutConfig
 from afmrl_ray.rar.engine import TransformersEngine
-from afmrl_ray.rar.learner import GRPOLearner, build_learners, learner_batch
+from afmrl_ray.rar.learner import GRPOLearner, build_learners
 from afmrl_ray.rar.loss import group_advantages
 from afmrl_ray.rar.messages import Weights
 from afmrl_ray.rar.prompts import batch_columns
+from afmrl_ray.rar.rllib_contract import learner_batch
 from afmrl_ray.rar.rollout import RolloutPool
 from afmrl_ray.rar.weights import trained_tensors, weights_fingerprint
 
@@ -41,7 +42,7 @@ def columns(ray_local, policy_spec) -> dict[str, np.ndarray]:
 def update(
     policy_spec, columns, steps: int = 1, *, load: str = "", save: str = "", **changes
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Trained tensors and numbers after the updates, `save` taken before the last one or `load` before the first."""
+    """Trained tensors and metrics after the updates, `save` taken before the last one or `load` before the first."""
     rar = RARConfig(
         **{"group_size": GROUP, "prompts_per_step": 4, "optimizer": OPTIMIZER, "kl_coef": 0.1, "steps": 4,
            "cpus_per_learner": 0.5, **changes}
@@ -79,35 +80,36 @@ def assert_same_direction(policy_spec, ours, theirs):
         assert close[moved].float().mean() > 0.995 if moved.any() else True, name
 
 
-def test_fresh_rollouts_have_the_learners_own_logprobs(whole):
+def test_sampler_and_learner_agree_on_fresh_rollouts(whole):
     _, stats = whole
-    assert stats["rollout_logprob_diff"] < 1e-5
-    assert stats["ratio_max"] == pytest.approx(1.0, abs=1e-4)
-    assert stats["kl"] == pytest.approx(0.0, abs=1e-6)
-    assert stats["microbatches"] == 1
+    assert stats["actor/rollout_logprob_diff"] < 1e-5
+    assert stats["actor/ratio_max"] == pytest.approx(1.0, abs=1e-4)
+    assert stats["actor/kl"] == pytest.approx(0.0, abs=1e-6)
+    assert stats["actor/microbatches"] == 1
 
 
-def test_the_cut_into_microbatches_changes_nothing(policy_spec, columns, whole):
+def test_the_update_does_not_depend_on_the_microbatches(policy_spec, columns, whole):
     tensors, stats = update(policy_spec, columns, num_learners=0, tokens_per_microbatch=60)
-    assert stats["microbatches"] > 3
-    for name in ("loss", "policy_loss", "kl", "gradient_norm"):
+    assert stats["actor/microbatches"] > 3
+    for name in ("actor/loss", "actor/policy_loss", "actor/kl", "actor/grad_norm"):
         assert stats[name] == pytest.approx(whole[1][name], rel=1e-4, abs=1e-6)
     assert_same_direction(policy_spec, tensors, whole[0])
 
 
-def test_a_shared_prompt_changes_nothing(policy_spec, columns, whole):
+def test_the_update_does_not_depend_on_prompt_sharing(policy_spec, columns, whole):
     tensors, stats = update(policy_spec, columns, num_learners=0, tokens_per_microbatch=10**6, shared_prompt="off")
-    assert (stats["shared_prompt"], whole[1]["shared_prompt"]) == (0, 1)
-    for name in ("loss", "policy_loss", "kl", "gradient_norm", "rollout_logprob_diff"):
+    assert (stats["actor/shared_prompt"], whole[1]["actor/shared_prompt"]) == (0, 1)
+    metrics = ("loss", "policy_loss", "kl", "grad_norm", "rollout_logprob_diff")
+    for name in (f"actor/{metric}" for metric in metrics):
         assert stats[name] == pytest.approx(whole[1][name], rel=1e-4, abs=1e-6)
     assert_same_direction(policy_spec, tensors, whole[0])
 
 
-def test_a_shared_prompt_that_gives_other_numbers_is_found_at_first_use(policy_spec, columns, monkeypatch, caplog):
+def test_a_shared_prompt_with_other_logprobs_is_detected_at_the_first_update(policy_spec, columns, monkeypatch, caplog):
     from afmrl_ray.rar import module
 
     def wrong(prompts, completions, pad_id, device):
-        # Continuations that take their prompt to be one token longer than it is.
+        # Completions at shifted positions, as if their prompt was longer.
         packed = pack(prompts, completions, pad_id, device)
         places = packed.places[packed.mask]
         packed.inputs["position_ids"][:, :, places] += 40
@@ -116,8 +118,8 @@ def test_a_shared_prompt_that_gives_other_numbers_is_found_at_first_use(policy_s
     pack = module.pack
     monkeypatch.setattr(module, "pack", wrong)
     _, stats = update(policy_spec, columns, num_learners=0, shared_prompt="auto")
-    assert stats["shared_prompt"] == 0
-    assert "going on with plain rows" in caplog.text
+    assert stats["actor/shared_prompt"] == 0
+    assert "going on with separate rows" in caplog.text
     with pytest.raises(RuntimeError, match=r"set rar\.shared_prompt to off"):
         update(policy_spec, columns, num_learners=0, shared_prompt="on")
 
@@ -126,16 +128,16 @@ def test_a_shared_prompt_that_gives_other_numbers_is_found_at_first_use(policy_s
     ("learners", "zero_stage"),
     [(1, 0), (2, 0), *(pytest.param(2, stage, marks=pytest.mark.slow) for stage in (1, 2)), (2, 3)],
 )
-def test_the_number_of_learners_changes_nothing(policy_spec, columns, whole, learners, zero_stage):
+def test_the_update_does_not_depend_on_the_number_of_learners(policy_spec, columns, whole, learners, zero_stage):
     settings = {"num_learners": learners, "zero_stage": zero_stage, "tokens_per_microbatch": 150}
     tensors, stats = update(policy_spec, columns, **settings)
-    for name in ("loss", "policy_loss", "gradient_norm"):
+    for name in ("actor/loss", "actor/policy_loss", "actor/grad_norm"):
         assert stats[name] == pytest.approx(whole[1][name], rel=1e-4, abs=1e-6)
     assert_same_direction(policy_spec, tensors, whole[0])
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_learners": 2, "tokens_per_microbatch": 150}, {"zero_stage": 3}])
-def test_a_kl_in_the_reward_is_the_update_of_rewards_made_by_hand(policy_spec, columns, changes):
+def test_kl_in_the_reward_equals_an_update_with_rewards_computed_by_hand(policy_spec, columns, changes):
     # At the start the policy is its reference, so a sampler that is off by `gap` has exactly that KL.
     gap = np.where(columns["mask"], np.random.default_rng(0).normal(size=columns["mask"].shape), 0.0)
     off = columns | {"old_logp": (columns["old_logp"] + gap).astype(np.float32)}
@@ -147,36 +149,36 @@ def test_a_kl_in_the_reward_is_the_update_of_rewards_made_by_hand(policy_spec, c
     )
     in_reward = {"kl_in_reward": True, "kl": "k1"}
     ours, stats = update(policy_spec, off, grpo=in_reward, **(settings | changes))
-    assert stats["policy_loss"] == pytest.approx(their_stats["policy_loss"], rel=1e-4)
-    assert stats["loss"] == pytest.approx(stats["policy_loss"]), "the KL counts twice"
-    assert stats["gradient_norm"] == pytest.approx(their_stats["gradient_norm"], rel=1e-4)
+    assert stats["actor/policy_loss"] == pytest.approx(their_stats["actor/policy_loss"], rel=1e-4)
+    assert stats["actor/loss"] == pytest.approx(stats["actor/policy_loss"]), "the KL counts twice"
+    assert stats["actor/grad_norm"] == pytest.approx(their_stats["actor/grad_norm"], rel=1e-4)
     assert_same_direction(policy_spec, ours, theirs)
     _, plain = update(policy_spec, off, **settings, kl_coef=0.0)
-    assert abs(plain["policy_loss"] - stats["policy_loss"]) > 1e-2, "the KL changes nothing"
+    assert abs(plain["actor/policy_loss"] - stats["actor/policy_loss"]) > 1e-2, "the KL changes nothing"
 
 
 def test_the_update_moves_the_policy_and_the_kl_to_the_start_with_it(policy_spec, columns):
     tensors, stats = update(policy_spec, columns, steps=3, num_learners=0)
     start = trained_tensors(policy_spec.load_policy())
     assert any(not torch.equal(tensors[name], start[name]) for name in start)
-    assert stats["kl"] > 1e-6
-    assert stats["rollout_logprob_diff"] > 1e-4
+    assert stats["actor/kl"] > 1e-6
+    assert stats["actor/rollout_logprob_diff"] > 1e-4
 
 
 @pytest.mark.parametrize("zero_stage", [pytest.param(0, marks=pytest.mark.slow), 2])
-def test_one_learner_goes_on_where_two_stopped(policy_spec, columns, tmp_path, zero_stage):
+def test_one_learner_resumes_the_checkpoint_of_two(policy_spec, columns, tmp_path, zero_stage):
     shared: dict = {"steps": 3, "zero_stage": zero_stage}
     path = str(tmp_path / "engine")
     two, two_stats = update(policy_spec, columns, save=path, num_learners=2, **shared)
     one, one_stats = update(policy_spec, columns, load=path, num_learners=0, **shared)
-    for name in ("loss", "kl", "gradient_norm", "learning_rate"):
+    for name in ("actor/loss", "actor/kl", "actor/grad_norm", "actor/learning_rate"):
         assert one_stats[name] == pytest.approx(two_stats[name], rel=1e-4, abs=1e-6)
     assert_same_direction(policy_spec, one, two)
 
 
 def masters(learner: GRPOLearner) -> dict[str, torch.Tensor]:
     """The float32 weights behind the trained ones."""
-    trained = {name: p for name, p in learner._own.policy.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in learner._policy.policy.named_parameters() if p.requires_grad}
     if learner.config.rar.zero_stage:
         return {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in trained.items()}
     (found,) = learner._engine._engine.optimizer.fp32_groups
@@ -184,7 +186,7 @@ def masters(learner: GRPOLearner) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("kind", "zero_stage"), [("full", 0), ("lora", 0), ("lora", 1), ("full", 2), ("lora", 3)])
-def test_in_bfloat16_rollouts_get_the_rounded_masters_and_a_checkpoint_has_them_whole(
+def test_in_bfloat16_rollouts_get_rounded_masters_and_checkpoints_keep_float32(
     policy_spec, columns, tmp_path, kind, zero_stage
 ):
     spec = replace(
@@ -217,7 +219,7 @@ def test_in_bfloat16_rollouts_get_the_rounded_masters_and_a_checkpoint_has_them_
     start = trained_tensors(spec.load_policy())
     assert {tensor.dtype for tensor in (*start.values(), *exported.values())} == {torch.bfloat16}
     assert any(not torch.equal(exported[name], start[name]) for name in start)
-    assert any(not torch.equal(master.bfloat16().float(), master) for master in whole.values()), "masters were rounded"
+    assert any(not torch.equal(master.bfloat16().float(), master) for master in whole.values()), "masters are rounded"
     for name, master in whole.items():
         assert torch.equal(exported[name], master.bfloat16()), name
     sampler = TransformersEngine(spec, RolloutConfig(), threads=1)

@@ -46,10 +46,10 @@ def test_advantages_equal_plain_statistics(scale: str) -> None:
     )
     found = group_advantages(rewards, scale=scale, eps=1e-3)  # type: ignore[arg-type]
     torch.testing.assert_close(found, torch.tensor(_rows(rewards, scale, 1e-3)), rtol=1e-5, atol=1e-6)
-    assert not found[2:].any(), "no spread, no advantage, exactly"
+    assert not found[2:].any(), "equal rewards must give exactly zero"
 
 
-def test_equal_rewards_give_exact_zero_though_their_mean_rounds() -> None:
+def test_equal_rewards_give_exactly_zero_although_their_mean_is_rounded() -> None:
     assert not group_advantages(torch.full((1, 7), 0.1), eps=1e-12).any()
 
 
@@ -137,11 +137,11 @@ def test_kl_pulls_towards_the_reference() -> None:
     loss, stats = grpo_loss(logp, logp.detach(), ref, none, torch.ones(1, 3), **CLIPS, kl_coef=1.0, denominator=3)
     loss.backward()
     assert logp.grad is not None
-    assert logp.grad.sign().tolist() == [[-1.0, 0.0, 1.0]], "descent raises what the reference finds likelier"
+    assert logp.grad.sign().tolist() == [[-1.0, 0.0, 1.0]], "descent raises the tokens that the reference prefers"
     assert stats["kl"].item() == pytest.approx(loss.item())
 
 
-def test_padding_may_hold_anything() -> None:
+def test_values_of_masked_tokens_are_ignored() -> None:
     batch = _batch()
     clean, _ = grpo_loss(**batch, **CLIPS, kl_coef=0.1, denominator=15)
     dirty = {name: batch[name].clone() for name in ("logp", "old_logp", "ref_logp")}
@@ -157,7 +157,7 @@ def test_padding_may_hold_anything() -> None:
     assert all(value.isfinite() and not value.requires_grad for value in stats.values())
 
 
-def test_stats_count_the_tokens_whose_gradient_is_clipped_away() -> None:
+def test_clip_ratios_count_the_tokens_whose_gradient_is_clipped() -> None:
     ratios = torch.tensor([[2.0, 0.5, 1.0, 9.0], [2.0, 0.5, 1.0, 1.0]])
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
     logp = ratios.log().requires_grad_()
@@ -167,8 +167,8 @@ def test_stats_count_the_tokens_whose_gradient_is_clipped_away() -> None:
     loss.backward()
     assert logp.grad is not None
     assert (logp.grad == 0).tolist() == [[True, False, False, True], [False, True, False, False]]
-    assert stats["epsilon_high"].item() == pytest.approx(1 / 7)
-    assert stats["epsilon"].item() == pytest.approx(1 / 7)
+    assert stats["clip_ratio_high"].item() == pytest.approx(1 / 7)
+    assert stats["clip_ratio_low"].item() == pytest.approx(1 / 7)
     assert stats["ratio"].item() == pytest.approx((3.5 + 4.5) / 7)
     assert stats["ratio_max"].item() == pytest.approx(2.0)
 

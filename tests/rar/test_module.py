@@ -10,7 +10,7 @@ from afmrl_ray.config.models import AdapterConfig
 from afmrl_ray.rar.module import COMPLETION, MASK, ROW, AttributePolicy
 
 
-def test_dropout_of_an_adapter_never_reaches_the_log_probabilities(policy_spec):
+def test_log_probabilities_are_computed_without_dropout(policy_spec):
     spec = replace(policy_spec, adapter=AdapterConfig(kind="lora", r=4, dropout=0.5))
     module = AttributePolicy(
         observation_space=gym.spaces.Box(-1, 1, (1,), np.float32),

@@ -9,13 +9,13 @@ from afmrl_ray.rar.messages import PromptGroup
 from afmrl_ray.rar.prompts import batch_columns, group_seeds, prompts_of_step
 
 
-def test_prompts_go_through_epochs_without_gap_or_repeat():
+def test_every_epoch_uses_each_prompt_once():
     rows = np.arange(100, 110)
-    asked = np.concatenate([prompts_of_step(rows, step, 4, seed=1) for step in range(10)])
+    used = np.concatenate([prompts_of_step(rows, step, 4, seed=1) for step in range(10)])
     for epoch in range(4):
-        assert sorted(asked[epoch * 10 : (epoch + 1) * 10]) == rows.tolist()
-    np.testing.assert_array_equal(prompts_of_step(rows, 7, 4, seed=1), asked[28:32])
-    assert not np.array_equal(prompts_of_step(rows, 7, 4, seed=2), asked[28:32])
+        assert sorted(used[epoch * 10 : (epoch + 1) * 10]) == rows.tolist()
+    np.testing.assert_array_equal(prompts_of_step(rows, 7, 4, seed=1), used[28:32])
+    assert not np.array_equal(prompts_of_step(rows, 7, 4, seed=2), used[28:32])
 
 
 def test_seeds_differ_between_groups_and_steps():
@@ -30,7 +30,7 @@ def group(row: int, lengths: list[int], width: int) -> PromptGroup:
     return PromptGroup(row, 0, ids, mask, np.where(mask, -1.0, 0.0).astype(np.float32), [("", True)] * len(lengths))
 
 
-def test_columns_are_aligned_by_completion_and_share_the_steps_denominator():
+def test_columns_are_aligned_by_completion_and_use_the_denominator_of_the_step():
     groups, advantages = [group(5, [2, 1], 2), group(6, [3, 3], 3)], np.array([[1.0, -1.0], [2.0, -2.0]])
     columns = batch_columns(groups, advantages, np.ones((2, 2)))
     assert columns["row"].tolist() == [5, 5, 6, 6]
@@ -41,25 +41,25 @@ def test_columns_are_aligned_by_completion_and_share_the_steps_denominator():
     assert columns["weight"].tolist() == [1, 1, 1, 1]
 
 
-def test_a_completion_whose_reward_failed_counts_for_nothing():
+def test_a_completion_whose_reward_failed_has_weight_zero():
     groups, advantages = [group(5, [2, 1], 2), group(6, [3, 3], 3)], np.array([[1.0, -1.0], [0.0, 0.0]])
     columns = batch_columns(groups, advantages, np.array([[0.5, 0.0], [1.0, np.nan]]))
     assert columns["weight"].tolist() == [1, 1, 1, 0]
     assert set(columns["denominator"].tolist()) == {6.0}
 
 
-def test_held_out_means_leave_out_what_failed():
+def test_held_out_means_exclude_failed_rewards():
     parsed = [(("a", "b"),)] * 6
-    before = summarise(np.array([0.0, 1.0, np.nan, 0.5, np.nan, np.nan]), parsed, group_size=2)
-    after = summarise(np.array([1.0, 1.0, 1.0, 1.0, 1.0, 1.0]), parsed, group_size=2)
+    before = summarise(np.array([[0.0, 1.0], [np.nan, 0.5], [np.nan, np.nan]]), parsed)
+    after = summarise(np.ones((3, 2)), parsed)
     np.testing.assert_array_equal(before.rewards, [0.5, 0.5, np.nan])
     result = compare(before, after, seed=0)
-    assert result["heldout_gain"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
-    assert result["heldout_prompts"] == 2
-    assert result["heldout_pairs_after"] == pytest.approx(1.0)
+    assert result["eval/reward_gain"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
+    assert result["eval/prompts"] == 2
+    assert result["eval/attribute_pairs_after"] == pytest.approx(1.0)
 
 
-def test_a_checkpoint_counts_only_once_its_manifest_is_there(tmp_path):
+def test_a_checkpoint_is_complete_only_with_its_manifest(tmp_path):
     checkpoints = Checkpoints(str(tmp_path))
     assert checkpoints.latest() is None
     for step in (2, 4, 6):
@@ -67,8 +67,8 @@ def test_a_checkpoint_counts_only_once_its_manifest_is_there(tmp_path):
         folder.mkdir(parents=True)
         (folder / "shard").write_text(str(step))
         if step < 6:
-            checkpoints.commit(step, {"tail": []})
-    assert checkpoints.latest() == {"step": 4, "tail": []}
-    checkpoints.commit(6, {"tail": []})
+            checkpoints.commit(step, {"next_batch": None})
+    assert checkpoints.latest() == {"step": 4, "next_batch": None}
+    checkpoints.commit(6, {"next_batch": None})
     assert checkpoints.steps() == [4, 6]
     assert not (tmp_path / "step_0000002").exists()

@@ -64,7 +64,7 @@ def test_pushed_weights_reach_the_sampler_and_carry_their_version(expected, poli
     pool.close()
 
 
-def test_weights_that_are_not_what_was_announced_are_refused(ray_local, policy_spec):
+def test_weights_with_another_fingerprint_are_refused(ray_local, policy_spec):
     pool = pool_of(policy_spec, 1)
     honest = weights_of(policy_spec, 1)
     with pytest.raises(WeightSyncError, match="rollout actor 0"):
@@ -75,7 +75,7 @@ def test_weights_that_are_not_what_was_announced_are_refused(ray_local, policy_s
     pool.close()
 
 
-def test_weights_whose_exporter_died_are_told_as_lost(ray_local, policy_spec):
+def test_weights_whose_exporter_died_raise_weights_lost(ray_local, policy_spec):
     @ray.remote(num_cpus=0)
     class Exporter:
         def put(self, tensors):
@@ -92,7 +92,7 @@ def test_weights_whose_exporter_died_are_told_as_lost(ray_local, policy_spec):
     pool.close()
 
 
-def test_a_sampler_refuses_another_version(ray_local, policy_spec):
+def test_an_actor_refuses_to_sample_another_version(ray_local, policy_spec):
     pool = pool_of(policy_spec, 1)
     pool.push(weights_of(policy_spec, 1))
     call = pool.actors[0].sample.remote([0], [1], group_size=2, version=2)
@@ -101,7 +101,7 @@ def test_a_sampler_refuses_another_version(ray_local, policy_spec):
     pool.close()
 
 
-def test_a_killed_actor_costs_nothing_but_time(expected, policy_spec):
+def test_chunks_of_a_killed_actor_are_sampled_again_with_the_same_result(expected, policy_spec):
     pool = pool_of(policy_spec, 2)
     pool.push(weights_of(policy_spec, 0))
     pids = [ray.get(actor.__ray_call__.remote(lambda _: os.getpid())) for actor in pool.actors]
@@ -111,7 +111,7 @@ def test_a_killed_actor_costs_nothing_but_time(expected, policy_spec):
     pool.close()
 
 
-def test_a_replacement_that_dies_before_it_has_the_weights_is_replaced_too(expected, policy_spec, monkeypatch):
+def test_a_replacement_that_dies_before_it_has_weights_is_replaced(expected, policy_spec, monkeypatch):
     pool = pool_of(policy_spec, 1)
     pool.push(weights_of(policy_spec, 0))
     make, made = pool._make, []
@@ -131,7 +131,7 @@ def test_a_replacement_that_dies_before_it_has_the_weights_is_replaced_too(expec
     pool.close()
 
 
-def test_actors_that_keep_dying_end_the_job(ray_local, policy_spec):
+def test_actors_that_keep_dying_fail_the_job(ray_local, policy_spec):
     pool = pool_of(policy_spec, 1, max_restarts=0)
     pool.push(weights_of(policy_spec, 0))
     ray.kill(pool.actors[0])

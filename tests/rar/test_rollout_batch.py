@@ -1,4 +1,4 @@
-"""Rollouts of a step from fakes that sample and score by rule."""
+"""Rollouts of a step, with fake pools that sample and score by rule."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import pytest
 
 from afmrl_ray.rar.messages import PromptGroup
 from afmrl_ray.rar.prompts import group_seeds, prompts_of_step
-from afmrl_ray.rar.reward_spec import KINDS, Scores
+from afmrl_ray.rar.reward.spec import METRICS, Scores
 from afmrl_ray.rar.rollout_batch import Collector, RolloutRequest
 
-ASK = RolloutRequest(gallery="train", group_size=3, max_attributes=4, invalid=-0.1)
+REQUEST = RolloutRequest(gallery="train", group_size=3, max_attributes=4, invalid_reward=-0.1)
 ROWS = np.arange(100, 140)
 NAN = float("nan")
 
@@ -35,13 +35,13 @@ class Rollouts:
 
 
 class Rewards:
-    """Row modulo ten, the same for all of a group but those of `spread`."""
+    """Row modulo ten; groups whose row satisfies `varies` get different rewards."""
 
-    def __init__(self, log: list, spread=lambda row: True) -> None:
-        self.log, self.spread = log, spread
+    def __init__(self, log: list, varies=lambda row: True) -> None:
+        self.log, self.varies = log, varies
 
     def value(self, row, text):
-        return row % 10 + (int(text[-1]) if self.spread(row) else 0)
+        return row % 10 + (int(text[-1]) if self.varies(row) else 0)
 
     def submit(self, gallery, queries):
         assert gallery == "train"
@@ -51,7 +51,7 @@ class Rewards:
         class Done:
             def result(self):
                 found = np.array(values, dtype=float)
-                return Scores(found, dict.fromkeys(KINDS, found))
+                return Scores(found, dict.fromkeys(METRICS, found))
 
         return Done()
 
@@ -62,10 +62,10 @@ class Rewards:
 def collect(**options):
     log: list = []
     rows = [103, 104, 105]
-    return Collector(Rollouts(log), Rewards(log)).collect(rows, [1, 2, 3], ASK, **options), log
+    return Collector(Rollouts(log), Rewards(log)).collect(rows, [1, 2, 3], REQUEST, **options), log
 
 
-def test_groups_and_rewards_stand_in_the_order_of_the_prompts():
+def test_groups_and_rewards_are_in_the_order_of_the_prompts():
     found, _ = collect()
     assert [g.row for g in found.groups] == [103, 104, 105]
     assert found.rewards.tolist() == [[3, 4, -0.1], [4, 5, -0.1], [5, 6, -0.1]]
@@ -77,9 +77,9 @@ def test_a_chunk_is_scored_before_the_next_is_sampled():
     assert log == [("sampled", 2), ("submitted", 2), ("sampled", 0), ("submitted", 4), ("checked", 6)]
 
 
-def test_only_the_parser_gives_the_invalid_reward_and_what_it_refused_is_never_scored():
+def test_only_rejected_completions_get_the_invalid_reward_and_they_are_not_scored():
     texts = [("color: red", True), ("color: red", False), ("nonsense", True), ("size: xl", True)]
-    asked = []
+    scored = []
 
     class Sampled:
         def stream(self, rows, seeds, *, group_size):
@@ -88,30 +88,28 @@ def test_only_the_parser_gives_the_invalid_reward_and_what_it_refused_is_never_s
 
     class Lossy(Rewards):
         def submit(self, gallery, queries):
-            asked.extend(queries)
+            scored.extend(queries)
             return super().submit(gallery, queries)
 
-    ask = RolloutRequest(gallery="train", group_size=4, max_attributes=4, invalid=-0.1)
+    request = RolloutRequest(gallery="train", group_size=4, max_attributes=4, invalid_reward=-0.1)
     rewards = Lossy([])
     rewards.value = lambda row, text: NAN if "size" in text else 0.5
-    found = Collector(Sampled(), rewards).collect([5], [1], ask)
-    assert asked == [(5, "color: red"), (5, "size: xl")]
+    found = Collector(Sampled(), rewards).collect([5], [1], request)
+    assert scored == [(5, "color: red"), (5, "size: xl")]
     np.testing.assert_array_equal(found.rewards, [[0.5, -0.1, -0.1, NAN]])
     texts[:] = [("", True)] * 4
-    rewards.submit = lambda *_: pytest.fail("asked")
-    np.testing.assert_array_equal(Collector(Sampled(), rewards).collect([5], [1], ask).rewards, [[-0.1] * 4])
+    rewards.submit = lambda *_: pytest.fail("scored")
+    np.testing.assert_array_equal(Collector(Sampled(), rewards).collect([5], [1], request).rewards, [[-0.1] * 4])
 
 
-def step(spread, rounds: int, number: int = 5):
+def step(varies, rounds: int, number: int = 5):
     log: list = []
-    collector = Collector(Rollouts(log), Rewards(log, spread))
-    # What the parser refuses would spread every group.
-    ask = RolloutRequest(gallery="train", group_size=3, max_attributes=4, invalid=-0.1)
-    return collector.collect_step(ROWS, number, count=8, seed=3, ask=ask, dynamic_sampling_rounds=rounds)
+    collector = Collector(Rollouts(log), Rewards(log, varies))
+    return collector.collect_step(ROWS, number, count=8, seed=3, request=REQUEST, dynamic_sampling_rounds=rounds)
 
 
 @pytest.fixture
-def no_nonsense(monkeypatch):
+def only_valid_texts(monkeypatch):
     import sys
 
     def plain(row, seed, size):
@@ -122,34 +120,34 @@ def no_nonsense(monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "group", plain)
 
 
-@pytest.mark.usefixtures("no_nonsense")
-def test_prompts_that_teach_nothing_make_way_for_others():
-    asked = prompts_of_step(ROWS, 5, 8, 3)
-    zero_variance = {int(row) for row in asked[:3]}
+@pytest.mark.usefixtures("only_valid_texts")
+def test_prompts_of_zero_variance_are_replaced_by_unused_ones():
+    used = prompts_of_step(ROWS, 5, 8, 3)
+    zero_variance = {int(row) for row in used[:3]}
     kept = step(lambda row: row not in zero_variance, 0)
-    assert [g.row for g in kept.groups] == asked.tolist()
-    assert kept.zero_variance().sum() == 3
+    assert [g.row for g in kept.groups] == used.tolist()
+    assert kept.zero_variance_groups().sum() == 3
     found = step(lambda row: row not in zero_variance, 2)
-    assert found.zero_variance().sum() == 0
-    assert found.numbers["resampled_groups"] == 3
+    assert found.zero_variance_groups().sum() == 0
+    assert found.metrics["rollout/resampled_groups"] == 3
     rows = [g.row for g in found.groups]
     assert len(set(rows)) == 8
     assert not zero_variance & set(rows)
-    assert rows[3:] == asked[3:].tolist()
+    assert rows[3:] == used[3:].tolist()
     assert [g.ids[0, 0] for g in found.groups[3:]] == group_seeds(3, 5, 8)[3:]
     again = step(lambda row: row not in zero_variance, 2)
     assert [(g.row, g.ids[0, 0]) for g in again.groups] == [(g.row, g.ids[0, 0]) for g in found.groups]
 
 
-@pytest.mark.usefixtures("no_nonsense")
-def test_what_is_still_dull_after_the_last_round_stays():
+@pytest.mark.usefixtures("only_valid_texts")
+def test_groups_of_zero_variance_stay_after_the_last_round():
     found = step(lambda row: False, 2)
-    assert found.zero_variance().all()
-    assert found.numbers["resampled_groups"] == 16
+    assert found.zero_variance_groups().all()
+    assert found.metrics["rollout/resampled_groups"] == 16
     assert len(found.groups) == len({g.row for g in found.groups}) == 8
 
 
-def test_unknown_rewards_do_not_count_as_a_spread():
+def test_failed_rewards_are_no_variance():
     found, _ = collect()
     found.rewards[:] = [[NAN, 1, 1], [NAN, 1, 2], [NAN, NAN, NAN]]
-    assert found.zero_variance().tolist() == [True, False, True]
+    assert found.zero_variance_groups().tolist() == [True, False, True]

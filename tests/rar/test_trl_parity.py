@@ -49,14 +49,14 @@ def name(golden: dict) -> str:
 
 
 @pytest.mark.parametrize("golden", RECORD["losses"], ids=name)
-def test_loss_and_gradient_are_those_of_trl(golden):
+def test_loss_and_gradient_equal_trl(golden):
     loss, gradient = ours(golden)
     assert loss == pytest.approx(golden["loss"], abs=1e-6)
     assert (gradient - torch.tensor(golden["gradient"])).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_advantages_are_those_of_trl(scale):
+def test_advantages_equal_trl(scale):
     advantages = group_advantages(torch.tensor(RECORD["rewards"]), scale=scale, eps=1e-4)
     torch.testing.assert_close(advantages, torch.tensor(RECORD["advantages"][scale]), atol=1e-6, rtol=1e-6)
 
@@ -73,7 +73,7 @@ def test_advantages_are_those_of_trl(scale):
         ("mask_truncated_completions", {}),
     ],
 )
-def test_every_setting_changes_what_trl_gives(setting, where):
+def test_every_setting_changes_the_recorded_gradient(setting, where):
     """A golden that equals its neighbour would prove nothing."""
     chosen = [g for g in RECORD["losses"] if all(g[key] == value for key, value in where.items())]
     by_rest: dict[str, list[dict]] = {}

@@ -104,7 +104,7 @@ def test_other_versions_and_weights_that_do_not_fit_are_refused(ray_local, spec,
 
 
 @pytest.mark.ray
-def test_what_vllm_is_started_with(ray_local, spec, vllm_engine):
+def test_engine_options_follow_policy_and_config(ray_local, spec, vllm_engine):
     engine = vllm_engine(spec, CONFIG, 1)
     engine.set_weights(moved(spec, 0))
     first = engine._adapter
@@ -124,7 +124,7 @@ def test_what_vllm_is_started_with(ray_local, spec, vllm_engine):
         assert not Path(first.lora_path).exists()
 
 
-def test_the_image_of_a_prompt_is_the_one_the_tower_is_shown(policy_spec):
+def test_the_image_of_a_prompt_is_the_one_that_the_tower_gets(policy_spec):
     processor, catalogue = policy_spec.load_processor(), policy_spec.catalogue.open()
     row = generator_input(processor, catalogue, 0, config=policy_spec.generator)
     prompt = prompt_of(row, processor.merge_size)
@@ -141,7 +141,7 @@ def test_the_image_of_a_prompt_is_the_one_the_tower_is_shown(policy_spec):
     assert prompt_of(processor.row(None, "mug"), processor.merge_size).keys() == {"prompt_token_ids"}
 
 
-def test_seeds_of_near_groups_share_nothing():
+def test_completion_seeds_of_nearby_groups_are_disjoint():
     seeds = [one for seed in range(50) for one in completion_seeds(seed, 8)]
     assert len(set(seeds)) == 400
     assert all(0 <= one < 2**63 for one in seeds)
@@ -157,7 +157,7 @@ def test_forbidden_tokens_have_no_probability(policy_spec):
 
 
 @pytest.mark.ray
-def test_a_prompt_that_vllm_reads_otherwise_is_an_error(ray_local, policy_spec, vllm_engine):
+def test_an_output_with_other_prompt_tokens_is_an_error(ray_local, policy_spec, vllm_engine):
     engine = vllm_engine(policy_spec, CONFIG, 1)
     engine.set_weights(moved(policy_spec, 0))
     fake_vllm.SCRIPT[completion_seeds(1, 1)[0]] = [7]
@@ -166,7 +166,7 @@ def test_a_prompt_that_vllm_reads_otherwise_is_an_error(ray_local, policy_spec, 
         engine.sample([0], [1], group_size=1, version=0)
 
 
-def test_adapters_that_vllm_does_not_apply_are_refused(policy_spec):
+def test_unsupported_adapters_are_refused(policy_spec):
     vision = AdapterConfig(kind="lora", r=4, targets=r".*visual.*\.(q|k|v|gate|up|down)_proj")
     with pytest.raises(ConfigError, match="the vision tower is adapted"):
         Trained.of(replace(policy_spec, adapter=vision))
@@ -174,7 +174,7 @@ def test_adapters_that_vllm_does_not_apply_are_refused(policy_spec):
         Trained.of(replace(policy_spec, adapter=AdapterConfig(kind="lora", r=4, dora=True)))
 
 
-def test_a_missing_vllm_is_told_in_one_line(monkeypatch):
+def test_a_missing_vllm_gives_a_one_line_error(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install \.\[vllm\]") as caught:
         engine_class(CONFIG)
@@ -191,7 +191,7 @@ def test_a_missing_vllm_is_told_in_one_line(monkeypatch):
         (["rar.rollout.pool.gpus_per_worker=1", "rar.adapter.kind=lora", "rar.adapter.dora=true"], "DoRA"),
     ],
 )
-def test_settings_that_vllm_does_not_take_are_refused_as_they_are_read(overrides, message):
+def test_unsupported_settings_are_refused_when_the_config_is_read(overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_config(None, ["rar.rollout.engine=vllm", *overrides])
 
@@ -203,7 +203,7 @@ class Broken(TransformersEngine):
 
 @pytest.mark.ray
 @pytest.mark.timeout(60)
-def test_an_engine_that_cannot_be_made_is_not_tried_again(ray_local, policy_spec):
+def test_an_engine_whose_constructor_raises_is_not_retried(ray_local, policy_spec):
     pool = RolloutPool(policy_spec, RolloutConfig(pool={"cpus_per_worker": 0.5}), engine=Broken)
     with pytest.raises(RuntimeError, match=r"cannot be made: .*the engine is broken"):
         pool.push(Weights(0, "", [ray.put({})]))

@@ -88,24 +88,24 @@ class FakeRun:
         self.stage(f"gallery-r{n}", {"gallery": 300}, f"agcl-r{n}")
         before = 0.42 + 0.07 * n
         rar = {
-            "heldout_before": interval(before, 0.02),
-            "heldout_after": interval(before + 0.051, 0.02),
-            "heldout_gain": interval(0.051, 0.013),
-            "reward_mean": 0.457 + 0.07 * n,
-            "invalid_fraction": 0.012,
-            "prompts": 512,
-            "dropped_prompts": 3,
-            "rollout_logprob_diff": math.nan,
+            "eval/reward_before": interval(before, 0.02),
+            "eval/reward_after": interval(before + 0.051, 0.02),
+            "eval/reward_gain": interval(0.051, 0.013),
+            "reward/mean": 0.457 + 0.07 * n,
+            "rollout/invalid_fraction": 0.012,
+            "data/prompts": 512,
+            "data/dropped_prompts": 3,
+            "actor/rollout_logprob_diff": math.nan,
         }
         keys = [
-            "reward_mean",
-            "kl",
-            "invalid_fraction",
-            "zero_variance_fraction",
-            "attribute_pairs",
-            "rollout_logprob_diff",
+            "reward/mean",
+            "actor/kl",
+            "rollout/invalid_fraction",
+            "reward/zero_variance_fraction",
+            "rollout/attribute_pairs",
+            "actor/rollout_logprob_diff",
         ]
-        keys += [f"name_share/{name}" for name in ("color", "size", "material", "neckline")]
+        keys += [f"rollout/name_fraction/{name}" for name in ("color", "size", "material", "neckline")]
         self.stage(f"rar-r{n}", rar, f"gallery-r{n}", log=keys)
         self.stage(f"attributes-r{n + 1}", self.sizes(7.3 - n))
         metrics = {"protocols": self.protocols(0.444 + 0.06 * n), "attributes": self.sizes(7.3 - n)}
@@ -134,7 +134,7 @@ class FakeRun:
         return self.run.run_stage(name, inputs, body)
 
     def _point(self, key: str, step: int) -> float | None:
-        if key == "kl" and step == 0:
+        if key == "actor/kl" and step == 0:
             return None
         return self._draw.gauss(1 - math.exp(-step / 20) if key != "loss" else 2 * math.exp(-step / 20), 0.08)
 

@@ -28,7 +28,7 @@ def test_the_summary_holds_every_stage_record(tmp_path: Path) -> None:
         rar = run.committed(f"rar-r{each.number}")
         assert rar is not None
         assert each.rar.keys() == rar.metrics.keys()
-        assert vars(each.reward("heldout_gain") or Estimate(None)) == rar.metrics["heldout_gain"]
+        assert vars(each.reward("eval/reward_gain") or Estimate(None)) == rar.metrics["eval/reward_gain"]
         assert [record["step"] for record in each.rar_log] == list(range(STEPS))
         assert "masked_fraction" in each.agcl_log[0]
     assert [(stage.name, stage.seconds, stage.peak_memory_mb) for stage in summary.stages] == [

@@ -84,12 +84,12 @@ def test_every_cell_is_the_number_of_its_stage(whole: RunDirectory) -> None:
     assert promotion.note == "; ".join(metrics["promotion-r1"]["why"])
     rar = [metrics[f"rar-r{r}"] for r in (0, 1)]
     for when in ("before", "after"):
-        values = [each[f"heldout_{when}"] for each in rar]
+        values = [each[f"eval/reward_{when}"] for each in rar]
         row = f"held-out, {when} RAR"
         assert found["reward"][row] == [""] * 3 + [f"{v['mean']:.3f}" for v in values]
         assert between["reward"][row] == [""] * 3 + [f"{v['low']:.3f} to {v['high']:.3f}" for v in values]
-    assert found["reward"]["held-out gain"][3:] == [f"{each['heldout_gain']['mean']:+.3f}" for each in rar]
-    assert found["reward"]["training, last steps"][3:] == [f"{each['reward_mean']:.3f}" for each in rar]
+    assert found["reward"]["held-out gain"][3:] == [f"{each['eval/reward_gain']['mean']:+.3f}" for each in rar]
+    assert found["reward"]["training, last steps"][3:] == [f"{each['reward/mean']:.3f}" for each in rar]
     stages = stage_table(summary).rows
     assert stages[:-1] == [[s.name, f"{s.seconds:.1f}", f"{s.peak_memory_mb:.0f}"] for s in whole.stages()]
     assert stages[-1][:2] == ["all", f"{sum(s.seconds for s in whole.stages()):.1f}"]
@@ -139,7 +139,7 @@ def test_missing_stages_leave_empty_cells(tmp_path: Path) -> None:
     assert cells(collect(fake.run)) == {}
     assert [row[0] for row in stage_table(collect(fake.run)).rows] == ["catalogue", "all"]
     fake.stage("agcl-r0", {"loss": 2.0})
-    fake.stage("rar-r0", {"reward_mean": 0.1234})
+    fake.stage("rar-r0", {"reward/mean": 0.1234})
     assert cells(collect(fake.run)) == {"reward": {"training, last steps": ["0.123"]}}
     fake.stage("evaluate-r2", {"protocols": fake.protocols(0.3)})
     fake.stage("agcl-r2", {"loss": 1.0})

@@ -184,8 +184,8 @@ def test_report_json_round_trips(report: dict[str, Any]) -> None:
         name: found["metrics"] for name, found in protocols.items()
     }
     rar = report["run"].committed("rar-r0").metrics
-    assert record["rounds"][0]["rar"]["heldout_gain"] == rar["heldout_gain"]
-    assert record["rounds"][0]["rar"]["rollout_logprob_diff"] is None
+    assert record["rounds"][0]["rar"]["eval/reward_gain"] == rar["eval/reward_gain"]
+    assert record["rounds"][0]["rar"]["actor/rollout_logprob_diff"] is None
     assert record["rounds"][0]["promotion"] == {"promoted": True, "why": [], "gain": None}
     refused = report["run"].committed("promotion-r1").metrics
     assert record["rounds"][1]["promotion"] == refused
@@ -199,7 +199,7 @@ def test_key_figures_are_those_of_the_last_round_that_was_not_refused(report: di
     summary = collect(report["run"])
     stages = {stage.name: stage.metrics for stage in report["run"].stages()}
     hits = [stages[f"evaluate-r{n}"]["protocols"]["fine"]["metrics"]["hit@1"]["mean"] for n in (0, 1)]
-    gains = [stages[f"rar-r{n}"]["heldout_gain"]["mean"] for n in (0, 1)]
+    gains = [stages[f"rar-r{n}"]["eval/reward_gain"]["mean"] for n in (0, 1)]
     words = [stages[f"evaluate-r{n}"]["attributes"]["mean_words"] for n in (0, 1)]
 
     def values(summary: RunSummary) -> list[str]:

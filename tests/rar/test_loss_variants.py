@@ -1,4 +1,4 @@
-"""Readings of GRPO that TRL does not have, against plain Python; means of a step however it is cut."""
+"""Variants of GRPO that TRL does not have, against plain Python; means of a step with any micro-batches."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_dual_clip_and_kl_equal_a_loop_over_tokens(kl, dual_clip):
         assert expected < loop(given, kl_coef=0.3, kl=kl, dual_clip=None, weight=lambda b, c: 1.0) - 1e-3
 
 
-def test_importance_weighs_the_surrogate_and_not_the_kl():
+def test_importance_weights_apply_to_the_surrogate_and_not_to_the_kl():
     given = batch(2, [4, 2, 3])
     sampler = given["logp"] + torch.linspace(-2, 1, 12, dtype=torch.float64).reshape(3, 4)
     importance = importance_weights(given["logp"], sampler, cap=2.0)
@@ -70,7 +70,7 @@ def test_importance_weighs_the_surrogate_and_not_the_kl():
     assert not importance_weights(given["logp"].requires_grad_(), sampler, cap=2.0).requires_grad
 
 
-def test_leave_one_out_compares_with_the_others_of_the_group():
+def test_leave_one_out_subtracts_the_mean_of_the_others():
     rewards = torch.tensor([[1.0, 0.0, 0.5, NAN], [0.2, 0.2, 0.2, 0.2], [NAN, NAN, 1.0, NAN]])
     found = group_advantages(rewards, scale="none", baseline="leave_one_out")
     expected = [1 - 0.25, 0 - 0.75, 0.5 - 0.5, 0]
@@ -81,7 +81,7 @@ lengths_of = st.lists(st.integers(1, 6), min_size=2, max_size=8)
 
 
 @given(lengths_of, st.integers(0, 999), st.sampled_from(["token", "sequence", "constant"]), st.integers(1, 7))
-def test_a_cut_changes_no_mean(lengths, seed, loss_aggregation, cut):
+def test_no_mean_depends_on_the_microbatches(lengths, seed, loss_aggregation, cut):
     given = batch(seed, lengths)
     counted = torch.rand(len(lengths), generator=torch.Generator().manual_seed(seed)) < 0.8
     weights, denominator = token_weights(
@@ -99,7 +99,7 @@ def test_a_cut_changes_no_mean(lengths, seed, loss_aggregation, cut):
 
 
 @given(lengths_of, st.integers(0, 999))
-def test_means_are_what_they_are_called(lengths, seed):
+def test_each_aggregation_is_the_mean_of_its_name(lengths, seed):
     given = batch(seed, lengths)
     on_policy = {**given, "old_logp": given["logp"], "ref_logp": None}
     gains, counted = given["advantages"], torch.ones(len(lengths), dtype=torch.bool)
@@ -116,7 +116,7 @@ def test_means_are_what_they_are_called(lengths, seed):
 
 
 @given(lengths_of, st.integers(0, 999), st.floats(-0.5, 0.5))
-def test_a_completion_of_equal_ratios_has_one_ratio(lengths, seed, shift):
+def test_with_equal_token_ratios_both_levels_agree(lengths, seed, shift):
     given = batch(seed, lengths)
     given["old_logp"] = given["logp"] - shift
     token, sequence = (

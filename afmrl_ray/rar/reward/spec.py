@@ -1,4 +1,4 @@
-"""What a reward service holds and is asked for, as plain data that travels between processes."""
+"""Plain data of the reward service, which travels between processes."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from afmrl_ray.config.train import RewardConfig
 from afmrl_ray.retrieval.embed import EncoderRef
 
 Query = tuple[int, str]
-"""Catalogue row of the query, and the attribute text that it is shown with."""
+"""Catalogue row of a query item, and the attribute text that is added to it."""
 
-KINDS = ("hit", "recall", "reciprocal_rank", "ndcg")
-"""Columns of every reply; which one is the reward is `rar.reward.kind`."""
+METRICS = ("hit", "recall", "reciprocal_rank", "ndcg")
+"""Retrieval metrics of a query, the columns of every reply; `rar.reward.kind` says which one is the reward."""
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """What is searched, in the object store: references in lists, so that they travel as references.
+    """A gallery in the object store. References are wrapped in lists, so that they travel as references.
 
     Attributes:
         rows: reference to [N] catalogue rows, ascending by item id.
-        parts: references to the embeddings [n, D] of `np.array_split` of the rows, float32.
+        parts: references to the embeddings [n, D], float32, of the parts that `np.array_split` makes of the rows.
     """
 
     rows: list[Any]
@@ -34,13 +34,13 @@ class Gallery:
 
     @classmethod
     def put(cls, catalogue: StagedCatalogue, rows: np.ndarray, embeddings: np.ndarray, *, parts: int = 1) -> Gallery:
-        """Put a gallery into the object store, in the order of item ids, in which it is searched fastest.
+        """Sort a gallery by item id, the order that is searched fastest, and put it into the object store.
 
         Args:
-            catalogue: the rows' catalogue.
+            catalogue: catalogue of the rows.
             rows: [N] catalogue rows, in any order.
             embeddings: [N, D] float32.
-            parts: see `parts_of`.
+            parts: see `num_parts`.
         """
         items = catalogue.column("item_id")
         order = np.array(sorted(range(len(rows)), key=lambda place: items[rows[place]]))
@@ -48,21 +48,21 @@ class Gallery:
         return cls([ray.put(rows[order])], put)
 
 
-def parts_of(config: RewardConfig) -> int:
-    """Parts that a gallery is put in: one for all actors, or one for each."""
+def num_parts(config: RewardConfig) -> int:
+    """Parts of a gallery: one per actor when galleries are sharded, else one that all actors share."""
     return config.pool.num_workers if config.gallery_placement == "sharded" else 1
 
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """The service as plain data.
+    """What the service needs to score queries.
 
     Attributes:
         encoder: the frozen encoder.
         catalogue: the catalogue.
-        queries: what of a query the encoder sees, by gallery name.
+        queries: which inputs of a query item the encoder gets, by gallery name.
         galleries: by name.
-        version: of the galleries; every reply carries it.
+        version: version of the galleries; every reply carries it.
     """
 
     encoder: EncoderRef
@@ -74,32 +74,32 @@ class RewardSpec:
 
 @dataclass(frozen=True)
 class Reply:
-    """What an actor answers.
+    """Reply of an actor to a request of Q queries.
 
     Attributes:
-        version: of the gallery that was searched.
-        measures: [Q, len(KINDS)] float64.
+        version: version of the gallery that was searched.
+        metrics: [Q, len(METRICS)] float64.
     """
 
     version: str
-    measures: np.ndarray
+    metrics: np.ndarray
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a client gets for Q queries, NaN where the service failed.
+    """Scores of Q queries, NaN where the service failed.
 
     Attributes:
-        rewards: [Q] float64, of `rar.reward.kind`.
-        measures: [Q] float64 of each of `KINDS`.
+        rewards: [Q] float64, the metric of `rar.reward.kind`.
+        metrics: [Q] float64 for each of `METRICS`.
     """
 
     rewards: np.ndarray
-    measures: dict[str, np.ndarray]
+    metrics: dict[str, np.ndarray]
 
     def means(self) -> dict[str, float]:
-        """`reward_<kind>`, the mean of each measure over the queries that were scored; none if none was."""
+        """`reward/<metric>`: mean of each metric over the queries that were scored; empty if none was."""
         known = ~np.isnan(self.rewards)
         if not known.any():
             return {}
-        return {f"reward_{kind}": float(values[known].mean()) for kind, values in self.measures.items()}
+        return {f"reward/{name}": float(values[known].mean()) for name, values in self.metrics.items()}

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afmrl_ray.rar.batching import Answers, DynamicBatcher, SingleFlightCache
+from afmrl_ray.concurrency import Answers, BackgroundLoop, DynamicBatcher, SingleFlightCache
 
 
-def coalesced(items: list[int], *, budget: int, wait_s: float, fails: int | None = None, pause: float = 0.0):
-    """Submit items at once, each costing its number; returns what came back, and the batches."""
+def batched(items: list[int], *, budget: int, wait_s: float, fails: int | None = None, pause: float = 0.0):
+    """Submit items together, each with itself as cost; returns their results and the batches."""
     batches: list[list[int]] = []
 
     async def run(batch: list[int]) -> list[int]:
@@ -31,7 +31,7 @@ def coalesced(items: list[int], *, budget: int, wait_s: float, fails: int | None
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=20), st.integers(1, 30))
 def test_batches_hold_every_item_once_in_order_within_the_budget(items, budget):
-    results, batches = coalesced(items, budget=budget, wait_s=0.001)
+    results, batches = batched(items, budget=budget, wait_s=0.001)
     assert results == [-item for item in items]
     assert [item for batch in batches for item in batch] == items
     assert all(sum(batch) <= budget or len(batch) == 1 for batch in batches)
@@ -40,21 +40,21 @@ def test_batches_hold_every_item_once_in_order_within_the_budget(items, budget):
 
 
 def test_without_a_wait_every_item_runs_alone():
-    assert coalesced([1, 2, 3], budget=100, wait_s=0)[1] == [[1], [2], [3]]
+    assert batched([1, 2, 3], budget=100, wait_s=0)[1] == [[1], [2], [3]]
 
 
 def test_the_budget_ends_the_wait():
-    assert coalesced([5, 5], budget=10, wait_s=3600) == ([-5, -5], [[5, 5]])
+    assert batched([5, 5], budget=10, wait_s=3600) == ([-5, -5], [[5, 5]])
 
 
-def test_the_failure_of_one_item_is_not_that_of_its_company():
-    results, batches = coalesced([1, 2, 3], budget=10, wait_s=0.001, fails=2)
+def test_a_failing_item_does_not_fail_its_batch():
+    results, batches = batched([1, 2, 3], budget=10, wait_s=0.001, fails=2)
     assert [results[0], results[2]] == [-1, -3]
     assert isinstance(results[1], MemoryError)
     assert batches == [[1, 2, 3], [1], [2], [3]]
 
 
-def test_items_gather_while_a_batch_runs():
+def test_items_queue_while_a_batch_runs():
     async def main():
         batches: list[list[int]] = []
 
@@ -78,80 +78,91 @@ def test_items_gather_while_a_batch_runs():
     assert asyncio.run(main()) == [[0], [1, 2, 3], [4, 5]]
 
 
-class Asked:
-    """Counts what is computed; `gate` holds answers back."""
+class Compute:
+    """Records the keys that are computed; `gate` delays the values."""
 
     def __init__(self, *, open_: bool = True) -> None:
-        self.asked: list[str] = []
+        self.computed: list[str] = []
         self.gate = asyncio.Event()
         if open_:
             self.gate.set()
         self.failing = False
 
     async def __call__(self, keys: list[str]) -> dict[str, str]:
-        self.asked += keys
+        self.computed += keys
         await self.gate.wait()
         if self.failing:
             raise OSError("gone")
         return {key: key.upper() for key in keys}
 
 
-def test_equal_keys_are_computed_once_also_while_they_are_computed():
+def test_equal_keys_are_computed_once_also_by_concurrent_callers():
     async def main():
-        asked = Asked(open_=False)
-        once = SingleFlightCache(asked, size=10)
-        calls = [asyncio.ensure_future(once.get(keys)) for keys in (["a", "b", "a"], ["b", "c"], ["a"])]
+        compute = Compute(open_=False)
+        cache = SingleFlightCache(compute, size=10)
+        calls = [asyncio.ensure_future(cache.get(keys)) for keys in (["a", "b", "a"], ["b", "c"], ["a"])]
         await asyncio.sleep(0.01)
-        asked.gate.set()
+        compute.gate.set()
         found = await asyncio.gather(*calls)
         assert [each.found for each in found] == [{"a": "A", "b": "B"}, {"b": "B", "c": "C"}, {"a": "A"}]
         assert [(each.kept, each.joined) for each in found] == [(0, 0), (0, 1), (0, 1)]
-        assert await once.get(["c", "a"]) == Answers({"c": "C", "a": "A"}, kept=2, joined=0)
-        assert asked.asked == ["a", "b", "c"]
+        assert await cache.get(["c", "a"]) == Answers({"c": "C", "a": "A"}, kept=2, joined=0)
+        assert compute.computed == ["a", "b", "c"]
 
     asyncio.run(main())
 
 
-def test_the_longest_unused_answers_are_forgotten():
+def test_the_least_recently_used_values_are_dropped():
     async def main():
-        asked = Asked()
-        once = SingleFlightCache(asked, size=2)
+        compute = Compute()
+        cache = SingleFlightCache(compute, size=2)
         for keys in (["a"], ["b"], ["a"], ["c"], ["a"], ["b"]):
-            await once.get(keys)
-        assert asked.asked == ["a", "b", "c", "b"]
-        assert (await once.get(["a", "b", "c", "d"])).found == {key: key.upper() for key in "abcd"}
+            await cache.get(keys)
+        assert compute.computed == ["a", "b", "c", "b"]
+        assert (await cache.get(["a", "b", "c", "d"])).found == {key: key.upper() for key in "abcd"}
 
     asyncio.run(main())
 
 
 def test_without_a_size_nothing_is_shared():
     async def main():
-        asked = Asked(open_=False)
-        once = SingleFlightCache(asked, size=0)
-        calls = [asyncio.ensure_future(once.get(["a", "a"])) for _ in range(2)]
+        compute = Compute(open_=False)
+        cache = SingleFlightCache(compute, size=0)
+        calls = [asyncio.ensure_future(cache.get(["a", "a"])) for _ in range(2)]
         await asyncio.sleep(0)
-        asked.gate.set()
+        compute.gate.set()
         assert [each.found for each in await asyncio.gather(*calls)] == [{"a": "A"}] * 2
-        assert asked.asked == ["a", "a"]
+        assert compute.computed == ["a", "a"]
 
     asyncio.run(main())
 
 
-def test_a_caller_that_is_cancelled_takes_nothing_from_the_others_and_a_failure_is_not_kept():
+def test_a_cancelled_caller_does_not_cancel_the_others_and_failures_are_not_cached():
     async def main():
-        asked = Asked(open_=False)
-        once = SingleFlightCache(asked, size=10)
-        first = asyncio.ensure_future(once.get(["a"]))
-        second = asyncio.ensure_future(once.get(["a"]))
+        compute = Compute(open_=False)
+        cache = SingleFlightCache(compute, size=10)
+        first = asyncio.ensure_future(cache.get(["a"]))
+        second = asyncio.ensure_future(cache.get(["a"]))
         await asyncio.sleep(0.01)
         first.cancel()
-        asked.gate.set()
+        compute.gate.set()
         assert (await second).found == {"a": "A"}
-        asked.failing = True
+        compute.failing = True
         with pytest.raises(OSError, match="gone"):
-            await once.get(["a", "b"])
-        asked.failing = False
-        assert (await once.get(["b"])).found == {"b": "B"}
-        assert asked.asked == ["a", "b", "b"]
+            await cache.get(["a", "b"])
+        compute.failing = False
+        assert (await cache.get(["b"])).found == {"b": "B"}
+        assert compute.computed == ["a", "b", "b"]
 
     asyncio.run(main())
+
+
+def test_a_background_loop_runs_coroutines_and_cancels_what_is_left_at_its_end():
+    async def double(value: int) -> int:
+        return 2 * value
+
+    loop = BackgroundLoop("test")
+    assert loop.start(double(4)).result(10) == 8
+    endless = loop.start(asyncio.sleep(3600))
+    loop.close()
+    assert endless.cancelled()

@@ -1,16 +1,18 @@
-"""Requests of many askers made into batches, and equal questions answered once: plain asyncio, without Ray.
+"""Asyncio building blocks without Ray: dynamic batching, a single-flight cache, an event loop on a thread.
 
-Both must be used from one event loop.
+`DynamicBatcher` and `SingleFlightCache` must be used from one event loop each.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -25,16 +27,16 @@ class _Waiting(Generic[Item, Result]):
 
 
 class DynamicBatcher(Generic[Item, Result]):
-    """Runs items in batches, one batch at a time, in the order in which they came.
+    """Runs items in batches, one batch at a time, first in, first out.
 
-    A batch begins once its first item has waited `wait_s` or the items reach the budget, and while one runs the next
-    ones gather.
+    A batch starts when its first item has waited `wait_s` or when the queued items reach the budget. While a batch
+    runs, later items queue up for the next one.
 
     Args:
-        run: gives a result for each item of a batch.
-        cost: of an item.
-        budget: most that a batch costs; an item that costs more runs alone.
-        wait_s: longest wait of an item for company, seconds; 0 = every item runs alone.
+        run: returns one result per item of a batch.
+        cost: cost of an item, in the unit of the budget.
+        budget: largest cost of a batch; an item that costs more runs alone.
+        wait_s: longest time that an item waits for others, seconds; 0 = every item runs alone.
     """
 
     def __init__(
@@ -53,14 +55,14 @@ class DynamicBatcher(Generic[Item, Result]):
 
     @property
     def depth(self) -> int:
-        """Items that wait for their batch."""
+        """Number of queued items."""
         return len(self._waiting)
 
     async def submit(self, item: Item) -> Result:
-        """The result of one item.
+        """Queue an item and wait for its result.
 
         Raises:
-            Exception: what `run` raised for it; where a batch fails, each of its items is tried alone.
+            Exception: what `run` raised; when a batch of several fails, each of its items is run again alone.
         """
         loop = asyncio.get_running_loop()
         entry: _Waiting[Item, Result] = _Waiting(item, loop.time(), loop.create_future())
@@ -105,7 +107,7 @@ class DynamicBatcher(Generic[Item, Result]):
                 await self._answer([entry])
             return
         for place, entry in enumerate(batch):
-            if entry.result.done():  # whoever asked has gone
+            if entry.result.done():  # the caller was cancelled
                 continue
             if isinstance(found, BaseException):
                 entry.result.set_exception(found)
@@ -115,12 +117,12 @@ class DynamicBatcher(Generic[Item, Result]):
 
 @dataclass(frozen=True)
 class Answers(Generic[Key, Result]):
-    """Answers by key.
+    """Values by key, and where they came from.
 
     Attributes:
-        found: by key.
-        kept: keys among them whose answer was known.
-        joined: keys among them that were being computed for somebody else.
+        found: value of each key.
+        kept: number of keys whose value was in the cache.
+        joined: number of keys that another call was computing.
     """
 
     found: dict[Key, Result]
@@ -129,11 +131,11 @@ class Answers(Generic[Key, Result]):
 
 
 class SingleFlightCache(Generic[Key, Result]):
-    """Answers each key once: the latest answers are kept, and who asks for what is being computed waits for it.
+    """A least-recently-used cache that computes a key once, however many callers ask for it at the same time.
 
     Args:
-        compute: answers keys that are not known.
-        size: answers kept; 0 = none, and nobody waits for another's either.
+        compute: returns the values of keys that are not in the cache.
+        size: number of values kept; 0 = no cache, and concurrent callers do not share a computation either.
     """
 
     def __init__(self, compute: Callable[[list[Key]], Awaitable[Mapping[Key, Result]]], *, size: int) -> None:
@@ -142,12 +144,12 @@ class SingleFlightCache(Generic[Key, Result]):
         self._running: dict[Key, asyncio.Task[Mapping[Key, Result]]] = {}
 
     async def get(self, keys: Sequence[Key]) -> Answers[Key, Result]:
-        """Answer keys; equal ones are one.
+        """Values of keys; duplicates count once.
 
-        What a caller that is cancelled has begun is finished, since others may wait for it.
+        A computation goes on when the caller that started it is cancelled, since others may wait for it.
 
         Raises:
-            Exception: what `compute` raised for any of them; it is asked again next time.
+            Exception: what `compute` raised for any of the keys; failures are not cached.
         """
         unique = list(dict.fromkeys(keys))
         kept = {key: self._kept[key] for key in unique if key in self._kept}
@@ -178,3 +180,33 @@ class SingleFlightCache(Generic[Key, Result]):
         while len(self._kept) > self._size:
             self._kept.popitem(last=False)
         return found
+
+
+class BackgroundLoop:
+    """An event loop on a daemon thread, so that synchronous code can run coroutines; ends with `close`.
+
+    Args:
+        name: name of the thread.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread.start()
+
+    def start(self, coroutine: Coroutine[Any, Any, Result]) -> Future[Result]:
+        """Schedule a coroutine; may be called from any thread."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def close(self) -> None:
+        """Cancel what still runs and join the thread."""
+        asyncio.run_coroutine_threadsafe(self._cancel_all(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _cancel_all(self) -> None:
+        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
