@@ -28,7 +28,7 @@ def contrast(rows: Tensor, columns: Tensor, positives: Tensor, *, temperature: f
     """
     if not len(rows):
         return columns.sum() * 0
-    mean, _ = weighted_info_nce(rows @ columns.T, positives, temperature=temperature, keep=negatives)
+    mean, _ = weighted_info_nce(rows @ columns.T, positives, temperature=temperature, negative_mask=negatives)
     return mean * len(rows)
 
 

@@ -157,36 +157,38 @@ class AGCLStep:
                     similarity,
                     index,
                     temperature=temperature,
-                    lexical=lexical,
-                    keep=self._keep(step, task.direction, similarity.detach(), candidates.detach(), raw, index),
+                    lexical_scores=lexical,
+                    negative_mask=self._negative_mask(
+                        step, task.direction, similarity.detach(), candidates.detach(), raw, index
+                    ),
                     positive_weight=lexical_config.positive_weight,
                 )
             )
         loss = torch.stack([value for value, _ in found]).mean()
         return loss, {name: sum(stats[name] for _, stats in found) / len(found) for name in found[0][1]}
 
-    def _keep(
+    def _negative_mask(
         self, step: int, task: Direction, similarity: Tensor, candidates: Tensor, raw: Tensor | None, index: Tensor
     ) -> Tensor | None:
         mask = self._agcl.mask
         shared: dict[str, Any] = {
             "product_ids": torch.tensor(task.products, device=similarity.device),
-            "exempt": task.exempt.to(similarity.device) if task.exempt is not None else None,
+            "hard_negatives": task.exempt.to(similarity.device) if task.exempt is not None else None,
         }
         if mask.enabled and step >= mask.warmup_steps:
             shared["min_negatives"] = mask.min_negatives
             if mask.kind == "candidate":
-                keep = mask_by_candidate(candidates, index, threshold=mask.threshold, **shared)
+                found = mask_by_candidate(candidates, index, threshold=mask.threshold, **shared)
             elif mask.kind == "margin":
-                keep = mask_by_margin(similarity, index, margin=mask.margin, **shared)
+                found = mask_by_margin(similarity, index, margin=mask.margin, **shared)
             else:
                 assert raw is not None  # the config sees to it
-                keep = mask_by_attributes(raw, index, threshold=mask.attribute_threshold, **shared)
+                found = mask_by_attributes(raw, index, threshold=mask.attribute_threshold, **shared)
         elif len(task.positives) == 1 and task.valid is None:
             return None  # a batch holds each product once, so there is nothing to hide
         else:
-            keep = finish_mask(torch.zeros_like(similarity, dtype=torch.bool), similarity, index, **shared)
-        return keep if task.valid is None else keep & task.valid.to(keep.device)
+            found = finish_mask(torch.zeros_like(similarity, dtype=torch.bool), similarity, index, **shared)
+        return found if task.valid is None else found & task.valid.to(found.device)
 
     def _warn(self, step: int, masked: float) -> None:
         if masked > 0.5 and not self._warned and self._rank == 0:

@@ -43,8 +43,8 @@ def child(pairs: int) -> dict[str, float]:
 
         def loss(embeddings: torch.Tensor) -> tuple[torch.Tensor, None]:
             queries, positives = embeddings.chunk(2)
-            keep = mask_by_candidate(positives.detach(), index, threshold=0.9, min_negatives=8)
-            return weighted_info_nce(queries @ positives.T, index, temperature=0.05, keep=keep)[0], None
+            mask = mask_by_candidate(positives.detach(), index, threshold=0.9, min_negatives=8)
+            return weighted_info_nce(queries @ positives.T, index, temperature=0.05, negative_mask=mask)[0], None
 
         parts = cut_by_tokens([len(row) for row in rows], PART * max(map(len, rows)))
         backward_in_parts(
