@@ -14,7 +14,7 @@ from afmrl_ray.attributes.store import AttributeStore
 from afmrl_ray.attributes.text import format_attributes
 from afmrl_ray.catalogue import StagedCatalogue
 from afmrl_ray.config import Config
-from afmrl_ray.models.dual_encoder import DualProcessor, DualRow, dual_text
+from afmrl_ray.models.dual_encoder import DualInput, DualProcessor, dual_text
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class DualStepInputs:
         numbers: for the step's metrics.
     """
 
-    items: list[DualRow]
+    items: list[DualInput]
     products: list[int]
-    regions: list[DualRow]
+    regions: list[DualInput]
     phrases: list[str]
-    texts: list[list[DualRow]]
+    texts: list[list[DualInput]]
     numbers: dict[str, float]
 
 
@@ -95,14 +95,14 @@ class DualPreparer:
             numbers={"seconds_prepare": time.perf_counter() - began},
         )
 
-    def _item(self, shown: SampledItem, source: int, as_query: bool) -> DualRow:
+    def _item(self, shown: SampledItem, source: int, as_query: bool) -> DualInput:
         pair = self._agcl.pairs[source]
         side = pair.query if as_query else pair.positive
         dropout = self._agcl.attribute_dropout.query if as_query else self._agcl.attribute_dropout.positive
         attributes = self._text(shown.row) if shown.attribute_draw < 1 - dropout else ""
         title = self._catalogue.title(shown.row, side.title_columns) if side.inputs != "image" else ""
         image = self._catalogue.image(shown.row) if side.inputs != "text" else None
-        return self._processor.row(image, dual_text(title, attributes))
+        return self._processor.model_input(image, dual_text(title, attributes))
 
     def _text(self, row: int) -> str:
         return self._store.text(self._items[row]) if self._store is not None else ""
@@ -110,13 +110,13 @@ class DualPreparer:
     def _draw(self, shown: SampledItem, step: int, purpose: int) -> np.random.Generator:
         return np.random.default_rng([self._seed, step, shown.row, purpose])
 
-    def _region(self, shown: SampledItem, step: int) -> tuple[DualRow, str]:
+    def _region(self, shown: SampledItem, step: int) -> tuple[DualInput, str]:
         """One of the query's regions, drawn anew every time, and its phrase."""
         chosen = self._drawn_region(shown, step)
         if chosen is None:
-            return DualRow(None, None), ""
+            return DualInput(None, None), ""
         part = crop(self._catalogue.image(shown.row), chosen.box)
-        return self._processor.row(part, chosen.phrase), chosen.phrase
+        return self._processor.model_input(part, chosen.phrase), chosen.phrase
 
     def _drawn_region(self, shown: SampledItem, step: int) -> Region | None:
         if self._boxes is None or self._store is None:
@@ -126,13 +126,13 @@ class DualPreparer:
         )
         return there[int(self._draw(shown, step, 23).integers(len(there)))] if there else None
 
-    def _texts(self, shown: SampledItem, step: int) -> list[DualRow]:
+    def _texts(self, shown: SampledItem, step: int) -> list[DualInput]:
         """The query's own attribute text and changed ones; rows without text fill up."""
         count = self._dual.hard_texts
-        nothing = DualRow(None, None)
+        nothing = DualInput(None, None)
         attributes = self._store.get(self._items[shown.row]) if self._store is not None else ()
         if not self._dual.hard_text_weight or not attributes:
             return [nothing] * (1 + count)
         changed = changed_texts(attributes, self._values, count=count, draw=self._draw(shown, step, 29))
         texts = [format_attributes(attributes), *changed]
-        return [self._processor.row(None, text) for text in texts] + [nothing] * (1 + count - len(texts))
+        return [self._processor.model_input(None, text) for text in texts] + [nothing] * (1 + count - len(texts))

@@ -12,7 +12,7 @@ from afmrl_ray.agcl.dual_prepare import DualPreparer, DualStepInputs
 from afmrl_ray.agcl.gather import gather_plain, gather_with_gradient
 from afmrl_ray.agcl.prepare import Prefetcher
 from afmrl_ray.config import Config
-from afmrl_ray.models.dual_encoder import DualProcessor, fuse, placed
+from afmrl_ray.models.dual_encoder import DualProcessor, fuse, zeros_where_missing
 from afmrl_ray.training.engine import Engine
 from afmrl_ray.training.stopwatch import Stopwatch
 
@@ -51,8 +51,8 @@ class DualStep:
         rows = [*prepared.items, *prepared.regions, *[row for texts in prepared.texts for row in texts]]
         with watch("forward"):
             images, texts = self._engine(**self._processor.collate(rows, self._engine.device))
-            images = placed(images, [row.pixels is not None for row in rows])
-            texts = placed(texts, [row.input_ids is not None for row in rows])
+            images = zeros_where_missing(images, [row.pixels is not None for row in rows])
+            texts = zeros_where_missing(texts, [row.input_ids is not None for row in rows])
         with watch("loss"):
             losses = self.losses(prepared, images, texts)
             total = torch.stack(list(losses.values())).sum()

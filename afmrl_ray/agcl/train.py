@@ -16,13 +16,13 @@ from afmrl_ray.agcl.step import AGCLStep
 from afmrl_ray.attributes.store import read_attributes
 from afmrl_ray.catalogue import CatalogueRef
 from afmrl_ray.config import Config, validate
-from afmrl_ray.models.adapters import load_start, save_trained
+from afmrl_ray.models.adapters import load_for_training, save_trained
 from afmrl_ray.models.backbones import fetch
 from afmrl_ray.models.dual_encoder import DualEncoder, DualProcessor
 from afmrl_ray.models.encoder import EmbeddingModel
 from afmrl_ray.models.flops import EncoderFlops
-from afmrl_ray.models.inner import inner_model
 from afmrl_ray.models.item_processor import ItemProcessor
+from afmrl_ray.models.unwrap import unwrap_model
 from afmrl_ray.models.vision_cache import VisionCache
 from afmrl_ray.training.engine import Engine
 from afmrl_ray.training.fit import fit, run_steps, worker_threads
@@ -71,7 +71,7 @@ def train_loop(payload: dict[str, Any]) -> None:
     agcl = config.agcl
     worker_threads(agcl.workers)
     rank, world = dist.get_rank(), dist.get_world_size()
-    model = load_start(job.start, "encoder", agcl.adapter, seed=config.run.seed, dtype=config.encoder.dtype)
+    model = load_for_training(job.start, "encoder", agcl.adapter, seed=config.run.seed, dtype=config.encoder.dtype)
     processor = ItemProcessor.from_pretrained(job.start, config.encoder.image)
     catalogue = job.catalogue.open()
     flops = EncoderFlops(model)
@@ -111,8 +111,8 @@ def train_dual_encoder(config: Config, job: AGCLJob) -> None:
     agcl = config.agcl
     worker_threads(agcl.workers)
     rank, world = dist.get_rank(), dist.get_world_size()
-    model = load_start(job.start, "dual_encoder", agcl.adapter, seed=config.run.seed, dtype=config.encoder.dtype)
-    processor = DualProcessor.from_pretrained(fetch(job.start), inner_model(model))
+    model = load_for_training(job.start, "dual_encoder", agcl.adapter, seed=config.run.seed, dtype=config.encoder.dtype)
+    processor = DualProcessor.from_pretrained(fetch(job.start), unwrap_model(model))
     engine = Engine(
         DualEncoder(model).train(),
         agcl.optimizer,

@@ -14,10 +14,9 @@ from afmrl_ray.attributes.store import read_attributes
 from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue
 from afmrl_ray.config import Config, validate
 from afmrl_ray.errors import CatalogueError, ConfigError
-from afmrl_ray.models.adapters import load_start, save_trained
+from afmrl_ray.models.adapters import load_for_training, save_trained
 from afmrl_ray.models.item_processor import ItemProcessor
-from afmrl_ray.models.logprobs import completion_batch
-from afmrl_ray.models.policy import Policy
+from afmrl_ray.models.logprobs import CompletionLogprobs, completion_batch
 from afmrl_ray.models.prompts import generator_input, prompt_fits
 from afmrl_ray.training.engine import Engine
 from afmrl_ray.training.fit import fit, run_steps, worker_threads
@@ -63,10 +62,12 @@ def train_loop(payload: dict[str, Any]) -> None:
     config, job = validate(payload["config"]), payload["job"]
     distill = config.distill
     worker_threads(distill.workers)
-    model = load_start(job.start, "generator", distill.adapter, seed=config.run.seed, dtype=config.generator.dtype)
+    model = load_for_training(
+        job.start, "generator", distill.adapter, seed=config.run.seed, dtype=config.generator.dtype
+    )
     processor = ItemProcessor.from_pretrained(job.start, config.generator.image)
     engine = Engine(
-        Policy(model).train(),
+        CompletionLogprobs(model).train(),
         distill.optimizer,
         steps=distill.steps,
         zero_stage=distill.workers.zero_stage,

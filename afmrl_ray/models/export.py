@@ -1,4 +1,4 @@
-"""A trained model or adapter as one ordinary checkpoint, for programs that know neither PEFT nor this project."""
+"""Export of a trained model or adapter as one ordinary checkpoint, readable without PEFT and without this project."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def export_merged(path: str, role: str, out: str, *, dtype: str = "float32") -> 
     Args:
         path: folder or URI of a model or adapter, or a hub name of a model.
         role: `encoder` or `generator`.
-        out: folder or URI, empty or not there yet.
-        dtype: of the weights that are written.
+        out: folder or URI, empty or absent.
+        dtype: of the exported weights.
 
     Raises:
-        CheckpointError: see `models.adapters.load_trained`; or `out` holds something already.
+        CheckpointError: see `models.adapters.load_trained`; or `out` is not empty.
     """
     with new_folder(out) as local:
         load_trained(path, role, dtype=dtype).save_pretrained(local, safe_serialization=True)
@@ -31,13 +31,13 @@ def export_merged(path: str, role: str, out: str, *, dtype: str = "float32") -> 
 
 @contextmanager
 def new_folder(out: str) -> Iterator[str]:
-    """A local folder to write into, copied to `out` at the end, and not at all if writing fails.
+    """A local folder to write into; copied to `out` at the end, unless writing fails.
 
     Args:
         out: folder or URI.
 
     Raises:
-        CheckpointError: `out` holds something already.
+        CheckpointError: `out` is not empty.
     """
     if next(iter(storage.list_files(out)), None) is not None:
         raise CheckpointError(f"{out} is not empty; name another folder")

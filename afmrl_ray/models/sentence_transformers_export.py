@@ -1,10 +1,10 @@
-"""A trained encoder as a folder that stock sentence-transformers loads, with the embeddings that it has here.
+"""Export of a trained encoder as a folder that stock sentence-transformers loads, with the same embeddings.
 
-Only files are written; sentence-transformers need not be installed. What this project's own code does around the model
-is spelled in them:
+Only files are written; sentence-transformers need not be installed. They express what this project's code does around
+the model:
 
 - the chat template puts the image first, then instruction, title and attributes, a line each, as
-  `models.prompts.encoder_input` does; the instruction is the prompt that sentence-transformers adds by itself;
+  `models.prompts.encoder_input` does; the instruction is the prompt that sentence-transformers adds by default;
 - the tokenizer's post-processor adds the end of the turn, whose last token is pooled, after a text has been cut;
 - the image processor has the pixel budget of the run.
 
@@ -23,8 +23,8 @@ from afmrl_ray.errors import ConfigError
 from afmrl_ray.models.adapters import load_trained
 from afmrl_ray.models.backbones import fetch
 from afmrl_ray.models.export import new_folder
-from afmrl_ray.models.inner import inner_model
 from afmrl_ray.models.item_processor import chat_frame, load_processors
+from afmrl_ray.models.unwrap import unwrap_model
 
 # The processor of Qwen2-VL itself cannot be loaded without torchvision, which its videos need, and with torchvision it
 # resizes images to other pixels. This one reads the same tokens, has no videos and asks for neither.
@@ -59,18 +59,18 @@ def export_sentence_transformers(path: str, out: str, config: EncoderConfig) -> 
 
     Args:
         path: folder or URI of a model or adapter, or a hub name of a model.
-        out: folder or URI, empty or not there yet.
-        config: as in training; pixel budget, instruction, longest input and type of the weights go into the folder.
+        out: folder or URI, empty or absent.
+        config: as in training; pixel budget, instruction, longest input and dtype of the weights go into the folder.
 
     Raises:
         CheckpointError: see `models.adapters.load_trained`; no tokenizer or image processor; `out` is not empty.
-        ConfigError: the instruction begins with a line break, which would melt into the chat template's own.
+        ConfigError: the instruction begins with a line break, which the tokenizer merges with the chat template's own.
     """
     with new_folder(out) as local:
         _save_processors(fetch(path), Path(local), config)
         model = load_trained(path, "encoder", dtype=config.dtype)
         model.save_pretrained(local, safe_serialization=True)
-        _save_modules(Path(local), int(inner_model(model).config.text_config.hidden_size), config)
+        _save_modules(Path(local), int(unwrap_model(model).config.text_config.hidden_size), config)
         (Path(local) / "README.md").write_text(_card(config))
 
 
@@ -85,11 +85,12 @@ def _save_processors(path: str, folder: Path, config: EncoderConfig) -> None:
 
     if encode(before + config.instruction) != encode(before) + encode(config.instruction):
         raise ConfigError(
-            "encoder.instruction: begins with a line break, which melts into the chat template's own; train without it"
+            "encoder.instruction: begins with a line break, which the tokenizer merges with the chat template's own; "
+            "train without it"
         )
     tokenizer.chat_template = CHAT_TEMPLATE.replace("PREFIX", _literal(before)).replace("SUFFIX", _literal(after))
     ids = encode(after)
-    # sentence-transformers asks the chat template for no end of the turn, so that a text is cut before it gets one.
+    # sentence-transformers applies the chat template without the end of the turn, so a text is cut before it is added.
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="$A turn_end",
         special_tokens=[{"id": "turn_end", "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)}],
@@ -142,7 +143,7 @@ def _card(config: EncoderConfig) -> str:
 
 
 def _literal(text: str) -> str:
-    """A string as Jinja and JSON both spell it."""
+    """A string literal that is valid in both Jinja and JSON."""
     return json.dumps(text, ensure_ascii=False)
 
 

@@ -23,13 +23,13 @@ from ray.util.metrics import Counter
 
 from afmrl_ray.config.train import RewardConfig
 from afmrl_ray.errors import GalleryVersionError, RewardServiceError, UserError
+from afmrl_ray.models.threads import torch_threads
 from afmrl_ray.rar.background import BackgroundLoop
 from afmrl_ray.rar.liveness import wait_for_answer, wait_for_return
 from afmrl_ray.rar.requests import Request, spread
 from afmrl_ray.rar.reward_actor import RewardActor
 from afmrl_ray.rar.reward_meter import ServiceStats
 from afmrl_ray.rar.reward_spec import KINDS, Query, Reply, RewardSpec, Scores
-from afmrl_ray.training.cluster import torch_threads
 from afmrl_ray.training.placement import ActorPlacement
 
 log = logging.getLogger(__name__)

@@ -16,16 +16,16 @@ from afmrl_ray.config.catalogue import Inputs
 from afmrl_ray.config.cluster import PoolConfig
 from afmrl_ray.config.models import EncoderConfig
 from afmrl_ray.errors import ConfigError
+from afmrl_ray.models.actor_pool import map_rows
 from afmrl_ray.models.adapters import load_trained
 from afmrl_ray.models.backbones import fetch
-from afmrl_ray.models.dual_encoder import DualEncoder, DualProcessor, dual_text, embed_dual_rows
+from afmrl_ray.models.dual_encoder import DualEncoder, DualProcessor, dual_text, embed_dual_inputs
 from afmrl_ray.models.encoder import EmbeddingModel
 from afmrl_ray.models.item_processor import ItemProcessor
 from afmrl_ray.models.microbatches import cut_by_tokens
 from afmrl_ray.models.model_input import ModelInput, collate
-from afmrl_ray.models.pool import map_rows
 from afmrl_ray.models.prefix_groups import embed_groups
-from afmrl_ray.models.prompts import encoder_rows
+from afmrl_ray.models.prompts import encoder_inputs
 from afmrl_ray.models.shared_prefix import use_shared_prefix
 from afmrl_ray.models.vision_cache import VisionCache
 
@@ -79,7 +79,7 @@ class Encoder:
         self, row: int, texts: Sequence[str], *, inputs: Inputs, title_columns: tuple[str, ...] = ("title",)
     ) -> list[ModelInput]:
         """Sequences of one catalogue row shown with each of the attribute texts."""
-        return encoder_rows(
+        return encoder_inputs(
             self._processor,
             self._catalogue,
             row,
@@ -153,8 +153,8 @@ class DualEncoderEmbedder:
         for row, text in zip(rows, texts, strict=True):
             title = self._catalogue.title(row, title_columns) if inputs != "image" else ""
             image = self._catalogue.image(row) if inputs != "text" else None
-            built.append(self._processor.row(image, dual_text(title, text)))
-        return embed_dual_rows(self._model, self._processor, built).cpu().numpy()
+            built.append(self._processor.model_input(image, dual_text(title, text)))
+        return embed_dual_inputs(self._model, self._processor, built).cpu().numpy()
 
 
 def open_encoder(encoder: EncoderRef, catalogue: CatalogueRef) -> Encoder | DualEncoderEmbedder:

@@ -17,12 +17,12 @@ from ray import serve
 from afmrl_ray.cit.index_stage import ItemRecord
 from afmrl_ray.config.serving import ServingConfig
 from afmrl_ray.models.model_input import ModelInput
+from afmrl_ray.models.threads import torch_threads
 from afmrl_ray.serving.bundle import Bundle
 from afmrl_ray.serving.models import Embedding, EncoderInput, ServedEncoder, ServedGenerator
 from afmrl_ray.serving.round_index import Filters, Hit, LiveIndex, localised, merge
 from afmrl_ray.serving.store import Embedded, ItemStore, State, StoredItem
 from afmrl_ray.serving.uploads import Upload
-from afmrl_ray.training.cluster import torch_threads
 
 _HUNG_AFTER = 10
 """A batch that runs for so many request timeouts will never end."""

@@ -41,7 +41,7 @@ class Upload:
 
 
 class Uploads:
-    """`models.prompts.Items` over uploads."""
+    """`models.prompts.ItemReader` over uploads."""
 
     def __init__(self, uploads: Sequence[Upload]) -> None:
         self._uploads = uploads

@@ -147,8 +147,3 @@ def resources_available(config: RayConfig) -> dict[str, float]:
     import torch
 
     return {"CPU": float(config.num_cpus or os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
-
-
-def torch_threads(cpus: float) -> int:
-    """Torch threads of an actor that holds `cpus` CPUs."""
-    return max(1, int(cpus))

@@ -15,7 +15,8 @@ from torch import distributed as dist
 from afmrl_ray import errors, storage
 from afmrl_ray.config.cluster import WorkersConfig
 from afmrl_ray.models.flops import peak_tflops
-from afmrl_ray.training.cluster import require_resources, torch_threads, workers_demand
+from afmrl_ray.models.threads import torch_threads
+from afmrl_ray.training.cluster import require_resources, workers_demand
 from afmrl_ray.training.engine import Engine
 from afmrl_ray.training.metrics_log import MetricsLog
 

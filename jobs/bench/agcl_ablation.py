@@ -32,7 +32,7 @@ from afmrl_ray.cit.tiny import make_tiny
 from afmrl_ray.config import Config
 from afmrl_ray.config.catalogue import ItemSelector
 from afmrl_ray.config.cluster import RayConfig
-from afmrl_ray.models.adapters import load_start, save_trained
+from afmrl_ray.models.adapters import load_for_training, save_trained
 from afmrl_ray.models.encoder import EmbeddingModel
 from afmrl_ray.models.item_processor import ItemProcessor
 from afmrl_ray.models.vision_cache import VisionCache
@@ -98,7 +98,7 @@ class Bench:
     def _train(self, world: World, config: Config, start: str, out: str, *, cached: bool) -> dict[str, float]:
         """Numbers of the steps, averaged over the second half of the training."""
         agcl = config.agcl
-        model = load_start(start, "encoder", agcl.adapter, seed=config.run.seed)
+        model = load_for_training(start, "encoder", agcl.adapter, seed=config.run.seed)
         processor = ItemProcessor.from_pretrained(start, config.encoder.image)
         engine = Engine(EmbeddingModel(model).train(), agcl.optimizer, steps=agcl.steps, zero_stage=0)
         cache = VisionCache(model, processor, config.encoder.vision_cache) if cached else None

@@ -29,12 +29,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from afmrl_ray.models.inner import inner_model
-from afmrl_ray.models.logprobs import completion_batch
+from afmrl_ray.models.logprobs import CompletionLogprobs, completion_batch
 from afmrl_ray.models.microbatches import cut_by_tokens, cut_shared_prefix
 from afmrl_ray.models.model_input import ModelInput, PixelFormat, Visual, mrope_positions
-from afmrl_ray.models.policy import Policy
 from afmrl_ray.models.shared_prefix import pack, use_shared_prefix
+from afmrl_ray.models.unwrap import unwrap_model
 from afmrl_ray.models.vision_attention import use_attention_by_length
 from afmrl_ray.rar.loss import group_advantages, grpo_loss
 
@@ -103,7 +102,7 @@ class PromptGroup:
     advantages: Tensor
 
 
-def make_policy(shape: dict[str, Any], adapter: str, device: torch.device, dtype: torch.dtype) -> Policy:
+def make_policy(shape: dict[str, Any], adapter: str, device: torch.device, dtype: torch.dtype) -> CompletionLogprobs:
     """Random weights of a published shape; the vision tower is frozen, as stage 2 has it by default."""
     config = Qwen2_5_VLConfig(
         text_config={**shape["text"], "tie_word_embeddings": True},
@@ -127,7 +126,7 @@ def make_policy(shape: dict[str, Any], adapter: str, device: torch.device, dtype
             if "lora_B" in name:  # zero at first, which would hide the gradient of the other factor
                 parameter.data.normal_(std=0.02)
     use_shared_prefix(model)
-    return Policy(model).train()
+    return CompletionLogprobs(model).train()
 
 
 def make_groups(
@@ -161,7 +160,9 @@ def make_groups(
 class Update:
     """The gradient of a whole update, `packed` or in plain rows, in parts of `part_tokens` as a learner cuts them."""
 
-    def __init__(self, policy: Policy, groups: Sequence[PromptGroup], part_tokens: int, *, packed: bool) -> None:
+    def __init__(
+        self, policy: CompletionLogprobs, groups: Sequence[PromptGroup], part_tokens: int, *, packed: bool
+    ) -> None:
         self._policy, self._packed = policy, packed
         self._device = next(policy.parameters()).device
         self._prompts = [group.prompt for group in groups for _ in group.completions]
@@ -210,14 +211,14 @@ class Update:
         return found
 
 
-def forget_gradients(policy: Policy) -> None:
+def forget_gradients(policy: CompletionLogprobs) -> None:
     policy.zero_grad(set_to_none=True)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def set_checkpointing(policy: Policy, on: bool) -> None:
-    model = inner_model(policy.backbone)
+def set_checkpointing(policy: CompletionLogprobs, on: bool) -> None:
+    model = unwrap_model(policy.backbone)
     # By the names that transformers before 5.23 has too: a machine with a GPU may have an older one than the package.
     if on:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -225,7 +226,9 @@ def set_checkpointing(policy: Policy, on: bool) -> None:
         model.gradient_checkpointing_disable()
 
 
-def equality(policy: Policy, groups: Sequence[PromptGroup], part_tokens: int, dtype: str) -> dict[str, float]:
+def equality(
+    policy: CompletionLogprobs, groups: Sequence[PromptGroup], part_tokens: int, dtype: str
+) -> dict[str, float]:
     """How far the packed way is from the plain one; the packed one may use no kernel that holds a dense mask's weights.
 
     Raises:
@@ -259,7 +262,7 @@ def _relative(pairs: Iterable[tuple[Tensor | None, Tensor | None]]) -> float:
     return (apart / total) ** 0.5
 
 
-def measure(step: Any, policy: Policy, device: torch.device, repeats: int) -> dict[str, Any]:
+def measure(step: Any, policy: CompletionLogprobs, device: torch.device, repeats: int) -> dict[str, Any]:
     """Seconds and, on a GPU, peak memory of a step; `seconds` is none where the memory did not suffice."""
     forget_gradients(policy)
     if device.type == "cuda":

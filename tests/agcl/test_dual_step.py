@@ -16,7 +16,7 @@ from afmrl_ray.catalogue import StagedCatalogue
 from afmrl_ray.config import validate
 from afmrl_ray.config.models import ImageConfig, TinyConfig
 from afmrl_ray.errors import CatalogueError
-from afmrl_ray.models.adapters import load_start
+from afmrl_ray.models.adapters import load_for_training
 from afmrl_ray.models.dual_encoder import DualEncoder, DualProcessor
 from afmrl_ray.models.tiny_dual_encoder import build_dual_encoder, save_dual_encoder, train_dual_tokenizer
 from afmrl_ray.training.engine import Engine
@@ -68,7 +68,7 @@ def attributes(tiny_catalogue_ref, tmp_path_factory) -> str:
 
 def train(rank: int, world: int, ref, base: str, attributes: str, folder: str) -> None:
     config = validate(VALUES)
-    model = load_start(base, "dual_encoder", config.agcl.adapter, seed=0)
+    model = load_for_training(base, "dual_encoder", config.agcl.adapter, seed=0)
     processor = DualProcessor.from_pretrained(base, model)
     engine = Engine(DualEncoder(model).train(), config.agcl.optimizer, steps=3, zero_stage=0)
     preparer = DualPreparer(config, ref.open(), processor, read_attributes(attributes), rank=rank, world=world)
@@ -98,7 +98,7 @@ def test_two_workers_give_the_gradient_of_one(tiny_catalogue_ref, base, attribut
 
 def test_a_step_is_a_function_of_its_number_and_objectives_take_what_they_need(tiny_catalogue_ref, base, attributes):
     config = validate(VALUES)
-    model = load_start(base, "dual_encoder", config.agcl.adapter, seed=0)
+    model = load_for_training(base, "dual_encoder", config.agcl.adapter, seed=0)
     processor = DualProcessor.from_pretrained(base, model)
     given = (config, tiny_catalogue_ref.open(), processor)
     store = read_attributes(attributes)
@@ -118,6 +118,6 @@ def test_regions_need_the_column_of_boxes(tiny_catalogue_ref, base):
         {**VALUES, "encoder": {"kind": "dual_encoder", "dual_encoder": {"region_weight": 1.0, "boxes_column": "no"}}}
     )
     catalogue: StagedCatalogue = tiny_catalogue_ref.open()
-    model = load_start(base, "dual_encoder", config.agcl.adapter, seed=0)
+    model = load_for_training(base, "dual_encoder", config.agcl.adapter, seed=0)
     with pytest.raises(CatalogueError, match="no column 'no'"):
         DualPreparer(config, catalogue, DualProcessor.from_pretrained(base, model), None)

@@ -14,7 +14,7 @@ from afmrl_ray.agcl.step import AGCLStep
 from afmrl_ray.attributes.store import AttributeRow, read_attributes, write_attributes
 from afmrl_ray.attributes.text import format_attributes, normalise_attributes
 from afmrl_ray.config import validate
-from afmrl_ray.models.adapters import load_start
+from afmrl_ray.models.adapters import load_for_training
 from afmrl_ray.models.encoder import EmbeddingModel
 from afmrl_ray.models.item_processor import ItemProcessor
 from afmrl_ray.models.model_input import collate
@@ -36,7 +36,7 @@ def values_of(**agcl) -> dict:
 
 def embedding_model(config, base: str) -> EmbeddingModel:
     agcl = config.agcl
-    model = load_start(base, "encoder", agcl.adapter, seed=0, dtype=config.encoder.dtype)
+    model = load_for_training(base, "encoder", agcl.adapter, seed=0, dtype=config.encoder.dtype)
     draw = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at first, which would hide the gradient of the other factor

@@ -11,9 +11,9 @@ from afmrl_ray.attributes.store import AttributeRow, write_attributes
 from afmrl_ray.config import validate
 from afmrl_ray.distill.train import DistillStep, labelled_rows
 from afmrl_ray.errors import CatalogueError, ConfigError
-from afmrl_ray.models.adapters import load_start
+from afmrl_ray.models.adapters import load_for_training
 from afmrl_ray.models.item_processor import ItemProcessor
-from afmrl_ray.models.policy import Policy
+from afmrl_ray.models.logprobs import CompletionLogprobs
 from afmrl_ray.models.prompts import generator_input
 from afmrl_ray.training.engine import Engine
 from tests.process_group import run_workers
@@ -28,7 +28,7 @@ LABELS = [(row, "; ".join(["color: red", "size: xl", "trim: gold"][: 1 + row % 3
 def train(rank: int, world: int, ref, start: str, folder: str) -> None:
     config = validate(VALUES)
     engine = Engine(
-        Policy(load_start(start, "generator", config.distill.adapter, seed=config.run.seed)),
+        CompletionLogprobs(load_for_training(start, "generator", config.distill.adapter, seed=config.run.seed)),
         config.distill.optimizer,
         steps=2,
         zero_stage=0,
@@ -61,7 +61,7 @@ def test_the_loss_is_the_stock_models_mean_over_completion_tokens(tiny_checkpoin
     catalogue = tiny_catalogue_ref.open()
     start = tiny_checkpoints["generator"]
     processor = ItemProcessor.from_pretrained(start, config.generator.image)
-    model = load_start(start, "generator", config.distill.adapter, seed=config.run.seed)
+    model = load_for_training(start, "generator", config.distill.adapter, seed=config.run.seed)
     total, count = 0.0, 0
     for row, text in DistillStep(config, LABELS, catalogue, processor, None).batch(0):
         prompt = generator_input(processor, catalogue, row, config=config.generator)
