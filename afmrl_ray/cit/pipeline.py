@@ -166,7 +166,7 @@ class Pipeline:
     @cached_property
     def pair_labels(self) -> Stage:
         """The teacher's attributes of all items of `agcl.pairs`: `labels` itself where it has them all."""
-        sides = self.config.agcl.sides
+        sides = self.config.agcl.selectors
         labelled = self.catalogue.rows(self.config.distill.items)
         if np.isin(self.catalogue.rows_of_any(sides), labelled).all():
             return self.labels

@@ -134,9 +134,9 @@ class AGCLConfig(Section):
     """Ray Train worker group."""
 
     @property
-    def sides(self) -> list[ItemSelector]:
-        """Where items of any pair come from."""
-        return [side for pair in self.pairs for side in (pair.query, pair.positive)]
+    def selectors(self) -> list[ItemSelector]:
+        """The selectors of all queries and positives."""
+        return [selector for pair in self.pairs for selector in (pair.query, pair.positive)]
 
 
 class RetrievalTask(Section):

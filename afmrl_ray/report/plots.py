@@ -124,13 +124,13 @@ def agcl_panels(summary: RunSummary) -> list[Panel]:
     """Loss, accuracy, masked share, similarity and weights over AGCL steps, and the loss of the distillation."""
     logs = [("baseline", summary.baseline_log), *[(f"round {each.number}", each.agcl_log) for each in summary.rounds]]
     keys = (
-        ("loss", "AGCL loss"),
-        ("accuracy", "in-batch accuracy"),
-        ("masked_fraction", "masked negatives, share"),
-        ("positive_similarity", "similarity of positives"),
-        ("weight_p50", "weight of a negative, median"),
+        ("train/loss", "AGCL loss"),
+        ("train/accuracy", "in-batch accuracy"),
+        ("train/masked_fraction", "masked negatives, share"),
+        ("train/positive_similarity", "similarity of positives"),
+        ("train/weight_p50", "weight of a negative, median"),
     )
-    return _step_panels([("distillation", summary.distill_log)], (("loss", "distillation loss"),)) + _step_panels(
+    return _step_panels([("distillation", summary.distill_log)], (("train/loss", "distillation loss"),)) + _step_panels(
         logs, keys
     )
 

@@ -1,4 +1,4 @@
-"""The step of distillation: a token mean over the global batch, however many workers share it."""
+"""The step of distillation: a token mean over the global batch, for any number of workers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def train(rank: int, world: int, ref, start: str, folder: str) -> None:
     )
     processor = ItemProcessor.from_pretrained(start, config.generator.image)
     step = DistillStep(config, LABELS, ref.open(), processor, engine, rank=rank, world=world)
-    loss = step(0)["loss"]
+    loss = step(0)["train/loss"]
     losses = torch.tensor([loss])
     dist.all_reduce(losses)
     if rank == 0:
@@ -81,7 +81,7 @@ def test_the_loss_is_the_stock_models_mean_over_completion_tokens(tiny_checkpoin
     assert torch.load(tmp_path / "1.pt")[0] == pytest.approx(total / count, rel=1e-5)
 
 
-def test_labels_that_cannot_be_used_are_told(tiny_checkpoints, tiny_catalogue_ref, tmp_path):
+def test_unusable_labels_are_an_error(tiny_checkpoints, tiny_catalogue_ref, tmp_path):
     catalogue = tiny_catalogue_ref.open()
     items = catalogue.column("item_id")
     config = validate(VALUES)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from afmrl_ray.agcl.prepare import Preparer
 from afmrl_ray.agcl.step import AGCLStep
+from afmrl_ray.agcl.train import load_encoder
 from afmrl_ray.config import validate
 from afmrl_ray.config.models import AdapterConfig, EncoderConfig, ImageConfig, VisionCacheConfig
 from afmrl_ray.errors import ConfigError
@@ -153,7 +154,7 @@ def test_a_trained_tower_is_refused(tiny_checkpoints, processor, tmp_path):
 
 
 class Engine:
-    """What the step asks of an engine, by torch alone."""
+    """The part of an engine that a step uses, in plain torch."""
 
     device = torch.device("cpu")
 
@@ -170,32 +171,25 @@ class Engine:
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("budget", [None, 300])
 def test_a_step_of_agcl_has_the_same_loss_and_gradient(tiny_checkpoints, tiny_catalogue_ref, tmp_path, kind, budget):
-    whole = validate(
-        {
-            "encoder": {
-                "image": PIXELS.model_dump(),
-                "vision_cache": {"enabled": True, "folder": str(tmp_path)},
-            },
-            "agcl": {"batch_size": 6, "adapter": {"kind": kind}, "tokens_per_microbatch": budget},
-        }
-    )
+    values = {
+        "encoder": {"image": PIXELS.model_dump(), "vision_cache": {"folder": str(tmp_path)}},
+        "agcl": {"batch_size": 6, "adapter": {"kind": kind}, "tokens_per_microbatch": budget},
+    }
     base = tiny_checkpoints["encoder"]
     found = []
     for cached in (False, True, True):
-        model = load_for_training(base, "encoder", whole.agcl.adapter, seed=0)
-        processor = ItemProcessor.from_pretrained(base, whole.encoder.image)
-        cache = VisionCache(model, processor, whole.encoder.vision_cache) if cached else None
-        engine = Engine(EmbeddingModel(model).train())
-        preparer = Preparer(whole, tiny_catalogue_ref.open(), processor, None, cache=cache)
-        step = AGCLStep(whole.agcl, preparer, engine, pad_id=processor.pad_id)
+        values["encoder"]["vision_cache"]["enabled"] = cached
+        config, catalogue = validate(values), tiny_catalogue_ref.open()
+        encoder = load_encoder(config, base, catalogue, None)
+        step = AGCLStep(config.agcl, encoder, Preparer(config, catalogue, encoder, None), Engine(encoder.module))
         stats = step(0)
-        found.append((stats, [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]))
+        found.append((stats, [p.grad for p in encoder.module.parameters() if p.grad is not None]))
     for stats, gradients in found[1:]:
-        assert stats["loss"] == pytest.approx(found[0][0]["loss"], rel=1e-5)
+        assert stats["train/loss"] == pytest.approx(found[0][0]["train/loss"], rel=1e-5)
         assert len(gradients) == len(found[0][1]) > 0
         for mine, theirs in zip(gradients, found[0][1], strict=True):
             assert (mine - theirs).norm() <= 1e-5 * theirs.norm() + 1e-8
-    assert [stats.get("vision_cache_hit_fraction") for stats, _ in found] == [None, 0.0, 1.0]
+    assert [stats.get("data/vision_cache_hit_fraction") for stats, _ in found] == [None, 0.0, 1.0]
 
 
 def test_evaluation_reads_the_cache_of_the_training(tiny_checkpoints, tiny_catalogue_ref, tmp_path):

@@ -90,7 +90,7 @@ def test_fresh_rollouts_have_the_learners_own_logprobs(whole):
 def test_the_cut_into_microbatches_changes_nothing(policy_spec, columns, whole):
     tensors, stats = update(policy_spec, columns, num_learners=0, tokens_per_microbatch=60)
     assert stats["microbatches"] > 3
-    for name in ("loss", "policy_loss", "kl", "gradient_norm"):
+    for name in ("loss", "policy_loss", "kl", "grad_norm"):
         assert stats[name] == pytest.approx(whole[1][name], rel=1e-4, abs=1e-6)
     assert_same_direction(policy_spec, tensors, whole[0])
 
@@ -98,7 +98,7 @@ def test_the_cut_into_microbatches_changes_nothing(policy_spec, columns, whole):
 def test_a_shared_prompt_changes_nothing(policy_spec, columns, whole):
     tensors, stats = update(policy_spec, columns, num_learners=0, tokens_per_microbatch=10**6, shared_prompt="off")
     assert (stats["shared_prompt"], whole[1]["shared_prompt"]) == (0, 1)
-    for name in ("loss", "policy_loss", "kl", "gradient_norm", "rollout_logprob_diff"):
+    for name in ("loss", "policy_loss", "kl", "grad_norm", "rollout_logprob_diff"):
         assert stats[name] == pytest.approx(whole[1][name], rel=1e-4, abs=1e-6)
     assert_same_direction(policy_spec, tensors, whole[0])
 
@@ -129,7 +129,7 @@ def test_a_shared_prompt_that_gives_other_numbers_is_found_at_first_use(policy_s
 def test_the_number_of_learners_changes_nothing(policy_spec, columns, whole, learners, zero_stage):
     settings = {"num_learners": learners, "zero_stage": zero_stage, "tokens_per_microbatch": 150}
     tensors, stats = update(policy_spec, columns, **settings)
-    for name in ("loss", "policy_loss", "gradient_norm"):
+    for name in ("loss", "policy_loss", "grad_norm"):
         assert stats[name] == pytest.approx(whole[1][name], rel=1e-4, abs=1e-6)
     assert_same_direction(policy_spec, tensors, whole[0])
 
@@ -149,7 +149,7 @@ def test_a_kl_in_the_reward_is_the_update_of_rewards_made_by_hand(policy_spec, c
     ours, stats = update(policy_spec, off, grpo=in_reward, **(settings | changes))
     assert stats["policy_loss"] == pytest.approx(their_stats["policy_loss"], rel=1e-4)
     assert stats["loss"] == pytest.approx(stats["policy_loss"]), "the KL counts twice"
-    assert stats["gradient_norm"] == pytest.approx(their_stats["gradient_norm"], rel=1e-4)
+    assert stats["grad_norm"] == pytest.approx(their_stats["grad_norm"], rel=1e-4)
     assert_same_direction(policy_spec, ours, theirs)
     _, plain = update(policy_spec, off, **settings, kl_coef=0.0)
     assert abs(plain["policy_loss"] - stats["policy_loss"]) > 1e-2, "the KL changes nothing"
@@ -169,7 +169,7 @@ def test_one_learner_goes_on_where_two_stopped(policy_spec, columns, tmp_path, z
     path = str(tmp_path / "engine")
     two, two_stats = update(policy_spec, columns, save=path, num_learners=2, **shared)
     one, one_stats = update(policy_spec, columns, load=path, num_learners=0, **shared)
-    for name in ("loss", "kl", "gradient_norm", "learning_rate"):
+    for name in ("loss", "kl", "grad_norm", "learning_rate"):
         assert one_stats[name] == pytest.approx(two_stats[name], rel=1e-4, abs=1e-6)
     assert_same_direction(policy_spec, one, two)
 

@@ -87,7 +87,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(make, tmp_path, lag
     assert len(rest) == 2, "it goes on from the checkpoint of step 2"
     assert weights(str(tmp_path / "stopped")) == weights(str(tmp_path / "whole"))
     for found, expected in zip(rest, whole[2:], strict=True):
-        for name in ("reward_mean", "loss", "gradient_norm", "rollout_logprob_diff", "staleness"):
+        for name in ("reward_mean", "loss", "grad_norm", "rollout_logprob_diff", "staleness"):
             assert found[name] == expected[name], name
     logged = read_metrics(str(tmp_path / "stopped" / "log"))
     assert [row["step"] for row in logged] == list(range(STEPS))

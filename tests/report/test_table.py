@@ -113,12 +113,12 @@ def test_missing_stages_leave_gaps_not_errors(tmp_path: Path) -> None:
     assert run_table(fake.run) == "fake: no stage is committed yet"
     fake.stage("catalogue", {})
     assert run_table(fake.run).splitlines()[1].startswith("catalogue")
-    fake.stage("agcl-r0", {"loss": 2.0})
+    fake.stage("agcl-r0", {"train/loss": 2.0})
     fake.stage("rar-r0", {"reward_mean": 0.1234})
     text = run_table(fake.run)
     assert cells(text.split("\n\n")[0].split("\n", 1)[1]) == {"reward": {"training, last steps": ["0.123"]}}
     fake.stage("evaluate-r2", {"protocols": fake.protocols(0.3)})
-    fake.stage("agcl-r2", {"loss": 1.0})
+    fake.stage("agcl-r2", {"train/loss": 1.0})
     assert run_table(fake.run).splitlines()[0].split() == ["round", "0", "round", "2"]
 
 

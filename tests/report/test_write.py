@@ -234,7 +234,7 @@ def test_a_report_of_an_unfinished_run(tmp_path: Path, names: tuple[str, ...]) -
     metrics: dict[str, Any] = {
         "floor": {"chance": fake.floor(0.01, pixels=False)},
         "catalogue": {},
-        "agcl-r0": {"loss": 1.0},
+        "agcl-r0": {"train/loss": 1.0},
     }
     for name in names:
         fake.stage(name, metrics.get(name, {"protocols": fake.protocols(0.2)}))
@@ -248,10 +248,10 @@ def test_a_report_of_an_unfinished_run(tmp_path: Path, names: tuple[str, ...]) -
 
 def test_a_plot_without_data_any_more_is_removed(tmp_path: Path) -> None:
     fake = FakeRun(str(tmp_path))
-    fake.stage("distill", {"loss": 1.0}, log=["loss"])
+    fake.stage("distill", {"train/loss": 1.0}, log=["train/loss"])
     folder = Path(write_report(fake.run)).parent
     assert (folder / "agcl.png").exists()
-    fake.stage("distill", {"loss": 1.0}, "catalogue")
+    fake.stage("distill", {"train/loss": 1.0}, "catalogue")
     stage = fake.run.committed("distill")
     assert stage is not None
     (Path(stage.directory) / "log" / "metrics.jsonl").unlink()
