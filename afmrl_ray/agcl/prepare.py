@@ -94,11 +94,11 @@ class Preparer(Generic[Input]):
         parts = cut_by_tokens([len(each) for each in inputs], budget) if budget else [list(range(len(inputs)))]
         scoring = time.perf_counter()
         lexical = self._lexical_scores if self._scored else None
-        forth = query_to_positive(pairs, **place, lexical=lexical)
-        back = positive_to_query(pairs, **place, lexical=lexical) if self._agcl.bidirectional else None
+        queries = query_to_positive(pairs, **place, lexical=lexical)
+        positives = positive_to_query(pairs, **place, lexical=lexical) if self._agcl.bidirectional else None
         ended = time.perf_counter()
         metrics = {**metrics, "time/prepare": ended - began, "time/bm25": ended - scoring}
-        return StepInputs(items, counts, inputs, parts, forth, back, metrics)
+        return StepInputs(items, counts, inputs, parts, queries, positives, metrics)
 
     def _lexical_scores(self, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
         candidates = self._texts(columns)

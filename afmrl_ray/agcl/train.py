@@ -15,7 +15,7 @@ from afmrl_ray.agcl.qwen2_vl import TrainableQwen2VL
 from afmrl_ray.agcl.step import AGCLStep
 from afmrl_ray.attributes.store import AttributeStore, read_attributes
 from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue
-from afmrl_ray.config import Config, validate
+from afmrl_ray.config import Config
 from afmrl_ray.models.adapters import load_for_training, save_trained
 from afmrl_ray.models.backbones import fetch
 from afmrl_ray.models.dual_encoder import DualProcessor
@@ -52,7 +52,7 @@ def train_agcl(config: Config, job: AGCLJob) -> dict[str, float]:
     """
     return fit_model(
         train_loop,
-        {"config": config.model_dump(mode="json"), "job": job},
+        {"config": config, "job": job},
         name=job.name,
         directory=job.directory,
         workers=config.agcl.workers,
@@ -62,7 +62,7 @@ def train_agcl(config: Config, job: AGCLJob) -> dict[str, float]:
 
 def train_loop(payload: dict[str, Any]) -> None:
     """The training loop of every worker; `payload` is the plain-data argument that Ray Train passes."""
-    config, job = validate(payload["config"]), payload["job"]
+    config, job = payload["config"], payload["job"]
     agcl = config.agcl
     worker_threads(agcl.workers)
     rank, world = dist.get_rank(), dist.get_world_size()

@@ -11,7 +11,7 @@ from torch import distributed as dist
 from afmrl_ray import storage
 from afmrl_ray.attributes.store import read_attributes
 from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue
-from afmrl_ray.config import Config, validate
+from afmrl_ray.config import Config
 from afmrl_ray.errors import CatalogueError, ConfigError
 from afmrl_ray.models.adapters import load_for_training, save_trained
 from afmrl_ray.models.item_processor import ItemProcessor
@@ -49,7 +49,7 @@ def train_distill(config: Config, job: DistillJob) -> dict[str, float]:
     """
     return fit_model(
         train_loop,
-        {"config": config.model_dump(mode="json"), "job": job},
+        {"config": config, "job": job},
         name=job.name,
         directory=job.directory,
         workers=config.distill.workers,
@@ -59,7 +59,7 @@ def train_distill(config: Config, job: DistillJob) -> dict[str, float]:
 
 def train_loop(payload: dict[str, Any]) -> None:
     """The training loop of every worker; `payload` is the plain-data argument that Ray Train passes."""
-    config, job = validate(payload["config"]), payload["job"]
+    config, job = payload["config"], payload["job"]
     distill = config.distill
     worker_threads(distill.workers)
     model = load_for_training(

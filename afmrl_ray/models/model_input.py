@@ -95,7 +95,7 @@ def mrope_positions(token_types: np.ndarray, grids: Sequence[tuple[int, int, int
     """M-RoPE positions of one sequence, as Qwen2-VL and Qwen2.5-VL define them for still images.
 
     Text counts up by one on all three axes. An image that starts at p has time p, height p + row, width p + column,
-    and text goes on at p + max(rows, columns).
+    and text continues at p + max(rows, columns).
 
     Args:
         token_types: [L] 1 at visual tokens, else 0.

@@ -15,6 +15,7 @@ import torch
 
 from afmrl_ray import storage
 from afmrl_ray.errors import CheckpointError, UserError
+from afmrl_ray.training.metrics_log import read_metrics
 from tests.training.toy import EVERY, STEPS, final_weights, relative_to_update, steps_done, train
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -27,6 +28,17 @@ def calm(ray_local, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("calm")
     train(str(folder), num_workers=2)
     return folder
+
+
+def test_every_metric_has_a_name_space(calm):
+    records = read_metrics(str(calm / "log"))
+    assert [record["step"] for record in records] == list(range(STEPS))
+    for record in records:
+        names = record.keys() - {"step", "time"}
+        assert names == {
+            *(f"train/{name}" for name in ("loss", "learning_rate", "grad_norm")),
+            *(f"time/{name}" for name in ("step", "optimizer", "peak_memory_mb")),
+        }
 
 
 def assert_one_interval_lost_at_most(folder: Path, calm: Path) -> None:
