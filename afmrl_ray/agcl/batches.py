@@ -1,4 +1,4 @@
-"""Which items are in which batch: a pure function of seed and step, the same for any number of workers."""
+"""Training pairs of each step: a pure function of seed and step, the same for any number of workers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from functools import lru_cache
 import numpy as np
 
 from afmrl_ray.catalogue import StagedCatalogue
+from afmrl_ray.config.catalogue import ItemSelector
 from afmrl_ray.config.train import AGCLConfig
 from afmrl_ray.errors import CatalogueError, ConfigError
 
@@ -20,64 +21,66 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SampledItem:
-    """An item in a batch.
+    """An item of a batch.
 
     Attributes:
         row: catalogue row.
-        attribute_draw: number in [0, 1); the attributes are shown where it is below 1 - `agcl.attribute_dropout`.
+        product: code of its product, equal for items of one product; -1 = unknown.
+        selector: which inputs and title columns of the item are used.
+        with_attributes: whether its attributes are part of the input.
     """
 
     row: int
-    attribute_draw: float
+    product: int
+    selector: ItemSelector
+    with_attributes: bool
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A query with its positives, different items of one product.
+    """A query with its positives and hard negatives.
 
     Attributes:
         query: the query.
-        positives: `agcl.positives_per_query` items, drawn with replacement where the product has fewer.
-        negatives: curated ones, at most `agcl.hard_negatives`.
-        source: index of the `agcl.pairs` entry that the pair comes from.
-        product: code of the product; equal codes are the same product.
+        positives: `agcl.positives_per_query` other items of its product, repeated if the product has fewer.
+        negatives: at most `agcl.hard_negatives` items of other products that the catalogue names for the query.
     """
 
     query: SampledItem
     positives: tuple[SampledItem, ...]
     negatives: tuple[SampledItem, ...]
-    source: int
-    product: int
 
 
 class PairSampler:
-    """Uniform over products: every epoch visits each product once, another item of it each time.
+    """Samples pairs uniformly over products: every epoch visits each product once, with other items of it each time.
 
     Args:
         catalogue: where rows and product ids come from.
         config: `agcl`.
-        seed: of the order and the draws.
+        seed: of order and draws.
 
     Raises:
-        CatalogueError: a side is empty, no product has a pair, or a column that the config names is not there.
-        ConfigError: fewer products than a batch needs.
+        CatalogueError: a selector matches nothing, no product has a pair, or a configured column does not exist.
+        ConfigError: there are fewer products than a batch needs.
     """
 
     def __init__(self, catalogue: StagedCatalogue, config: AGCLConfig, *, seed: int) -> None:
         products = catalogue.column("product_id")
         self._config, self._seed = config, seed
         self._weights = np.array([source.weight for source in config.pairs])
-        self._sides: list[tuple[dict[str, list[int]], dict[str, list[int]]]] = []
+        self._sources: list[tuple[dict[str, list[int]], dict[str, list[int]]]] = []
         paired: set[str] = set()
         for source in config.pairs:
             queries = _by_product(catalogue.rows(source.query), products)
             positives = _by_product(catalogue.rows(source.positive), products)
-            self._sides.append((queries, positives))
+            self._sources.append((queries, positives))
             paired |= {p for p in queries.keys() & positives.keys() if len({*queries[p], *positives[p]}) > 1}
         if not paired:
-            raise CatalogueError("agcl.pairs: no product has two different items on the two sides, nothing is positive")
-        # Products with pairs come first, so that their codes are places in the epoch's order.
-        self._products = _share_of(sorted(paired), config.train_fraction, seed)
+            raise CatalogueError(
+                "agcl.pairs: no product has two different items, a query and a positive, so nothing is positive"
+            )
+        # Products with pairs come first, so that their codes are their places in an epoch's permutation.
+        self._products = _subset(sorted(paired), config.train_fraction, seed)
         if len(self._products) < config.batch_size:
             cut = f" after agcl.train_fraction {config.train_fraction:g}" if config.train_fraction < 1 else ""
             raise ConfigError(
@@ -87,20 +90,17 @@ class PairSampler:
         others = sorted({product for product in products if product is not None} - set(self._products))
         codes = {product: code for code, product in enumerate([*self._products, *others])}
         self._code_of_row = [codes[product] if product is not None else -1 for product in products]
-        self._curated = _curated(catalogue, self._code_of_row) if config.hard_negatives else {}
-        self._groups = self._hard_groups(catalogue) if config.batch_grouping.fraction else []
+        self._negatives = _hard_negatives(catalogue, self._code_of_row) if config.hard_negatives else {}
+        self._groups = self._product_groups(catalogue) if config.batch_grouping.fraction else []
         self._epoch_order = lru_cache(maxsize=2)(self._make_epoch_order)
 
     @property
     def steps_per_epoch(self) -> int:
+        """Whole batches of an epoch."""
         return len(self._products) // self._config.batch_size
 
-    def product_of(self, row: int) -> int:
-        """Code of a row's product; -1 if it has none."""
-        return self._code_of_row[row]
-
     def batch(self, step: int) -> list[Pair]:
-        """The `batch_size` pairs of a step, each of another product."""
+        """The `batch_size` pairs of a step over all workers, each of another product."""
         epoch, place = divmod(step, self.steps_per_epoch)
         size = self._config.batch_size
         chosen = self._epoch_order(epoch)[place * size : (place + 1) * size]
@@ -109,26 +109,32 @@ class PairSampler:
 
     def _pair(self, code: int, draw: np.random.Generator) -> Pair:
         product = self._products[code]
-        able = [
+        usable = [
             i
-            for i, (q, p) in enumerate(self._sides)
+            for i, (q, p) in enumerate(self._sources)
             if len({*q.get(product, ()), *p.get(product, ())}) > 1 and product in q and product in p
         ]
-        weights = self._weights[able]
-        source = able[int(draw.choice(len(able), p=weights / weights.sum()))]
-        queries, positives = self._sides[source]
+        weights = self._weights[usable]
+        source = usable[int(draw.choice(len(usable), p=weights / weights.sum()))]
+        queries, positives = self._sources[source]
         query = int(draw.choice([q for q in queries[product] if set(positives[product]) != {q}]))
         others = [p for p in positives[product] if p != query]
         count = self._config.positives_per_query
         picked = draw.choice(others, size=count, replace=len(others) < count).tolist()
-        curated = self._curated.get(query, [])
-        wanted = min(self._config.hard_negatives, len(curated))
-        negatives = draw.choice(curated, size=wanted, replace=False).tolist() if wanted else []
-        shown = [SampledItem(int(row), float(draw.random())) for row in (query, *picked, *negatives)]
-        return Pair(shown[0], tuple(shown[1 : 1 + count]), tuple(shown[1 + count :]), source, code)
+        named = self._negatives.get(query, [])
+        wanted = min(self._config.hard_negatives, len(named))
+        negatives = draw.choice(named, size=wanted, replace=False).tolist() if wanted else []
+        selectors, dropout = self._config.pairs[source], self._config.attribute_dropout
 
-    def _hard_groups(self, catalogue: StagedCatalogue) -> list[list[int]]:
-        """Codes of the products that share a value of `batch_grouping.column`, groups of at least two."""
+        def sampled(row: int, selector: ItemSelector, dropout: float) -> SampledItem:
+            return SampledItem(row, self._code_of_row[row], selector, float(draw.random()) < 1 - dropout)
+
+        shown = [sampled(query, selectors.query, dropout.query)]
+        shown += [sampled(row, selectors.positive, dropout.positive) for row in (*picked, *negatives)]
+        return Pair(shown[0], tuple(shown[1 : 1 + count]), tuple(shown[1 + count :]))
+
+    def _product_groups(self, catalogue: StagedCatalogue) -> list[list[int]]:
+        """Groups of at least two products with an equal value of `batch_grouping.column`, as their codes."""
         values = catalogue.column(self._config.batch_grouping.column)
         group_of: dict[int, str] = {}
         for row, code in enumerate(self._code_of_row):
@@ -155,12 +161,12 @@ class PairSampler:
         waiting = deque(draw.permutation(len(queues)).tolist())
         rest, taken, made = deque(order.tolist()), np.zeros(len(order), dtype=bool), []
         size = self._config.batch_size
-        hard = round(self._config.batch_grouping.fraction * size)
+        grouped = round(self._config.batch_grouping.fraction * size)
         for _ in range(self.steps_per_epoch):
             batch: list[int] = []
-            while len(batch) < hard and waiting:
+            while len(batch) < grouped and waiting:
                 queue = queues[waiting[0]]
-                while queue and len(batch) < hard:
+                while queue and len(batch) < grouped:
                     code = queue.popleft()
                     if not taken[code]:
                         taken[code] = True
@@ -176,12 +182,12 @@ class PairSampler:
         return np.array(made)
 
 
-def _share_of(products: list[str], share: float, seed: int) -> list[str]:
-    """That share of the products, drawn by the seed; a smaller share of the same seed is a part of a larger one."""
-    if share == 1:
+def _subset(products: list[str], fraction: float, seed: int) -> list[str]:
+    """A random fraction of the products; with one seed, a smaller fraction is a subset of a larger one."""
+    if fraction == 1:
         return products
     order = np.random.default_rng([seed, 17]).permutation(len(products))
-    return sorted(products[place] for place in order[: max(1, round(share * len(products)))])
+    return sorted(products[place] for place in order[: max(1, round(fraction * len(products)))])
 
 
 def _by_product(rows: np.ndarray, products: Sequence[str | None]) -> dict[str, list[int]]:
@@ -193,8 +199,8 @@ def _by_product(rows: np.ndarray, products: Sequence[str | None]) -> dict[str, l
     return groups
 
 
-def _curated(catalogue: StagedCatalogue, codes: Sequence[int]) -> dict[int, list[int]]:
-    """Rows of each row's curated negatives; those of its own product, and unknown items, are left out and counted."""
+def _hard_negatives(catalogue: StagedCatalogue, codes: Sequence[int]) -> dict[int, list[int]]:
+    """Hard negatives of each row as rows; unknown items and items of the row's own product are left out and counted."""
     row_of = {item: row for row, item in enumerate(catalogue.column("item_id"))}
     found: dict[int, list[int]] = {}
     unknown = same = 0

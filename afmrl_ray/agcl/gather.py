@@ -1,11 +1,11 @@
-"""Candidates of all workers on every worker, with gradients that find their way back.
+"""All-gather of the candidates of all workers, with exact gradients.
 
 Let rank r hold x_r and compute its own loss L_r from all of X = [x_0, ..., x_{W-1}]; the loss of the whole batch is
 L = (1/W) sum_r L_r. Its gradient is (1/W) sum_s (sum_r dL_r/dx_s) dx_s/dtheta. Backward of the gather sums dL_r/dx_s
-over the ranks r and hands the sum to its owner s (reduce-scatter), who goes on with dx_s/dtheta; an engine averaging
-parameter gradients over the ranks s then supplies the 1/W. So the result is dL/dtheta exactly, without a world-size
-factor made by hand. The popular shortcut (gather without gradient, put the local slice back in) leaves out every
-dL_r/dx_s with r != s.
+over the ranks r and gives the sum to its owner s (reduce-scatter), which continues with dx_s/dtheta; an engine that
+averages parameter gradients over the ranks s then supplies the 1/W. So the result is dL/dtheta exactly, without a
+manual world-size factor. The popular shortcut (gather without gradient, insert the local slice) omits every dL_r/dx_s
+with r != s.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def gather_with_gradient(x: Tensor) -> Tensor:
         x: [B, D], of the same shape on every rank; all ranks must call, in forward and in backward.
 
     Returns:
-        [W * B, D]; `x` itself where there is one rank or no process group.
+        [W * B, D]; `x` itself with one rank or without a process group.
     """
     return _Gather.apply(x) if _world_size() > 1 else x
 

@@ -1,47 +1,43 @@
-"""Stage 1 on a Ray Train worker group: the shell around batches, encoder and loss."""
+"""Stage 1 on a Ray Train worker group: loads the encoder and runs its training loop."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
 from torch import distributed as dist
 
 from afmrl_ray import storage
-from afmrl_ray.agcl.dual_prepare import DualPreparer
-from afmrl_ray.agcl.dual_step import DualStep
+from afmrl_ray.agcl.dual_encoder import TrainableDualEncoder
+from afmrl_ray.agcl.encoder import TrainableEncoder
 from afmrl_ray.agcl.prepare import Preparer
+from afmrl_ray.agcl.qwen2_vl import TrainableQwen2VL
 from afmrl_ray.agcl.step import AGCLStep
-from afmrl_ray.attributes.store import read_attributes
-from afmrl_ray.catalogue import CatalogueRef
+from afmrl_ray.attributes.store import AttributeStore, read_attributes
+from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue
 from afmrl_ray.config import Config
-from afmrl_ray.models.adapters import load_start, save_trained
+from afmrl_ray.models.adapters import load_for_training, save_trained
 from afmrl_ray.models.backbones import fetch
-from afmrl_ray.models.dual_encoder import DualEncoder, DualProcessor
-from afmrl_ray.models.encoder import EmbeddingModel
-from afmrl_ray.models.flops import EncoderFlops
-from afmrl_ray.models.inner import inner_model
+from afmrl_ray.models.dual_encoder import DualProcessor
 from afmrl_ray.models.item_processor import ItemProcessor
-from afmrl_ray.models.vision_cache import VisionCache
+from afmrl_ray.models.unwrap import unwrap_model
 from afmrl_ray.training.engine import Engine
-from afmrl_ray.training.fit import fit, run_steps, worker_threads
-from afmrl_ray.training.metrics_log import results_of
+from afmrl_ray.training.fit import fit_model, run_steps, worker_threads
 
 
 @dataclass(frozen=True)
 class AGCLJob:
-    """What a training of the encoder starts from.
+    """A training of the encoder, as plain data.
 
     Attributes:
-        start: checkpoint of the backbone, or adapter or model to go on from.
+        init_from: checkpoint of the backbone, or a trained model or adapter to continue from.
         attributes: path of the attribute table, or none for training without attributes.
         catalogue: the catalogue.
         directory: attempt directory; the model is written to `<directory>/model`.
         name: Ray Train run name.
     """
 
-    start: str
+    init_from: str
     attributes: str | None
     catalogue: CatalogueRef
     directory: str
@@ -49,53 +45,47 @@ class AGCLJob:
 
 
 def train_agcl(config: Config, job: AGCLJob) -> dict[str, float]:
-    """Train the encoder and write it to `<job.directory>/model`; returns the numbers of the last step."""
-    result = fit(
+    """Train the encoder and write it to `<job.directory>/model`; returns the reproducible metrics of the last step.
+
+    Raises:
+        UserError, TrainingFailedError: see `training.fit.fit`.
+    """
+    return fit_model(
         train_loop,
         {"config": config, "job": job},
         name=job.name,
-        directory=storage.join(job.directory, "train"),
+        directory=job.directory,
         workers=config.agcl.workers,
         wait_s=config.ray.wait_for_resources_s,
     )
-    with result.checkpoint.as_directory() as checkpoint:
-        storage.copy_dir(os.path.join(checkpoint, "model"), storage.join(job.directory, "model"))
-    return results_of(result.metrics)
 
 
 def train_loop(payload: dict[str, Any]) -> None:
-    """What every worker runs; `payload` is the plain-data argument that Ray Train ships."""
+    """The training loop of every worker; `payload` is the plain-data argument that Ray Train passes."""
     config, job = payload["config"], payload["job"]
-    if config.encoder.kind == "dual_encoder":
-        return train_dual_encoder(config, job)
     agcl = config.agcl
     worker_threads(agcl.workers)
     rank, world = dist.get_rank(), dist.get_world_size()
-    model = load_start(job.start, "encoder", agcl.adapter, seed=config.run.seed, dtype=config.encoder.dtype)
-    processor = ItemProcessor.from_pretrained(job.start, config.encoder.image)
     catalogue = job.catalogue.open()
-    flops = EncoderFlops(model)
+    store = read_attributes(job.attributes) if job.attributes else None
+    encoder = load_encoder(config, job.init_from, catalogue, store, rank=rank, world=world)
     engine = Engine(
-        EmbeddingModel(model, agcl.temperature if agcl.learn_temperature else None).train(),
+        encoder.module,
         agcl.optimizer,
         steps=agcl.steps,
         zero_stage=agcl.workers.zero_stage,
         bf16=config.encoder.dtype == "bfloat16",
     )
-    store = read_attributes(job.attributes) if job.attributes else None
-    cached = config.encoder.vision_cache
-    cache = VisionCache(model, processor, cached) if cached.enabled else None
-    preparer = Preparer(config, catalogue, processor, store, rank=rank, world=world, cache=cache)
-    step_fn = AGCLStep(agcl, preparer, engine, pad_id=processor.pad_id, flops=flops, rank=rank, world=world)
+    preparer = Preparer(config, catalogue, encoder, store, rank=rank, world=world)
 
     def save_model(path: str) -> None:
         with engine.whole_parameters():
             if rank == 0:
-                save_trained(model, path, processor=job.start)
+                save_trained(encoder.model, path, processor=job.init_from)
 
     run_steps(
         engine,
-        step_fn,
+        AGCLStep(agcl, encoder, preparer, engine, rank=rank, world=world),
         steps=agcl.steps,
         seed=config.run.seed,
         workers=agcl.workers,
@@ -103,38 +93,34 @@ def train_loop(payload: dict[str, Any]) -> None:
         label=job.name,
         save_model=save_model,
     )
-    return None
 
 
-def train_dual_encoder(config: Config, job: AGCLJob) -> None:
-    """The same for an encoder of kind `dual_encoder`."""
-    agcl = config.agcl
-    worker_threads(agcl.workers)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    model = load_start(job.start, "dual_encoder", agcl.adapter, seed=config.run.seed, dtype=config.encoder.dtype)
-    processor = DualProcessor.from_pretrained(fetch(job.start), inner_model(model))
-    engine = Engine(
-        DualEncoder(model).train(),
-        agcl.optimizer,
-        steps=agcl.steps,
-        zero_stage=agcl.workers.zero_stage,
-        bf16=config.encoder.dtype == "bfloat16",
-    )
-    store = read_attributes(job.attributes) if job.attributes else None
-    preparer = DualPreparer(config, job.catalogue.open(), processor, store, rank=rank, world=world)
+def load_encoder(
+    config: Config,
+    path: str,
+    catalogue: StagedCatalogue,
+    store: AttributeStore | None,
+    *,
+    rank: int = 0,
+    world: int = 1,
+) -> TrainableEncoder[Any]:
+    """The encoder of `encoder.kind`, ready to be trained.
 
-    def save_model(path: str) -> None:
-        with engine.whole_parameters():
-            if rank == 0:
-                save_trained(model, path, processor=job.start)
+    Args:
+        config: the whole config.
+        path: checkpoint of the backbone, or a trained model or adapter.
+        catalogue: where items come from.
+        store: attributes, or none.
+        rank: of this worker.
+        world: number of workers.
 
-    run_steps(
-        engine,
-        DualStep(config, preparer, engine, processor, rank=rank, world=world),
-        steps=agcl.steps,
-        seed=config.run.seed,
-        workers=agcl.workers,
-        log_directory=storage.join(job.directory, "log"),
-        label=job.name,
-        save_model=save_model,
-    )
+    Raises:
+        CheckpointError: see `models.adapters.load_for_training`.
+        ConfigError, CatalogueError: see the encoder's class.
+    """
+    settings = config.encoder
+    model = load_for_training(path, settings.role, config.agcl.adapter, seed=config.run.seed, dtype=settings.dtype)
+    if settings.kind == "dual_encoder":
+        dual_processor = DualProcessor.from_pretrained(fetch(path), unwrap_model(model))
+        return TrainableDualEncoder(config, model, dual_processor, catalogue, store, rank=rank, world=world)
+    return TrainableQwen2VL(config, model, ItemProcessor.from_pretrained(path, settings.image), catalogue)

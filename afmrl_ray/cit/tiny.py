@@ -54,7 +54,7 @@ def make_tiny(config: Config, role: str, catalogue: CatalogueRef, directory: str
         def example(index: int) -> tuple[ModelInput, str]:
             image, title, text = examples[index]
             parts = (section.instruction, title) if role == "encoder" else (title, section.instruction)
-            return processor.row(Image.open(io.BytesIO(image)).convert("RGB"), "\n".join(parts)), text
+            return processor.model_input(Image.open(io.BytesIO(image)).convert("RGB"), "\n".join(parts)), text
 
         losses = pretrain(
             model,

@@ -1,4 +1,4 @@
-"""Settings of the two models, their adapters and optimizers, and of tiny checkpoints that stand in for real ones."""
+"""Settings of the two models, their adapters and optimizers, and of tiny checkpoints in place of published ones."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ LANGUAGE_PROJECTIONS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 
 
 class ImageConfig(Section):
-    """Pixel budget of an image, which decides its number of visual tokens."""
+    """Pixel budget of an image, which determines its number of visual tokens."""
 
     min_pixels: int = Field(56 * 56, gt=0)
-    """Smaller images are enlarged to this many pixels."""
+    """Smallest image, pixels; smaller ones are enlarged."""
     max_pixels: int = Field(448 * 448, gt=0)
-    """Larger images are shrunk to this many pixels."""
+    """Largest image, pixels; larger ones are shrunk."""
 
     @model_validator(mode="after")
     def _ordered(self) -> ImageConfig:
@@ -27,62 +27,63 @@ class ImageConfig(Section):
 
 
 class VisionCacheConfig(Section):
-    """Outputs of the encoder's vision tower on each node's disk, where the tower is frozen."""
+    """Cache of the encoder's frozen vision tower: visual tokens of images on each node's disk."""
 
     runtime_only = frozenset({"enabled", "folder", "max_gb"})
 
     enabled: bool = False
-    """Whether they are kept: each image then goes through the tower once. Results differ by rounding only."""
+    """Whether visual tokens are cached, so that each image passes the tower once; results differ by rounding only."""
     folder: str | None = None
-    """Local folder, the same on every node; none = in the system's folder for temporary files."""
+    """Local folder, the same path on every node; none = in the system's folder for temporary files."""
     max_gb: float = Field(20, gt=0)
-    """Size above which what was not read for the longest time is removed, GB; processes look every 64 images."""
+    """Size limit, GB: above it the least recently read files are removed; processes check it every 64 images."""
 
 
 class DualEncoderConfig(Section):
-    """What an encoder of kind `dual_encoder` is trained on; weights of 0 switch one off."""
+    """Training objectives of an encoder of kind `dual_encoder`; a weight of 0 switches one off."""
 
     pair_weight: float = Field(1.0, ge=0)
-    """Of InfoNCE between items, each the sum of its image's and its text's vector."""
+    """Weight of the contrastive loss between items, each the normalised sum of its image's and its text's vector."""
     image_text_weight: float = Field(1.0, ge=0)
-    """Of CLIP's own objective: the image of an item against its text, both ways."""
+    """Weight of CLIP's objective: images retrieve the texts of their items and vice versa."""
     region_weight: float = Field(0.0, ge=0)
-    """Of FG-CLIP's: a region of the query's image against what the attributes say of that part; needs attributes and
-    `boxes_column`. Items without are left out and counted."""
+    """Weight of FG-CLIP's objective on regions: a region of the query's image and the attributes of that part retrieve
+    each other. Needs attributes and `boxes_column`; items without either are left out and counted."""
     hard_text_weight: float = Field(0.0, ge=0)
-    """Of FG-CLIP's: the query's image against its attribute text and changed ones; needs attributes."""
+    """Weight of FG-CLIP's objective on hard texts: the query's image selects its attribute text among changed ones.
+    Needs attributes."""
     hard_texts: int = Field(4, gt=0)
-    """Changed texts of a query; in each, one attribute has another value that the catalogue knows for its name."""
+    """Changed texts per query; in each, the value of one attribute is replaced by another of the same name."""
     boxes_column: str = "boxes"
-    """Column with the boxes of an image's parts, a JSON object: part to left, top, right, bottom, as shares."""
+    """Column with the boxes of an image's parts, a JSON object: part to left, top, right, bottom, as fractions of the
+    image's width and height."""
     region_attributes: dict[str, tuple[str, ...]] = Field(default_factory=dict)
-    """Names of the attributes that belong to a part; a part that is not named here has the one of its own name."""
+    """Attribute names of each part; a part that is not listed has the attribute of its own name."""
 
 
 class EncoderConfig(Section):
-    """The embedding encoder (Qwen2-VL): image, title and attributes to one vector."""
+    """The embedding encoder (Qwen2-VL): one vector for image, title and attributes of an item."""
 
     kind: Literal["qwen2_vl", "dual_encoder"] = "qwen2_vl"
-    """`dual_encoder`: a CLIP or SigLIP checkpoint for comparison, with objectives of its own (section `dual_encoder`);
-    pixels and text length are the checkpoint's, and RAR cannot search with it."""
+    """Architecture: `qwen2_vl`; or `dual_encoder`, a CLIP or SigLIP checkpoint for comparison, trained by the
+    objectives of section `dual_encoder`. Image size and text length are then the checkpoint's; RAR cannot use it."""
     path: str | None = None
-    """Local folder, URI or hub name of the checkpoint; none = the run makes a tiny one."""
+    """Local folder, URI or hub name of the checkpoint; none = a tiny one is made by the run."""
     image: ImageConfig = ImageConfig()
     """Pixel budget."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the weights and activations; similarities are always float32."""
+    """Data type of weights and activations; similarities are always float32."""
     instruction: str = "Represent the product."
-    """Text before the item; last-token pooling reads what the model makes of it."""
+    """Text between image and title; the embedding is the hidden state of the last token, after all of them."""
     max_tokens: int = Field(2048, gt=0)
-    """Longest input; text is cut to fit, an image never is."""
+    """Longest input, tokens; text is cut at its end to fit, an image never is."""
     vision_cache: VisionCacheConfig = VisionCacheConfig()
-    """Images that went through the frozen vision tower."""
-
+    """Cache of the frozen vision tower's outputs."""
     dual_encoder: DualEncoderConfig = DualEncoderConfig()
-    """For kind `dual_encoder`."""
+    """Objectives for kind `dual_encoder`."""
 
     def fingerprinted(self) -> dict[str, Any]:
-        """As everywhere; what only dual encoders read decides nothing about Qwen2-VL."""
+        """See `Section.fingerprinted`; without the settings of dual encoders for Qwen2-VL, which does not read them."""
         found = super().fingerprinted()
         return (
             found
@@ -92,101 +93,104 @@ class EncoderConfig(Section):
 
     @property
     def role(self) -> Literal["encoder", "dual_encoder"]:
-        """What its checkpoint must be."""
+        """Role of its checkpoint, see `models.backbones.ARCHITECTURES`."""
         return "dual_encoder" if self.kind == "dual_encoder" else "encoder"
 
 
 class GeneratorConfig(Section):
-    """The attribute generator (Qwen2.5-VL): image and title to attribute text."""
+    """The attribute generator (Qwen2.5-VL): writes attribute text for image and title of an item."""
 
     path: str | None = None
-    """Local folder, URI or hub name of the checkpoint; none = the run makes a tiny one."""
+    """Local folder, URI or hub name of the checkpoint; none = a tiny one is made by the run."""
     image: ImageConfig = ImageConfig()
     """Pixel budget."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the weights and activations; losses are always float32."""
+    """Data type of weights and activations; losses are always float32."""
     inputs: Literal["image", "text", "both"] = "both"
-    """What of an item the generator sees."""
+    """Inputs from an item: its image, its title, or both."""
     title_columns: tuple[str, ...] = ("title",)
-    """Columns whose texts, joined by a space, are the title that the generator reads."""
+    """Columns whose texts, joined by a space, are the title in the prompt."""
     instruction: str = "List the key attributes."
-    """Text after the item in the prompt."""
+    """Text after image and title in the prompt."""
     max_prompt_tokens: int = Field(2048, gt=0)
-    """Items whose prompt is longer are dropped at load and counted, never truncated."""
+    """Longest prompt, tokens; items with a longer one are dropped at load and counted, never truncated."""
     max_new_tokens: int = Field(128, gt=0)
-    """Longest completion; one without an end by then is invalid."""
+    """Longest completion, tokens; one that does not end within them is invalid."""
     max_attributes: int = Field(16, gt=0)
-    """More pairs than this make a completion invalid."""
+    """Largest number of attribute pairs of a valid completion."""
 
 
 class AdapterConfig(Section):
-    """What of a model is trained."""
+    """Trained parameters of a model."""
 
     kind: Literal["lora", "full"] = "lora"
-    """`lora` trains low-rank adapters on the projections matched by `targets`; `full` trains every weight."""
+    """`lora` trains low-rank adapters of the projections matched by `targets`. `full` trains all weights of the
+    language model (of a dual encoder: all outside its image tower), those of the vision tower only with
+    `train_vision`."""
     r: int = Field(16, gt=0)
-    """Rank of the adapters."""
+    """For `lora`: rank of the adapters."""
     alpha: int = Field(32, gt=0)
-    """Scale of the adapters, relative to the rank."""
+    """For `lora`: the adapters' output is scaled by alpha / r."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout before the adapters."""
+    """For `lora`: dropout probability of the adapters' input."""
     rslora: bool = False
-    """Scale by alpha / sqrt(r) instead of alpha / r, so that the learning rate need not follow the rank."""
+    """For `lora`: scale by alpha / sqrt(r) instead of alpha / r, so that one learning rate fits all ranks (rsLoRA)."""
     dora: bool = False
-    """Train the length of each weight column apart from its direction (DoRA): slower, often better at a low rank."""
+    """For `lora`: train magnitude and direction of each weight column separately (DoRA): slower, often better at a low
+    rank."""
     targets: str = LANGUAGE_PROJECTIONS
-    """Regular expression over full module names; the default is the language model's projections only."""
+    """For `lora`: regular expression over full module names; the default matches the language model's projections."""
     train_vision: bool = False
-    """With `full`: whether the vision tower is trained too."""
+    """For `full`: whether the vision tower is trained too; otherwise it is frozen."""
 
 
 class OptimizerConfig(Section):
-    """AdamW and its schedule."""
+    """AdamW and its learning-rate schedule."""
 
     learning_rate: float = Field(1e-4, gt=0)
     """Peak learning rate."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay."""
+    """Decoupled weight decay, relative to the learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of the moments."""
+    """Decay rates of the first and second moments."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """What follows the warm-up: constant, or decay to zero at the last step."""
+    """Learning rate after the warm-up: constant, or linear or cosine decay to zero at the last step."""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
-    """Share of the steps in which the rate rises from zero."""
+    """Fraction of the steps in which the learning rate rises linearly to its peak."""
     max_grad_norm: float = Field(1.0, ge=0)
-    """Largest global gradient norm; 0 = no clipping."""
+    """Global norm to which gradients are clipped; 0 = no clipping."""
 
 
 class TinyConfig(Section):
-    """Tiny checkpoints from a config, trained briefly at captioning, saved as ordinary ones.
+    """Tiny checkpoints, trained briefly at captioning and saved in the ordinary layout.
 
-    They are made when `encoder.path` or `generator.path` is none, and are loaded as any other checkpoint.
+    They are made if `encoder.path` or `generator.path` is none, and loaded as any other checkpoint.
     """
 
     hidden_size: int = Field(128, gt=0)
-    """Width of the language model."""
+    """Hidden size of the language model."""
     num_layers: int = Field(4, gt=0)
     """Layers of the language model."""
     num_heads: int = Field(4, gt=0)
-    """Attention heads; half as many key-value heads."""
+    """Attention heads of the language model; it has half as many key-value heads."""
     vision_width: int = Field(64, gt=0)
-    """Width of the vision tower."""
+    """Hidden size of the vision tower."""
     vision_depth: int = Field(3, gt=0)
     """Layers of the vision tower."""
     patch_px: int = Field(7, gt=0)
-    """Side of a patch, pixels; a visual token covers two by two."""
+    """Side of a patch, pixels; a visual token covers two by two patches."""
     vocabulary: int = Field(1024, ge=300)
     """Entries of the byte-level BPE tokenizer that is trained on the catalogue's texts."""
     pretrain_products: int = Field(600, ge=0)
-    """Products of the disjoint synthetic catalogue on which both are pre-trained."""
+    """Products of the synthetic catalogue, disjoint from the run's, on which both models are pre-trained."""
     encoder_pretrain_steps: int = Field(300, ge=0)
-    """Captioning steps of the encoder's backbone; 0 leaves random weights."""
+    """Pre-training steps of the encoder's backbone; 0 = random weights."""
     generator_pretrain_steps: int = Field(300, ge=0)
-    """Captioning steps of the generator; 0 leaves random weights."""
+    """Pre-training steps of the generator; 0 = random weights."""
     pretrain_batch_size: int = Field(48, gt=0)
-    """Items per captioning step."""
+    """Items per pre-training step."""
     pretrain_learning_rate: float = Field(2e-3, gt=0)
-    """Peak learning rate of the captioning."""
+    """Peak learning rate of the pre-training."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> TinyConfig:

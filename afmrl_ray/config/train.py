@@ -15,18 +15,18 @@ Enriched = Literal["none", "query", "both"]
 
 
 class DistillConfig(Section):
-    """Supervised fine-tuning of the generator on the teacher's attributes."""
+    """Distillation: supervised fine-tuning of the generator on the teacher's attributes."""
 
     items: ItemSelector = ItemSelector(split=("train",))
-    """Items that the teacher labels."""
+    """Items that the teacher annotates."""
     steps: int = Field(500, gt=0)
     """Optimizer steps."""
     batch_size: int = Field(32, gt=0)
     """Items per step, over all workers."""
     adapter: AdapterConfig = AdapterConfig(kind="full")
-    """What is trained; the paper fine-tunes the generator fully."""
+    """Trained parameters; the paper fine-tunes the whole generator."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5)
-    """Optimizer."""
+    """Optimizer and learning-rate schedule."""
     workers: WorkersConfig = WorkersConfig()
     """Ray Train worker group."""
 
@@ -35,49 +35,50 @@ class LexicalConfig(Section):
     """BM25 weights of negatives, `w_ij = exp(1 + tanh(B_ij))`."""
 
     enabled: bool = True
-    """Off = every weight is one, plain InfoNCE."""
+    """Whether negatives are weighted; false = all weights are one (InfoNCE)."""
     positive_weight: Literal["bm25", "one"] = "bm25"
-    """`bm25`: the positive is weighted as printed in the paper; `one`: w_ii = 1, which up-weights hard negatives."""
+    """Weight of the positive: `bm25` = w_ii, as printed in the paper; `one` = 1, which up-weights hard negatives."""
     scale: Literal["raw", "self", "temperature"] = "raw"
-    """How B enters tanh: as it is, divided by B_ii, or divided by `temperature`."""
+    """Argument of tanh: `raw` = B_ij, `self` = B_ij / B_ii, `temperature` = B_ij / `temperature`."""
     temperature: float = Field(1.0, gt=0)
-    """Divisor for scale `temperature`."""
+    """Divisor of B_ij for scale `temperature`."""
     idf: Literal["corpus", "batch"] = "corpus"
-    """Where document frequencies come from: all items of `agcl.pairs`, or the candidates of the step."""
+    """Texts that document frequencies are counted over: all items of `agcl.pairs`, or the candidates of the step."""
 
 
 class MaskConfig(Section):
-    """Masking of probable false negatives."""
+    """Mask of probable false negatives."""
 
     enabled: bool = False
-    """Off = only items of the same product are masked, which retrieved best wherever it was measured."""
+    """Whether probable false negatives are masked; false = only items of the positive's product are, which retrieved
+    best wherever it was measured."""
     kind: Literal["candidate", "margin", "attributes"] = "candidate"
-    """By what a candidate is suspicious: its similarity to the positive, to the query, or its attributes."""
+    """What a candidate is masked by: its similarity to the positive, its similarity to the query, or its attributes."""
     threshold: float = Field(0.9, ge=-1, le=1)
-    """For kind `candidate`, delta: a candidate whose cosine to the positive is above it is no negative."""
+    """For kind `candidate` (delta in the paper): cosine to the positive above which a candidate is masked."""
     margin: float = 0.1
-    """For kind `margin`: a candidate that is closer to the query than the positive by more than this is no negative."""
+    """For kind `margin`: a candidate is masked if its cosine to the query exceeds the positive's by more than this."""
     attribute_threshold: float = Field(0.9, gt=0)
-    """For kind `attributes`: a candidate whose BM25 exceeds this share of the positive's own is no negative."""
+    """For kind `attributes`: a candidate is masked if its BM25 score exceeds this fraction of the positive's own."""
     min_negatives: int = Field(8, ge=0)
-    """Negatives that every query keeps, the least similar ones first."""
+    """Negatives that every query keeps; the least similar candidates are unmasked first."""
     warmup_steps: int = Field(0, ge=0)
-    """Steps before the mask begins, while embeddings are still all alike."""
+    """Steps before the mask starts, since embeddings are not informative at first."""
 
 
 class PairConfig(Section):
-    """A source of positive pairs: two items of one product, one from each side."""
+    """A source of positive pairs: two different items of one product."""
 
     query: ItemSelector = ItemSelector(split=("train",))
-    """Where queries come from."""
+    """Items that are queries."""
     positive: ItemSelector = ItemSelector(split=("train",))
-    """Where their positives come from."""
+    """Items that are positives."""
     weight: float = Field(1.0, gt=0)
-    """Relative share of the batch."""
+    """Weight of the source, relative to the other sources of a product's pairs."""
 
 
 class BatchGroupingConfig(Section):
-    """Whole groups of similar products in one batch."""
+    """Batches with whole groups of similar products, whose items are hard negatives of one another."""
 
     fraction: float = Field(0.0, ge=0, le=1)
     """Fraction of a batch made of whole groups of products that agree in `column`; 0 = batches are uniform."""
@@ -86,12 +87,12 @@ class BatchGroupingConfig(Section):
 
 
 class AttributeDropoutConfig(Section):
-    """Probability that the attributes of a training item are left out of the encoder's input."""
+    """Probability that a training item's attributes are left out of the encoder's input."""
 
     query: float = Field(0.3, ge=0, le=1)
-    """Of a query."""
+    """Probability for a query."""
     positive: float = Field(0.3, ge=0, le=1)
-    """Of a positive."""
+    """Probability for a positive or a hard negative."""
 
 
 class AGCLConfig(Section):
@@ -100,43 +101,44 @@ class AGCLConfig(Section):
     pairs: tuple[PairConfig, ...] = (PairConfig(),)
     """Sources of positive pairs."""
     train_fraction: float = Field(1.0, gt=0, le=1)
-    """Share of the products that are trained on, drawn by the run's seed; the number of steps stays the same."""
+    """Fraction of the products that are trained on, drawn by `run.seed`; the number of steps does not change."""
     steps: int = Field(1000, gt=0)
     """Optimizer steps of a round."""
     batch_size: int = Field(64, gt=1)
     """Pairs per step, over all workers; negatives come from all of them."""
     tokens_per_microbatch: int | None = Field(None, gt=0)
-    """Visual and text tokens per forward pass of a worker; none = its whole share at once. Less takes less memory and a
-    second forward pass (GradCache), and changes the result by nothing but which random numbers dropout draws."""
+    """Visual and text tokens per forward pass of a worker, padding included; none = its whole batch at once. A limit
+    saves memory and costs a second forward pass (GradCache); the result changes only by dropout's random numbers."""
     positives_per_query: int = Field(1, ge=1)
-    """Positives of each query; each is pulled towards it on its own, none repels another."""
+    """Positives of each query; the loss is the mean over them, and none is a negative of another."""
     hard_negatives: int = Field(0, ge=0)
-    """Items of the query's column `negatives` (item ids) that join the candidates; the mask spares them."""
+    """Items named in the query's column `negatives` (item ids) that are added to the candidates, at most; the mask of
+    false negatives does not apply to them."""
     batch_grouping: BatchGroupingConfig = BatchGroupingConfig()
-    """Products that are hard to tell apart, brought together in a batch."""
+    """Groups of similar products in a batch."""
     temperature: float = Field(0.05, gt=0)
-    """Temperature of the similarities."""
+    """Divisor of the cosines; the initial value if `learn_temperature`."""
     learn_temperature: bool = False
-    """Whether the temperature is learned, from `temperature` on, never below 0.01."""
+    """Whether the temperature is learned; it stays at or above 0.01."""
     bidirectional: bool = True
-    """Whether positives also retrieve their queries."""
+    """Whether positives also retrieve their queries; the loss is then the mean of both directions."""
     lexical: LexicalConfig = LexicalConfig()
-    """BM25 weights."""
+    """BM25 weights of negatives."""
     mask: MaskConfig = MaskConfig()
-    """False-negative mask."""
+    """Mask of probable false negatives."""
     attribute_dropout: AttributeDropoutConfig = AttributeDropoutConfig()
-    """How often the encoder sees an item without its attributes."""
+    """Dropout of attributes from the encoder's input."""
     adapter: AdapterConfig = AdapterConfig()
-    """What is trained; the paper uses LoRA."""
+    """Trained parameters; the paper uses LoRA."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-5)
-    """Optimizer."""
+    """Optimizer and learning-rate schedule."""
     workers: WorkersConfig = WorkersConfig()
     """Ray Train worker group."""
 
     @property
-    def sides(self) -> list[ItemSelector]:
-        """Where items of any pair come from."""
-        return [side for pair in self.pairs for side in (pair.query, pair.positive)]
+    def selectors(self) -> list[ItemSelector]:
+        """The selectors of all queries and positives."""
+        return [selector for pair in self.pairs for selector in (pair.query, pair.positive)]
 
 
 class RetrievalTask(Section):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,29 +13,27 @@ from afmrl_ray.attributes.store import read_attributes
 from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue
 from afmrl_ray.config import Config
 from afmrl_ray.errors import CatalogueError, ConfigError
-from afmrl_ray.models.adapters import load_start, save_trained
+from afmrl_ray.models.adapters import load_for_training, save_trained
 from afmrl_ray.models.item_processor import ItemProcessor
-from afmrl_ray.models.logprobs import completion_batch
-from afmrl_ray.models.policy import Policy
+from afmrl_ray.models.logprobs import CompletionLogprobs, completion_batch
 from afmrl_ray.models.prompts import generator_input, prompt_fits
 from afmrl_ray.training.engine import Engine
-from afmrl_ray.training.fit import fit, run_steps, worker_threads
-from afmrl_ray.training.metrics_log import results_of
+from afmrl_ray.training.fit import fit_model, run_steps, worker_threads
 
 
 @dataclass(frozen=True)
 class DistillJob:
-    """What a distillation starts from.
+    """A distillation, as plain data.
 
     Attributes:
-        start: checkpoint of the generator.
+        init_from: checkpoint of the generator.
         labels: path of the teacher's attribute table.
         catalogue: the catalogue.
         directory: attempt directory; the model is written to `<directory>/model`.
         name: Ray Train run name.
     """
 
-    start: str
+    init_from: str
     labels: str
     catalogue: CatalogueRef
     directory: str
@@ -44,29 +41,33 @@ class DistillJob:
 
 
 def train_distill(config: Config, job: DistillJob) -> dict[str, float]:
-    """Fine-tune the generator and write it to `<job.directory>/model`; returns the numbers of the last step."""
-    result = fit(
+    """Fine-tune the generator and write it to `<job.directory>/model`; returns the reproducible metrics of the last
+    step.
+
+    Raises:
+        UserError, TrainingFailedError: see `training.fit.fit`.
+    """
+    return fit_model(
         train_loop,
         {"config": config, "job": job},
         name=job.name,
-        directory=storage.join(job.directory, "train"),
+        directory=job.directory,
         workers=config.distill.workers,
         wait_s=config.ray.wait_for_resources_s,
     )
-    with result.checkpoint.as_directory() as checkpoint:
-        storage.copy_dir(os.path.join(checkpoint, "model"), storage.join(job.directory, "model"))
-    return results_of(result.metrics)
 
 
 def train_loop(payload: dict[str, Any]) -> None:
-    """What every worker runs; `payload` is the plain-data argument that Ray Train ships."""
+    """The training loop of every worker; `payload` is the plain-data argument that Ray Train passes."""
     config, job = payload["config"], payload["job"]
     distill = config.distill
     worker_threads(distill.workers)
-    model = load_start(job.start, "generator", distill.adapter, seed=config.run.seed, dtype=config.generator.dtype)
-    processor = ItemProcessor.from_pretrained(job.start, config.generator.image)
+    model = load_for_training(
+        job.init_from, "generator", distill.adapter, seed=config.run.seed, dtype=config.generator.dtype
+    )
+    processor = ItemProcessor.from_pretrained(job.init_from, config.generator.image)
     engine = Engine(
-        Policy(model).train(),
+        CompletionLogprobs(model).train(),
         distill.optimizer,
         steps=distill.steps,
         zero_stage=distill.workers.zero_stage,
@@ -87,7 +88,7 @@ def train_loop(payload: dict[str, Any]) -> None:
     def save_model(path: str) -> None:
         with engine.whole_parameters():
             if rank == 0:
-                save_trained(model, path, processor=job.start)
+                save_trained(model, path, processor=job.init_from)
 
     run_steps(
         engine,
@@ -104,11 +105,17 @@ def train_loop(payload: dict[str, Any]) -> None:
 def labelled_rows(
     config: Config, catalogue: StagedCatalogue, processor: ItemProcessor, labels: str
 ) -> list[tuple[int, str]]:
-    """Catalogue rows that the teacher labelled, with their attribute text, in row order; too long prompts are left out.
+    """Labelled catalogue rows with their attribute text, in row order; rows with too long prompts are left out.
+
+    Args:
+        config: the whole config.
+        catalogue: the catalogue.
+        processor: of the generator's checkpoint.
+        labels: path of the teacher's attribute table.
 
     Raises:
-        CatalogueError: the teacher labelled nothing.
-        ConfigError: fewer labels than a batch.
+        CatalogueError: no row has a label.
+        ConfigError: there are fewer labels than a batch.
     """
     store = read_attributes(labels)
     items = catalogue.column("item_id")
@@ -127,7 +134,17 @@ def labelled_rows(
 
 
 class DistillStep:
-    """Forward and backward pass of one step on one worker; the loss is a mean over the tokens of the global batch."""
+    """Forward and backward pass of one step on one worker; the loss is a mean over the tokens of the global batch.
+
+    Args:
+        config: the whole config.
+        labels: from `labelled_rows`.
+        catalogue: where the items come from.
+        processor: of the generator's checkpoint.
+        engine: trains the generator.
+        rank: of this worker.
+        world: number of workers.
+    """
 
     def __init__(
         self,
@@ -145,28 +162,29 @@ class DistillStep:
         self._rank, self._world = rank, world
 
     def batch(self, step: int) -> list[tuple[int, str]]:
-        """Rows and labels of a step, over all workers: a pure function of seed and step."""
+        """Rows and labels of a step over all workers: a pure function of seed and step."""
         size = self._config.distill.batch_size
         epoch, place = divmod(step, len(self._labels) // size)
         order = np.random.default_rng([self._config.run.seed, epoch]).permutation(len(self._labels))
         return [self._labels[i] for i in order[place * size : (place + 1) * size]]
 
     def __call__(self, step: int) -> dict[str, float]:
+        """Add the gradients of a step; its loss, and its completion tokens over all workers."""
         batch = self.batch(step)
         completions = [self._processor.completion_ids(text) for _, text in batch]
         tokens = sum(len(ids) for ids in completions)
-        share = len(batch) // self._world
-        local = slice(self._rank * share, (self._rank + 1) * share)
+        each = len(batch) // self._world
+        local = slice(self._rank * each, (self._rank + 1) * each)
         prompts = [
             generator_input(self._processor, self._catalogue, row, config=self._config.generator)
             for row, _ in batch[local]
         ]
         inputs, mask = completion_batch(prompts, completions[local], self._processor.pad_id, self._engine.device)
         logp = self._engine(inputs, mask, forbidden_ids=self._processor.forbidden_ids)
-        # The engine averages over workers, so each counts its sum once per worker.
+        # The engine averages gradients over the workers.
         loss = -logp.sum() * self._world / tokens
         self._engine.backward(loss)
         total = loss.detach() / self._world
         if self._world > 1:
             dist.all_reduce(total)
-        return {"loss": float(total), "tokens": float(tokens)}
+        return {"train/loss": float(total), "data/samples": float(len(batch)), "data/tokens": float(tokens)}

@@ -1,4 +1,4 @@
-"""What of a model is trained, and how it is saved and loaded so that stock transformers and peft can read it."""
+"""Trainable parameters of a model, and checkpoints of it that stock transformers and peft can read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from afmrl_ray.config.models import AdapterConfig
 from afmrl_ray.errors import CheckpointError
 from afmrl_ray.models.backbones import fetch, load_backbone
-from afmrl_ray.models.inner import inner_model
+from afmrl_ray.models.unwrap import unwrap_model
 
 ADAPTER_FILE = "adapter_model.safetensors"
 PROCESSOR_FILES = (
@@ -31,10 +31,14 @@ PROCESSOR_FILES = (
 
 
 def make_trainable(model: Any, config: AdapterConfig) -> Any:
-    """Freeze what `config` does not train and return the model, wrapped by PEFT where it asks for LoRA.
+    """Freeze the parameters that `config` does not train and return the model, wrapped by PEFT for LoRA.
 
-    An adapter has the dtype of the weights beside it: whoever trains keeps float32 masters, and everybody who is given
-    the adapter computes with the same numbers.
+    An adapter has the dtype of the weights that it adapts: the engine keeps float32 masters, and rollouts, rewards and
+    evaluation compute with the same numbers as the training.
+
+    Args:
+        model: a model with a vision tower, see `vision_tower`.
+        config: what is trained.
 
     Raises:
         CheckpointError: `targets` matches no module.
@@ -62,7 +66,7 @@ def make_trainable(model: Any, config: AdapterConfig) -> Any:
 
 
 def vision_tower(model: Any) -> Any:
-    """The part of a Qwen2-VL, Qwen2.5-VL or dual-tower model that sees images."""
+    """The vision tower of a Qwen2-VL, a Qwen2.5-VL or a dual encoder."""
     return model.vision_model if hasattr(model, "vision_model") else model.model.visual
 
 
@@ -84,13 +88,18 @@ def save_trained(model: Any, path: str, *, processor: str) -> None:
     if is_adapter(path):
         config_file = Path(path) / "adapter_config.json"
         config = json.loads(config_file.read_text())
-        config["base_model_name_or_path"] = inner_model(model).name_or_path
+        config["base_model_name_or_path"] = unwrap_model(model).name_or_path
         config_file.write_text(json.dumps(config, indent=2, sort_keys=True))
     copy_processor(fetch(processor), path)
 
 
 def copy_processor(source: str, target: str) -> None:
-    """Copy tokenizer and image processor beside weights; a hub name is resolved by loading and saving them."""
+    """Copy tokenizer and image processor into a model's folder; those of a hub name are loaded and saved.
+
+    Args:
+        source: local checkpoint folder or hub name.
+        target: local folder.
+    """
     if os.path.isdir(source):
         for name in PROCESSOR_FILES:
             if os.path.isfile(os.path.join(source, name)):
@@ -115,7 +124,9 @@ def load_trained(
     Args:
         path: folder or URI of a model or of an adapter, or a hub name of a model.
         role: `encoder`, `generator` or `dual_encoder`.
-        trainable: keep the adapter apart and trainable; else it is merged into the weights for speed.
+        dtype: of the weights.
+        device: of the weights.
+        trainable: keep the adapter separate and trainable; otherwise it is merged into the weights for speed.
 
     Raises:
         CheckpointError: a path is missing or of another architecture, or any LoRA tensor is missing or unexpected.
@@ -127,20 +138,24 @@ def load_trained(
 
     base = str(PeftConfig.from_pretrained(local).base_model_name_or_path)
     backbone = load_backbone(base, role, dtype=dtype, device=device)
-    # An adapter that is merged is added in float32, see `make_trainable` for one that is trained.
+    # An adapter is merged in float32; for one that is trained see `make_trainable`.
     model = PeftModel.from_pretrained(backbone, local, is_trainable=trainable, autocast_adapter_dtype=not trainable)
     check_adapter(model, local)
     return model if trainable else model.merge_and_unload()
 
 
-def load_start(path: str, role: str, config: AdapterConfig, *, seed: int, dtype: str = "float32") -> Any:
-    """The model that a training begins with: an adapter goes on, a whole model is prepared by `make_trainable`.
+def load_for_training(path: str, role: str, config: AdapterConfig, *, seed: int, dtype: str = "float32") -> Any:
+    """Load the model that a training starts from: an adapter is trained further, a model passes `make_trainable`.
 
     Args:
-        seed: of a new adapter's first weights, which PEFT would draw anew in every process.
+        path: folder or URI of a model or of an adapter, or a hub name of a model.
+        role: `encoder`, `generator` or `dual_encoder`.
+        config: what is trained.
+        seed: of a new adapter's initial weights, which PEFT would draw differently in every process.
+        dtype: of the weights.
 
     Raises:
-        CheckpointError: see `load_trained`; or an adapter is to be gone on with under `kind: full`.
+        CheckpointError: see `load_trained`; or `path` is an adapter and `config.kind` is `full`.
     """
     adapter = is_adapter(fetch(path))
     if adapter and config.kind == "full":
@@ -156,7 +171,7 @@ def load_start(path: str, role: str, config: AdapterConfig, *, seed: int, dtype:
 
 
 def check_adapter(model: Any, path: str) -> None:
-    """Compare the adapter's tensors with those that the model holds after loading.
+    """Check that a model holds exactly the tensors of an adapter's file.
 
     Raises:
         CheckpointError: a LoRA tensor is missing, unexpected, or did not reach the model.

@@ -1,4 +1,4 @@
-"""Loading of the two backbones from ordinary Hugging Face folders or hub names."""
+"""Backbones from ordinary Hugging Face folders or hub names."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from afmrl_ray.errors import CheckpointError
 from afmrl_ray.models.vision_attention import use_attention_by_length
 
 ARCHITECTURES = {"encoder": ("qwen2_vl",), "generator": ("qwen2_5_vl",), "dual_encoder": ("clip", "siglip")}
-"""Model types that a role may have; the encoder is a dual encoder where `encoder.kind` says so."""
+"""Model types that each role accepts; the encoder's role is `dual_encoder` if `encoder.kind` is."""
 
 
 def fetch(path: str) -> str:
-    """A local folder for a path or URI, fetched once per node; a hub name is returned as it is.
+    """A local folder for a path or URI, fetched once per node; a hub name is returned unchanged.
 
     Raises:
         CheckpointError: nothing is at the URI.
@@ -33,10 +33,12 @@ def fetch(path: str) -> str:
 
 
 def check_checkpoint(path: str, role: str, *, setting: str | None = None) -> None:
-    """Make sure that `path` holds the architecture that `role` needs, by its config alone.
+    """Check by its config alone that a checkpoint has the architecture that a role needs.
 
     Args:
-        setting: what the message names; none = `<role>.path`.
+        path: folder, URI or hub name.
+        role: key of `ARCHITECTURES`.
+        setting: named in the message; none = `<role>.path`.
 
     Raises:
         CheckpointError: the path is missing, is no checkpoint, or is of another architecture.
@@ -72,8 +74,7 @@ def _check_type(model_type: str | None, path: str, role: str, setting: str) -> N
 
 
 def load_backbone(path: str, role: str, *, dtype: str = "float32", device: torch.device | str = "cpu") -> Any:
-    """Load the model of `role`: encoder Qwen2-VL, generator Qwen2.5-VL (both `ForConditionalGeneration`), or a CLIP or
-    SigLIP model.
+    """Load the model of a role: Qwen2-VL (encoder), Qwen2.5-VL (generator), CLIP or SigLIP (dual encoder).
 
     Raises:
         CheckpointError: see `check_checkpoint`.
@@ -83,7 +84,7 @@ def load_backbone(path: str, role: str, *, dtype: str = "float32", device: torch
     model = _model_class(local, role).from_pretrained(local, dtype=getattr(torch, dtype), attn_implementation="sdpa")
     if role != "dual_encoder":
         use_attention_by_length(model)
-    # What an adapter will name as its base: where the checkpoint lies for everybody, not this node's copy of it.
+    # Adapters store this as their base: the shared location of the checkpoint, not this node's copy of it.
     model.name_or_path = path
     return model.to(device)
 

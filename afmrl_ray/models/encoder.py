@@ -10,19 +10,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from afmrl_ray.models.inner import inner_model
 from afmrl_ray.models.last_token import last_token_only
 from afmrl_ray.models.shared_prefix import Packed
+from afmrl_ray.models.unwrap import unwrap_model
 
 
 class EmbeddingModel(nn.Module):
-    """Wraps a (PEFT-wrapped) `Qwen2VLForConditionalGeneration` so that its forward pass gives embeddings.
+    """Wraps a (PEFT-wrapped) `Qwen2VLForConditionalGeneration` so that its forward pass returns embeddings.
 
-    Of head and last layer only what an embedding needs is run: the last token's hidden state.
+    The language-model head is not run, and the last layer only for the last token.
 
     Args:
         backbone: the model.
-        temperature: where a learned temperature begins; none = there is none.
+        temperature: initial value of a learned temperature; none = the temperature is not learned.
     """
 
     def __init__(self, backbone: Any, temperature: float | None = None) -> None:
@@ -34,28 +34,28 @@ class EmbeddingModel(nn.Module):
         """Embed a left-padded batch of `models.model_input.collate`, with images before or after the vision tower.
 
         Returns:
-            [B, D] float32, of unit length; with a learned temperature [B, D + 1], its logarithm in the last column, so
-            that its gradient takes the way of the embeddings' through parts and workers.
+            [B, D] float32, of unit length; with a learned temperature [B, D + 1] with its logarithm in the last column,
+            so that its gradient passes through micro-batches and workers together with that of the embeddings.
         """
-        inner = inner_model(self.backbone).model
-        with last_token_only(inner.language_model):
-            hidden = inner(**_with_images(batch), use_cache=False).last_hidden_state
+        model = unwrap_model(self.backbone).model
+        with last_token_only(model.language_model):
+            hidden = model(**_with_images(batch), use_cache=False).last_hidden_state
         embeddings = functional.normalize(hidden[:, -1].float(), dim=-1)
         if self.log_temperature is None:
             return embeddings
         return torch.cat([embeddings, self.log_temperature.float().expand(len(embeddings), 1)], dim=1)
 
     def embed_packed(self, packed: Packed) -> Tensor:
-        """Embed the continuations of shared prefixes: what rows of their own would give.
+        """Embed sequences that share prefixes; the result is that of padded sequences, one for each continuation.
 
         Args:
-            packed: from `models.shared_prefix.pack`; the backbone must have been given to `use_shared_prefix`.
+            packed: from `models.shared_prefix.pack`; `use_shared_prefix` must have been applied to the backbone.
 
         Returns:
             [K, D] float32, of unit length.
         """
-        inner = inner_model(self.backbone).model
-        hidden = inner(**_with_images(packed.inputs), use_cache=False).last_hidden_state[0]
+        model = unwrap_model(self.backbone).model
+        hidden = model(**_with_images(packed.inputs), use_cache=False).last_hidden_state[0]
         last = packed.places.gather(1, packed.mask.sum(1, keepdim=True) - 1)[:, 0]
         return functional.normalize(hidden[last].float(), dim=-1)
 
@@ -65,7 +65,7 @@ class EmbeddingModel(nn.Module):
 
 
 def _with_images(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What the inner model takes: images after the vision tower go in as its output."""
+    """Keyword arguments of transformers' model: `image_features` are passed as the output of the vision tower."""
     given = dict(batch)
     features = given.pop("image_features", None)
     if features is not None:

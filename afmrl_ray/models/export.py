@@ -1,4 +1,4 @@
-"""A trained model or adapter as one ordinary checkpoint, for programs that know neither PEFT nor this project."""
+"""Export of a trained model or adapter as one ordinary checkpoint, readable without PEFT and without this project."""
 
 from __future__ import annotations
 

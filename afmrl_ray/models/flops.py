@@ -1,9 +1,9 @@
-"""How many floating-point operations a training step of the encoder needs, for the utilisation of a device.
+"""Floating-point operations that a training step of the encoder needs, for model FLOPs utilisation (MFU).
 
-A multiplication with an addition counts as two. Only matrix products count, attention over whole sequences (as torch's
-counter and PaLM's appendix B have it). Padding and GradCache's second forward pass do not: what is told is what the
-step needs, not what it does. Of the last layer the encoder needs keys and values of all tokens, the rest of one
-(`models.last_token`).
+A multiplication with an addition counts as two. Only matrix products count, attention over whole sequences (as in
+torch's counter and appendix B of PaLM). Padding and GradCache's second forward pass do not count: the number is what
+the step needs, not what it executes. The encoder's last layer needs keys and values of all tokens, and everything else
+of one (`models.last_token`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from afmrl_ray.models.inner import inner_model
+from afmrl_ray.models.unwrap import unwrap_model
 
 PEAK_TFLOPS_BF16 = {
     "B200": 2250.0,
@@ -27,7 +27,7 @@ PEAK_TFLOPS_BF16 = {
 
 
 class Image(Protocol):
-    """What decides the work on an image; `models.model_input.Visual` is one."""
+    """The fields of `models.model_input.Visual` that the count depends on."""
 
     @property
     def grid(self) -> tuple[int, int, int]: ...
@@ -36,8 +36,8 @@ class Image(Protocol):
     def features(self) -> Any: ...
 
 
-class Tokens(Protocol):
-    """What decides the work on a sequence; `models.model_input.ModelInput` is one."""
+class TokenSequence(Protocol):
+    """The fields of `models.model_input.ModelInput` that the count depends on."""
 
     def __len__(self) -> int: ...
 
@@ -51,15 +51,17 @@ def peak_tflops(device_name: str) -> float | None:
 
 
 class EncoderFlops:
-    """FLOPs of training steps of one model; reads sizes and what is trained, so make it before weights are sharded.
+    """FLOPs of training steps of one model.
+
+    It reads the shapes of all weights and which of them are trained: make it before weights are sharded (ZeRO 3).
 
     Args:
         model: a (PEFT-wrapped) `Qwen2VLForConditionalGeneration`.
     """
 
     def __init__(self, model: Any) -> None:
-        inner = inner_model(model).model
-        tower, text = inner.visual, inner.language_model
+        whole = unwrap_model(model).model
+        tower, text = whole.visual, whole.language_model
         layer, block = text.layers[0], tower.blocks[0]
         self._layers, self._blocks = len(text.layers), len(tower.blocks)
         self._attended = text.config.num_attention_heads * layer.self_attn.head_dim
@@ -71,9 +73,9 @@ class EncoderFlops:
         self._merge = tower.spatial_merge_size**2
         self._text_backward, self._tower_backward = _backward(text), _backward(tower)
 
-    def step(self, rows: Sequence[Tokens]) -> float:
-        """Forward and backward pass over `rows`."""
-        return sum(self._text(len(row)) + self._tower(row) for row in rows)
+    def step(self, inputs: Sequence[TokenSequence]) -> float:
+        """FLOPs of the forward and backward passes over a step's inputs."""
+        return sum(self._text(len(sequence)) + self._tower(sequence) for sequence in inputs)
 
     def _text(self, tokens: int) -> float:
         whole, last = self._layers - 1, 1
@@ -81,20 +83,20 @@ class EncoderFlops:
         attention = 2 * (whole * tokens**2 + last * tokens) * self._attended
         return 2 * weights * (1 + self._text_backward) + 2 * attention * (3 if self._text_backward else 1)
 
-    def _tower(self, row: Tokens) -> float:
-        return sum(self._image(visual) for visual in row.visuals if visual.features is None)
+    def _tower(self, sequence: TokenSequence) -> float:
+        return sum(self._image(visual) for visual in sequence.visuals if visual.features is None)
 
     def _image(self, visual: Image) -> float:
         patches = visual.grid[1] * visual.grid[2]
         weights = patches * self._blocks * self._block + patches // self._merge * self._merger
-        # Nothing asks for gradients of pixels.
+        # No gradient of the pixels is needed.
         first = patches * self._patch * (2 if self._tower_backward else 1)
         attention = 2 * self._blocks * patches**2 * self._width
         return 2 * (first + weights * (1 + self._tower_backward) + attention * (3 if self._tower_backward else 1))
 
 
 def _weights(module: Any, *names: str) -> int:
-    """Weights of the linear layers of a module (with one of the names), adapters left out."""
+    """Number of weights of a module's linear layers (with one of the names in theirs), without adapters."""
     return sum(
         parameter.numel()
         for name, parameter in module.named_parameters()
@@ -103,7 +105,7 @@ def _weights(module: Any, *names: str) -> int:
 
 
 def _backward(module: Any) -> int:
-    """Passes' worth of the backward pass: for activations, and for weights; adapters are too small to count."""
+    """Cost of the backward pass in forward passes: one for activations, one for weights; adapters are neglected."""
     trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
     if not trained:
         return 0

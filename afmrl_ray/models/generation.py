@@ -1,4 +1,4 @@
-"""Sampling from the generator: the prompt is computed once per group, and every group draws from its own seed."""
+"""Sampling from the generator: each prompt is computed once per group, and each group has a seed of its own."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afmrl_ray.models.inner import inner_model
 from afmrl_ray.models.item_processor import ItemProcessor
 from afmrl_ray.models.logprobs import token_logprobs
 from afmrl_ray.models.model_input import ModelInput, collate
 from afmrl_ray.models.shared_prefix import Decoding, takes_shared_prefix
+from afmrl_ray.models.unwrap import unwrap_model
 
 
 @dataclass(frozen=True)
 class Completions:
-    """What was sampled, groups in the order of the prompts.
+    """Sampled completions, groups in the order of the prompts.
 
     Attributes:
         ids: [B*G, C] token ids; padding after the end of turn.
@@ -31,8 +31,8 @@ class Completions:
     logp: Tensor
 
     def texts(self, processor: ItemProcessor) -> list[tuple[str, bool]]:
-        """Text of every completion and whether it ended by itself."""
-        return [processor.decode(row[keep].tolist()) for row, keep in zip(self.ids, self.mask, strict=True)]
+        """Text of every completion, and whether it ended with the end of turn."""
+        return [processor.decode(ids[mask].tolist()) for ids, mask in zip(self.ids, self.mask, strict=True)]
 
 
 @torch.no_grad()
@@ -49,17 +49,25 @@ def generate(
 ) -> Completions:
     """Sample `group_size` completions of every prompt, or decode greedily.
 
-    A group's draws come from its own seed alone, so they do not depend on the other prompts of the call. With a model
-    that was given to `use_shared_prefix`, a prompt's keys and values are held once for its group.
+    The random numbers of a group depend on its own seed alone, not on the other prompts of the call. If
+    `use_shared_prefix` was applied to the model, a prompt's keys and values are held once for its group.
 
     Args:
+        model: a (PEFT-wrapped) `Qwen2_5_VLForConditionalGeneration`.
+        processor: of its checkpoint.
         prompts: B prompts.
+        max_new_tokens: length limit of a completion.
+        group_size: G completions per prompt.
         seeds: one per prompt; none = greedy decoding (then `group_size` must be 1).
-        max_separators: a completion also ends with this many separators of pairs; none = they end nothing.
+        temperature: divides the logits.
+        max_separators: a completion also ends after this many separators of attribute pairs; none = no such limit.
+
+    Raises:
+        ValueError: `group_size` is above 1 without seeds.
     """
     if seeds is None and group_size != 1:
         raise ValueError("greedy decoding gives one completion per prompt; pass seeds to sample groups")
-    backbone = inner_model(model)
+    backbone = unwrap_model(model)
     device = backbone.device
     batch = collate(prompts, processor.pad_id, device)
     noise = _noise(seeds, group_size, max_new_tokens, device) if seeds is not None else None
@@ -73,13 +81,13 @@ def generate(
     if max_separators is not None:
         separators = torch.tensor(processor.separator_ids, device=device)
         left = torch.full((len(hidden),), max_separators, device=device)
-    ids, kept, logps = [], [], []
+    ids, masks, logps = [], [], []
     for step in range(max_new_tokens):
         logp = token_logprobs(backbone.lm_head(hidden), temperature=temperature, forbidden_ids=processor.forbidden_ids)
         token = logp.argmax(-1) if noise is None else _draw(logp, noise[:, step])
         token = torch.where(alive, token, processor.pad_id)
         ids.append(token)
-        kept.append(alive)
+        masks.append(alive)
         logps.append(torch.where(alive, logp.gather(-1, token[:, None])[:, 0], 0.0))
         alive = alive & (token != processor.end_id)
         if max_separators is not None:
@@ -89,13 +97,13 @@ def generate(
             break
         position = position + 1
         hidden = steps(token, position)
-    return Completions(torch.stack(ids, 1), torch.stack(kept, 1), torch.stack(logps, 1))
+    return Completions(torch.stack(ids, 1), torch.stack(masks, 1), torch.stack(logps, 1))
 
 
 def _decoder(
     backbone: Any, cache: Any, prompt_mask: Tensor, group_size: int, longest: int
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function from the next token [B*G] of every row and its position [B*G] to hidden states [B*G, D]."""
+    """A function from the next token of every completion [B*G] and its position [B*G] to hidden states [B*G, D]."""
     if group_size > 1 and takes_shared_prefix(backbone):
         decoding = Decoding(cache, prompt_mask, group_size=group_size, longest=longest)
 
@@ -138,6 +146,6 @@ def _noise(seeds: Sequence[int], group_size: int, steps: int, device: torch.devi
 
 
 def _draw(logp: Tensor, uniform: Tensor) -> Tensor:
-    """Inverse-CDF sampling of one token per row: a function of the distribution and the number drawn."""
+    """Inverse-CDF sampling: one token per row from its log-probabilities [B*G, V] and a uniform number [B*G]."""
     cumulative = logp.double().exp().cumsum(-1)
     return torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]

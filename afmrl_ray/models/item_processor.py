@@ -28,23 +28,24 @@ def load_processors(path: str, **settings: Any) -> tuple[Any, Any]:
     """Tokenizer and image processor of a checkpoint folder or hub name.
 
     Args:
-        settings: of the tokenizer, over its own.
+        path: folder, URI or hub name.
+        settings: of the tokenizer, which override its own.
 
     Raises:
-        CheckpointError: the folder has no tokenizer, or no image processor, that fits.
+        CheckpointError: there is no tokenizer or no image processor, or it cannot be loaded.
     """
     from transformers import AutoImageProcessor, AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(fetch(path), **settings)
-        # Its other backend needs torchvision and gives other pixels.
+        # The other backend needs torchvision and produces different pixels.
         return tokenizer, AutoImageProcessor.from_pretrained(fetch(path), backend="pil")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: no tokenizer or image processor ({_one_line(error)})") from error
 
 
 def chat_frame(tokenizer: Any) -> tuple[str, str]:
-    """What the checkpoint's chat template writes before and after a user's message, the answer's beginning included.
+    """The text that the checkpoint's chat template puts before and after a user's message, up to the answer's start.
 
     Raises:
         CheckpointError: the tokenizer has no chat template.
@@ -101,13 +102,13 @@ class ItemProcessor:
 
     @cached_property
     def separator_ids(self) -> list[int]:
-        """Tokens with a separator of pairs in them."""
+        """Token ids whose text contains the separator of attribute pairs."""
         added = set(self.tokenizer.get_added_vocab())
         vocabulary = self.tokenizer.get_vocab().items()
         return sorted(index for token, index in vocabulary if SEPARATOR in token and token not in added)
 
     def pixel_settings(self) -> dict[str, Any]:
-        """Everything that decides which patches an image becomes, as JSON values."""
+        """All settings that the patches of an image depend on, as JSON values."""
         return {**self._image_processor.to_dict(), "size": self._size}
 
     def visual(self, image: Image.Image) -> Visual:
@@ -119,24 +120,24 @@ class ItemProcessor:
         frames = out["pixel_values"].reshape(grid[1] * grid[2], len(self._pixels.scale), self._pixels.frames, -1)
         return Visual(grid, frames[:, :, 0].astype(np.uint8), self._pixels)  # type: ignore[arg-type]
 
-    def row(
+    def model_input(
         self, image: ImageLike | Sequence[ImageLike] | None, text: str, *, max_tokens: int | None = None
     ) -> ModelInput:
         """Build the sequence of one item.
 
         Args:
-            image: the image, or what `visual` made of it, or several, or none for a text-only input.
+            image: an image, or the `visual` of one, or several; none = text only.
             text: everything after the image.
             max_tokens: cut the end of `text` so that the sequence has at most this many tokens; images are never cut.
         """
         images = [] if image is None else [image] if isinstance(image, ImageLike) else list(image)
         visuals = tuple(self.visual(one) if isinstance(one, Image.Image) else one for one in images)
         tokens = np.array([token for visual in visuals for token in self._visual_tokens(visual)], dtype=np.int64)
-        body = self._encode(plain_text(text))
+        text_ids = self._encode(plain_text(text))
         if max_tokens is not None:
-            room = max_tokens - len(self._prefix) - len(tokens) - len(self._suffix)
-            body = body[: max(room, 0)]
-        input_ids = np.concatenate([self._prefix, tokens, body, self._suffix])
+            limit = max_tokens - len(self._prefix) - len(tokens) - len(self._suffix)
+            text_ids = text_ids[: max(limit, 0)]
+        input_ids = np.concatenate([self._prefix, tokens, text_ids, self._suffix])
         token_types = (input_ids == self._image_id).astype(np.int64)
         positions = mrope_positions(token_types, [visual.grid for visual in visuals], self.merge_size)
         return ModelInput(input_ids, token_types, positions, visuals)
@@ -146,7 +147,7 @@ class ItemProcessor:
         return [self._vision_start, *[self._image_id] * count, self._vision_end]
 
     def length(self, image_size: tuple[int, int] | None, text: str) -> int:
-        """Tokens of the sequence that `row` would build, from the image's (width, height) alone."""
+        """Tokens of the sequence that `model_input` would build, from the image's (width, height) alone."""
         visual = 0
         if image_size is not None:
             width, height = image_size
@@ -155,19 +156,19 @@ class ItemProcessor:
         return len(self._prefix) + visual + len(self._encode(plain_text(text))) + len(self._suffix)
 
     def completion_ids(self, text: str) -> np.ndarray:
-        """[C] token ids of a completion, ended by the end-of-turn token."""
+        """[C] token ids of a completion and the end-of-turn token."""
         return np.append(self._encode(text), self.end_id)
 
     def decode(self, ids: Sequence[int]) -> tuple[str, bool]:
-        """Text of a completion up to its end, and whether it has one; other special tokens stay visible in the text."""
+        """Text of a completion up to its end of turn, and whether it has one; other special tokens are decoded too."""
         ids = list(ids)
         complete = self.end_id in ids
-        body = ids[: ids.index(self.end_id)] if complete else ids
-        return self.tokenizer.decode(body, skip_special_tokens=False), complete
+        text_ids = ids[: ids.index(self.end_id)] if complete else ids
+        return self.tokenizer.decode(text_ids, skip_special_tokens=False), complete
 
 
 def plain_text(text: str) -> str:
-    """A seller's text without the marks of special tokens, which would end a turn or ask for an image."""
+    """A seller's text with the marks of special tokens broken up, which would end a turn or request an image."""
     return text.replace("<|", "< |")
 
 

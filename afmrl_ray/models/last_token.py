@@ -1,7 +1,7 @@
-"""The last decoder layer where only the last token's output is wanted: keys and values of all tokens, the rest of one.
+"""The last decoder layer computed for the last token only, which is all that last-token pooling needs.
 
-Its queries, output projection and feed-forward part, most of a layer, are skipped for all tokens but the last. The
-layer itself is transformers' own: it is called as in decoding, with the last token and the keys and values before it.
+Keys and values are computed for all tokens; queries, output projection and feed-forward part, most of the layer's work,
+for the last one. The layer itself is transformers' own, called as in decoding: with the last token and a cache.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb
 
 
-class _Before:
-    """Keys and values of the tokens before the last, in the place of a cache."""
+class _Cache:
+    """Keys and values of the tokens before the last, with the interface of transformers' cache."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self._keys, self._values = keys, values
@@ -27,7 +27,7 @@ class _Before:
 
 @contextmanager
 def last_token_only(text_model: Any) -> Iterator[None]:
-    """Inside, the forward pass of a Qwen2-VL language model gives the last token's hidden state alone, [B, 1, D]."""
+    """Inside the context, a Qwen2-VL language model returns the hidden state of the last token only, [B, 1, D]."""
     layer = text_model.layers[-1]
     whole, patched = layer.forward, layer.__dict__.get("forward")
 
@@ -39,14 +39,14 @@ def last_token_only(text_model: Any) -> Iterator[None]:
         past_key_values: None,
         **kwargs: Any,
     ) -> Tensor:
-        assert past_key_values is None, "there is nothing before the first token"
+        assert past_key_values is None, "no cache: the sequence starts at its first token"
         before, last = hidden_states[:, :-1], hidden_states[:, -1:]
         keys, values = _keys_and_values(layer, before, *(part[:, :-1] for part in position_embeddings))
         return whole(
             last,
             attention_mask=attention_mask[:, :, -1:] if attention_mask is not None else None,
             position_embeddings=tuple(part[:, -1:] for part in position_embeddings),
-            past_key_values=_Before(keys, values),
+            past_key_values=_Cache(keys, values),
             **kwargs,
         )
 
@@ -60,7 +60,7 @@ def last_token_only(text_model: Any) -> Iterator[None]:
 
 
 def _keys_and_values(layer: Any, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, heads, L, dim] each, as the layer makes them."""
+    """The layer's keys and values, [B, heads, L, dim] each."""
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden_states)
     keys, values = (

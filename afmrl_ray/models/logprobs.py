@@ -1,4 +1,4 @@
-"""Log-probabilities of given completions, for distillation, the policy and its reference alike."""
+"""Log-probabilities of given completions, as distillation, the RL policy and its reference model compute them."""
 
 from __future__ import annotations
 
@@ -7,22 +7,60 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from afmrl_ray.models.inner import inner_model
 from afmrl_ray.models.model_input import ModelInput, append_completion, collate
 from afmrl_ray.models.shared_prefix import Packed
+from afmrl_ray.models.unwrap import unwrap_model
 
 _CHUNK = 1024
-"""Tokens that go through the language-model head at once."""
+"""Tokens per call of the language-model head."""
+
+
+class CompletionLogprobs(nn.Module):
+    """A generator as a module whose forward pass returns log-probabilities of completions.
+
+    Args:
+        backbone: a (PEFT-wrapped) `Qwen2_5_VLForConditionalGeneration`.
+    """
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(
+        self,
+        batch: dict[str, Tensor] | Packed,
+        mask: Tensor,
+        *,
+        forbidden_ids: Sequence[int] = (),
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """[B, C] float32 log-probabilities, see `completion_logprobs` and `packed_logprobs`.
+
+        Args:
+            batch: prompts with their completions, padded or packed.
+            mask: [B, C] from `completion_batch`, or the packed sequence's own.
+            forbidden_ids: see `token_logprobs`.
+            temperature: see `token_logprobs`.
+        """
+        options: dict[str, Any] = {"forbidden_ids": forbidden_ids, "temperature": temperature}
+        if isinstance(batch, Packed):
+            return packed_logprobs(self.backbone, batch, **options)
+        return completion_logprobs(self.backbone, batch, mask, **options)
 
 
 def token_logprobs(logits: Tensor, *, temperature: float, forbidden_ids: Sequence[int]) -> Tensor:
-    """Log-probabilities that sampler and learner agree on: float32, tempered, special tokens excluded.
+    """Log-probabilities as both sampler and learner define them: float32, at a temperature, without forbidden tokens.
 
     Args:
         logits: [..., V].
+        temperature: divides the logits.
+        forbidden_ids: tokens with probability 0.
+
+    Returns:
+        [..., V] float32.
     """
     logits = logits.float() / temperature
     if len(forbidden_ids):
@@ -39,16 +77,16 @@ def completion_batch(
     Args:
         prompts: B prompts.
         completions: B arrays of token ids, at least one token each.
-        pad_id: of the tokenizer.
+        pad_id: padding token.
         device: of the tensors.
 
     Returns:
         The batch of `collate`, and [B, C] bool: True at the tokens of each completion, counted from its start.
     """
-    rows = [append_completion(prompt, tokens) for prompt, tokens in zip(prompts, completions, strict=True)]
+    sequences = [append_completion(prompt, tokens) for prompt, tokens in zip(prompts, completions, strict=True)]
     lengths = torch.tensor([len(tokens) for tokens in completions], device=device)
     mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
-    return collate(rows, pad_id, device), mask
+    return collate(sequences, pad_id, device), mask
 
 
 def completion_logprobs(
@@ -62,42 +100,50 @@ def completion_logprobs(
     """Log-probabilities of the completion tokens; only their positions go through the language-model head.
 
     Args:
+        model: a (PEFT-wrapped) `Qwen2_5_VLForConditionalGeneration`.
         batch: from `completion_batch`; completions end in the last column.
         mask: [B, C] from `completion_batch`.
+        forbidden_ids: see `token_logprobs`.
+        temperature: see `token_logprobs`.
 
     Returns:
         [B, C] float32, 0 where the mask is False.
     """
-    backbone = inner_model(model)
+    backbone = unwrap_model(model)
     hidden = backbone.model(**batch, use_cache=False).last_hidden_state
     longest = mask.shape[1]
-    # Rows end together (left padding), so column c of a completion of length n stands at longest - n + c.
+    # With left padding all rows end in the last column: token c of a completion of length n is at longest - n + c.
     shift = longest - mask.sum(1, keepdim=True)
     column = (torch.arange(longest, device=mask.device) + shift).clamp(max=longest - 1)
     states = hidden[:, -longest - 1 : -1].gather(1, column[..., None].expand(-1, -1, hidden.shape[-1]))
     targets = batch["input_ids"][:, -longest:].gather(1, column)
-    return _spread(backbone.lm_head, states[mask], targets[mask], mask, forbidden_ids, temperature)
+    return _scattered_logprobs(backbone.lm_head, states[mask], targets[mask], mask, forbidden_ids, temperature)
 
 
 def packed_logprobs(model: Any, packed: Packed, *, forbidden_ids: Sequence[int], temperature: float = 1.0) -> Tensor:
-    """The same for a packed sequence.
+    """As `completion_logprobs`, for a packed sequence.
 
     Args:
-        packed: from `models.shared_prefix.pack`; the model must have been given to `use_shared_prefix`.
+        model: see `completion_logprobs`; `models.shared_prefix.use_shared_prefix` must have been applied to it.
+        packed: from `models.shared_prefix.pack`.
+        forbidden_ids: see `token_logprobs`.
+        temperature: see `token_logprobs`.
 
     Returns:
         [K, C] float32, 0 where `packed.mask` is False.
     """
-    backbone = inner_model(model)
+    backbone = unwrap_model(model)
     hidden = backbone.model(**packed.inputs, use_cache=False).last_hidden_state[0]
     states = hidden[packed.before[packed.mask]]
-    return _spread(backbone.lm_head, states, packed.tokens[packed.mask], packed.mask, forbidden_ids, temperature)
+    return _scattered_logprobs(
+        backbone.lm_head, states, packed.tokens[packed.mask], packed.mask, forbidden_ids, temperature
+    )
 
 
-def _spread(
+def _scattered_logprobs(
     head: Any, states: Tensor, targets: Tensor, mask: Tensor, forbidden_ids: Sequence[int], temperature: float
 ) -> Tensor:
-    """Log-probabilities of `targets` [T] after `states` [T, D], at the True places of `mask`."""
+    """Log-probabilities of `targets` [T] after `states` [T, D], written where `mask` is True; 0 elsewhere."""
     out = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
     out[mask] = selected_logprobs(head, states, targets, forbidden_ids=forbidden_ids, temperature=temperature)
     return out
@@ -106,8 +152,10 @@ def _spread(
 def selected_logprobs(
     head: Any, states: Tensor, targets: Tensor, *, forbidden_ids: Sequence[int], temperature: float
 ) -> Tensor:
-    """Log-probabilities of given tokens. Logits [T, V] never exist at once, forward or backward: at the size of a real
-    vocabulary they would be most of the memory of a step.
+    """Log-probabilities of given tokens, computed in chunks.
+
+    Logits [T, V] are never held at once, neither in the forward nor in the backward pass: with a published vocabulary
+    they would take most of the memory of a step.
 
     Args:
         head: the language-model head.
@@ -120,11 +168,11 @@ def selected_logprobs(
         [T] float32.
     """
 
-    def some(states: Tensor, targets: Tensor) -> Tensor:
+    def of_chunk(states: Tensor, targets: Tensor) -> Tensor:
         logp = token_logprobs(head(states), temperature=temperature, forbidden_ids=forbidden_ids)
         return logp.gather(-1, targets[:, None])[:, 0]
 
     if len(states) <= _CHUNK:
-        return some(states, targets)
+        return of_chunk(states, targets)
     chunks = zip(states.split(_CHUNK), targets.split(_CHUNK), strict=True)
-    return torch.cat([checkpoint(some, *chunk, use_reentrant=False) for chunk in chunks])
+    return torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks])

@@ -1,4 +1,4 @@
-"""Cutting rows of different lengths into micro-batches that fit a budget of tokens."""
+"""Cutting sequences of different lengths into micro-batches that fit a budget of tokens."""
 
 from __future__ import annotations
 
@@ -9,25 +9,27 @@ import numpy as np
 
 
 def cut_by_tokens(lengths: Sequence[int], budget: int, *, in_order: bool = False) -> list[list[int]]:
-    """Cut rows so that every part, padded to its longest row, stays within a budget; a longer row stands alone.
+    """Cut sequences so that every part, padded to its longest sequence, stays within a budget.
+
+    A sequence longer than the budget is a part of its own.
 
     Args:
-        lengths: [B] tokens of each row, visual ones counted.
+        lengths: [B] tokens of each sequence, visual ones counted.
         budget: tokens of a part, padding counted.
-        in_order: keep neighbours together; else rows of like length share a part, so that less is padded.
+        in_order: keep neighbours together; otherwise sequences of similar length share a part, which saves padding.
 
     Returns:
-        Row numbers of each part, each row in exactly one.
+        Indices of each part; each sequence is in exactly one.
     """
     order = range(len(lengths)) if in_order else np.argsort(-np.asarray(lengths), kind="stable").tolist()
     parts: list[list[int]] = []
     longest = 0
-    for row in order:
-        longest = max(longest, lengths[row])
+    for index in order:
+        longest = max(longest, lengths[index])
         if not parts or longest * (len(parts[-1]) + 1) > budget:
             parts.append([])
-            longest = lengths[row]
-        parts[-1].append(row)
+            longest = lengths[index]
+        parts[-1].append(index)
     return parts
 
 
@@ -36,12 +38,12 @@ def cut_shared_prefix(
 ) -> list[slice]:
     """Cut continuations of shared prefixes, in order, so that every part stays within a budget.
 
-    A prefix counts once for all neighbours in a part that share it. Those that share one stay together where they fit a
-    part; one that does not fit a part alone stands alone.
+    A prefix counts once for all neighbours in a part that share it. Continuations of one prefix stay together if they
+    fit a part; a continuation that exceeds the budget with its prefix is a part of its own.
 
     Args:
         owners: [K] which prefix each continues; neighbours with equal values share it.
-        prefixes: [K] tokens of each one's prefix, visual ones counted.
+        prefixes: [K] tokens of each continuation's prefix, visual ones counted.
         lengths: [K] tokens of each continuation.
         budget: tokens of a part.
 
@@ -51,17 +53,17 @@ def cut_shared_prefix(
     parts: list[slice] = []
     start = stop = used = 0
     for _, group in groupby(range(len(owners)), key=lambda k: owners[k]):
-        rows = list(group)
-        prefix = prefixes[rows[0]]
-        whole = prefix + sum(lengths[row] for row in rows)
+        members = list(group)
+        prefix = prefixes[members[0]]
+        whole = prefix + sum(lengths[k] for k in members)
         if used and (used + whole > budget):
             parts.append(slice(start, stop))
             start, used = stop, 0
         used += prefix
-        for row in rows:
-            if used + lengths[row] > budget and stop > start and row > rows[0]:
+        for k in members:
+            if used + lengths[k] > budget and stop > start and k > members[0]:
                 parts.append(slice(start, stop))
                 start, used = stop, prefix
-            used += lengths[row]
-            stop = row + 1
+            used += lengths[k]
+            stop = k + 1
     return [*parts, slice(start, stop)]

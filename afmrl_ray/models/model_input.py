@@ -1,4 +1,4 @@
-"""One sequence before padding, and batches of them: ids, patches and M-RoPE positions as arrays."""
+"""Model inputs as arrays (token ids, patches, M-RoPE positions), and padded batches of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class PixelFormat:
-    """How stored pixels become the tower's input; a still image is one frame, which the tower sees several times.
+    """How stored pixels become the vision tower's input; a still image is one frame, repeated for the tower.
 
     Attributes:
         scale: of each channel.
@@ -26,7 +26,7 @@ class PixelFormat:
 
     @classmethod
     def of(cls, image_processor: Any) -> PixelFormat:
-        """What the checkpoint's image processor would do to pixels from 0 to 255."""
+        """The rescaling and normalisation of the checkpoint's image processor, for pixels from 0 to 255."""
         channels = len(image_processor.image_mean)
         mean, std = image_processor.image_mean, image_processor.image_std
         if not image_processor.do_normalize:
@@ -45,14 +45,14 @@ class PixelFormat:
 
 @dataclass(frozen=True)
 class Visual:
-    """An image on its way into the language model: before the vision tower, or after it.
+    """An image as patches, before the vision tower, or as visual tokens, after it.
 
     Attributes:
         grid: (1, height, width) of the patches.
-        patches: [n, channels, area] uint8 pixels in the tower's order: a fraction of what the tower takes, which a
-            whole batch of images would otherwise hold in memory. None after the tower.
+        patches: [n, channels, area] uint8 pixels in the tower's order; the tower's own float input would take several
+            times the memory. None after the tower.
         pixels: how `patches` become the tower's input.
-        features: [n / merge^2, D] visual tokens, after the tower.
+        features: [n / merge^2, D] visual tokens; none before the tower.
     """
 
     grid: tuple[int, int, int]
@@ -81,13 +81,13 @@ class ModelInput:
         return len(self.input_ids)
 
     @classmethod
-    def joined(cls, rows: Sequence[ModelInput]) -> ModelInput:
-        """One sequence after another, each with its own positions."""
+    def joined(cls, inputs: Sequence[ModelInput]) -> ModelInput:
+        """The concatenation of sequences, each with its own positions."""
         return cls(
-            np.concatenate([row.input_ids for row in rows]),
-            np.concatenate([row.token_types for row in rows]),
-            np.concatenate([row.positions for row in rows], axis=1),
-            tuple(visual for row in rows for visual in row.visuals),
+            np.concatenate([each.input_ids for each in inputs]),
+            np.concatenate([each.token_types for each in inputs]),
+            np.concatenate([each.positions for each in inputs], axis=1),
+            tuple(visual for each in inputs for visual in each.visuals),
         )
 
 
@@ -95,7 +95,7 @@ def mrope_positions(token_types: np.ndarray, grids: Sequence[tuple[int, int, int
     """M-RoPE positions of one sequence, as Qwen2-VL and Qwen2.5-VL define them for still images.
 
     Text counts up by one on all three axes. An image that starts at p has time p, height p + row, width p + column,
-    and text goes on at p + max(rows, columns).
+    and text continues at p + max(rows, columns).
 
     Args:
         token_types: [L] 1 at visual tokens, else 0.
@@ -126,54 +126,59 @@ def mrope_positions(token_types: np.ndarray, grids: Sequence[tuple[int, int, int
     return positions
 
 
-def continuation(row: ModelInput, tokens: np.ndarray) -> ModelInput:
-    """Tokens that go on after a sequence, without it: they count on from its last position."""
-    start = int(row.positions.max()) + 1
+def continuation(prompt: ModelInput, tokens: np.ndarray) -> ModelInput:
+    """Tokens [n] that follow a prompt, without the prompt itself; their positions continue the prompt's."""
+    start = int(prompt.positions.max()) + 1
     positions = np.broadcast_to(start + np.arange(len(tokens)), (3, len(tokens)))
     return ModelInput(tokens, np.zeros(len(tokens), dtype=np.int64), positions)
 
 
-def append_completion(row: ModelInput, completion: np.ndarray) -> ModelInput:
-    """The sequence of a prompt followed by completion tokens."""
-    return ModelInput.joined([row, continuation(row, completion)])
+def append_completion(prompt: ModelInput, completion: np.ndarray) -> ModelInput:
+    """The sequence of a prompt followed by completion tokens [n]."""
+    return ModelInput.joined([prompt, continuation(prompt, completion)])
 
 
-def collate(rows: Sequence[ModelInput], pad_id: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+def collate(inputs: Sequence[ModelInput], pad_id: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
     """Left-pad sequences into the keyword arguments of a Qwen2-VL or Qwen2.5-VL forward pass.
 
-    Left padding puts the last token of every row in the last column, for pooling and for decoding alike.
+    Left padding puts the last token of every sequence in the last column, for pooling and for decoding alike.
+
+    Args:
+        inputs: B sequences, their images either all before or all after the vision tower.
+        pad_id: padding token.
+        device: of the tensors.
 
     Returns:
-        input_ids, attention_mask, mm_token_type_ids [B, L], position_ids [3, B, L], and, where any row has an image,
+        input_ids, attention_mask, mm_token_type_ids [B, L], position_ids [3, B, L], and, if any sequence has an image,
         image_grid_thw [images, 3] and either pixel_values [sum n, patch_dim] or, after the tower, image_features
         [visual tokens, D], which `EmbeddingModel` takes.
     """
-    batch, longest = len(rows), max(len(row) for row in rows)
+    batch, longest = len(inputs), max(len(each) for each in inputs)
     input_ids = np.full((batch, longest), pad_id, dtype=np.int64)
     mask = np.zeros((batch, longest), dtype=np.int64)
     types = np.zeros((batch, longest), dtype=np.int64)
     positions = np.zeros((3, batch, longest), dtype=np.int64)
-    for index, row in enumerate(rows):
-        start = longest - len(row)
-        input_ids[index, start:] = row.input_ids
-        mask[index, start:] = 1
-        types[index, start:] = row.token_types
-        positions[:, index, start:] = row.positions
+    for row, each in enumerate(inputs):
+        start = longest - len(each)
+        input_ids[row, start:] = each.input_ids
+        mask[row, start:] = 1
+        types[row, start:] = each.token_types
+        positions[:, row, start:] = each.positions
     out = {"input_ids": input_ids, "attention_mask": mask, "mm_token_type_ids": types, "position_ids": positions}
     tensors = {name: torch.from_numpy(array).to(device) for name, array in out.items()}
-    visuals = [visual for row in rows for visual in row.visuals]
+    visuals = [visual for each in inputs for visual in each.visuals]
     if visuals:
         tensors["image_grid_thw"] = torch.tensor([visual.grid for visual in visuals], device=device)
-        tensors.update(_tower_side(visuals, device))
+        tensors.update(_image_tensors(visuals, device))
     return tensors
 
 
-def _tower_side(visuals: Sequence[Visual], device: torch.device | str) -> dict[str, torch.Tensor]:
+def _image_tensors(visuals: Sequence[Visual], device: torch.device | str) -> dict[str, torch.Tensor]:
     features = [visual.features for visual in visuals if visual.features is not None]
     if features:
-        assert len(features) == len(visuals), "images before and after the tower in one batch"
+        assert len(features) == len(visuals), "a batch mixes images before and after the vision tower"
         return {"image_features": torch.cat(features).to(device)}
-    (pixels,) = {visual.pixels for visual in visuals}  # one checkpoint made them all
+    (pixels,) = {visual.pixels for visual in visuals}  # all of one checkpoint
     assert pixels is not None
     patches = np.concatenate([visual.patches for visual in visuals if visual.patches is not None])
     return {"pixel_values": pixels.values(torch.from_numpy(patches).to(device))}

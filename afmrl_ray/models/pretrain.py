@@ -1,4 +1,4 @@
-"""Brief captioning of a tiny backbone, so that adapters have something to adapt, as with a published checkpoint."""
+"""Brief pre-training of a tiny backbone at captioning, so that adapters start from features as with published ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from afmrl_ray.models.model_input import ModelInput
 
 
 def caption(category: str, attributes: Iterable[tuple[str, str]]) -> str:
-    """A phrase that says everything about a product: "mug red striped left-handle blue gold ceramic small"."""
+    """Category and all attribute values of a product: "mug red striped left-handle blue gold ceramic small"."""
     return " ".join([category, *(value for _, value in attributes)])
 
 
@@ -31,11 +31,17 @@ def pretrain(
     seed: int,
     label: str,
 ) -> list[float]:
-    """Train every weight to write captions.
+    """Train every weight at captioning.
 
     Args:
+        model: the backbone.
+        processor: of its checkpoint.
         example: prompt and caption of example i.
         size: number of examples.
+        steps: optimizer steps.
+        batch_size: examples per step.
+        learning_rate: peak learning rate.
+        seed: of the order of examples.
         label: of the progress bar.
 
     Returns:
@@ -61,7 +67,7 @@ def caption_loss(model: Any, processor: ItemProcessor, examples: Sequence[tuple[
     """Mean negative log-likelihood per completion token, nats."""
     completions = [processor.completion_ids(text) for _, text in examples]
     batch, mask = completion_batch(
-        [row for row, _ in examples], completions, processor.pad_id, next(model.parameters()).device
+        [prompt for prompt, _ in examples], completions, processor.pad_id, next(model.parameters()).device
     )
     logp = completion_logprobs(model, batch, mask, forbidden_ids=processor.forbidden_ids)
     return -logp.sum() / mask.sum()

@@ -1,4 +1,4 @@
-"""What the two models are asked: the text that follows an item's image."""
+"""Inputs of the two models for an item of a catalogue: image, then instruction, title and attributes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from afmrl_ray.models.model_input import ModelInput
 from afmrl_ray.models.vision_cache import VisionCache
 
 
-class Items(Protocol):
-    """Random access to a catalogue's rows, as `catalogue.staging.StagedCatalogue` gives it."""
+class ItemReader(Protocol):
+    """Random access to items by row, as `catalogue.staging.StagedCatalogue` provides it."""
 
     def image(self, row: int) -> Image.Image: ...
 
@@ -27,7 +27,7 @@ class Items(Protocol):
 
 def encoder_input(
     processor: ItemProcessor,
-    items: Items,
+    catalogue: ItemReader,
     row: int,
     *,
     config: EncoderConfig,
@@ -36,14 +36,21 @@ def encoder_input(
     attributes: str = "",
     cache: VisionCache | None = None,
 ) -> ModelInput:
-    """The encoder's input for one item; attributes come last, so that items with the same prefix can share it.
+    """The encoder's input for one item; attributes come last, so that inputs with equal prefixes can share them.
 
     Args:
-        cache: where the image's visual tokens are looked up; none = the image goes in by its pixels.
+        processor: of the encoder's checkpoint.
+        catalogue: where the item comes from.
+        row: the item's catalogue row.
+        config: instruction and length limit.
+        inputs: image, text or both.
+        title_columns: columns that make up the title.
+        attributes: attribute text; empty = without attributes.
+        cache: visual tokens of images; none = the input holds pixels.
     """
-    (built,) = encoder_rows(
+    (built,) = encoder_inputs(
         processor,
-        items,
+        catalogue,
         row,
         config=config,
         inputs=inputs,
@@ -54,9 +61,9 @@ def encoder_input(
     return built
 
 
-def encoder_rows(
+def encoder_inputs(
     processor: ItemProcessor,
-    items: Items,
+    catalogue: ItemReader,
     row: int,
     *,
     config: EncoderConfig,
@@ -65,39 +72,41 @@ def encoder_rows(
     attributes: Sequence[str],
     cache: VisionCache | None,
 ) -> list[ModelInput]:
-    """The same for several attribute texts of one item, whose image is read once."""
+    """As `encoder_input`, for several attribute texts of one item, whose image is read once."""
     image: ImageLike | None = None
     if inputs != "text" and cache is None:
-        image = processor.visual(items.image(row))
+        image = processor.visual(catalogue.image(row))
     elif inputs != "text" and cache is not None:
-        image = cache.visual(items.image_bytes(row), lambda: items.image(row))
-    before = [config.instruction]
+        image = cache.visual(catalogue.image_bytes(row), lambda: catalogue.image(row))
+    lines = [config.instruction]
     if inputs != "image":
-        before.append(items.title(row, title_columns))
+        lines.append(catalogue.title(row, title_columns))
     return [
-        processor.row(image, "\n".join(part for part in (*before, text) if part), max_tokens=config.max_tokens)
+        processor.model_input(image, "\n".join(part for part in (*lines, text) if part), max_tokens=config.max_tokens)
         for text in attributes
     ]
 
 
-def generator_input(processor: ItemProcessor, items: Items, row: int, *, config: GeneratorConfig) -> ModelInput:
+def generator_input(
+    processor: ItemProcessor, catalogue: ItemReader, row: int, *, config: GeneratorConfig
+) -> ModelInput:
     """The generator's prompt for one item; never truncated (see `prompt_fits`)."""
-    image = items.image(row) if config.inputs != "text" else None
-    return processor.row(image, _generator_text(items, row, config))
+    image = catalogue.image(row) if config.inputs != "text" else None
+    return processor.model_input(image, _generator_text(catalogue, row, config))
 
 
-def prompt_fits(processor: ItemProcessor, items: Items, row: int, *, config: GeneratorConfig) -> bool:
-    """Whether a prompt is short enough to be used, from the image's header alone.
+def prompt_fits(processor: ItemProcessor, catalogue: ItemReader, row: int, *, config: GeneratorConfig) -> bool:
+    """Whether an item's prompt has at most `max_prompt_tokens`; of the image only the header is read.
 
-    Prompts with images are dropped when they are too long, never cut.
+    Items whose prompts are too long are dropped; prompts are never truncated.
     """
     size = None
     if config.inputs != "text":
-        with Image.open(io.BytesIO(items.image_bytes(row))) as image:
+        with Image.open(io.BytesIO(catalogue.image_bytes(row))) as image:
             size = image.size
-    return processor.length(size, _generator_text(items, row, config)) <= config.max_prompt_tokens
+    return processor.length(size, _generator_text(catalogue, row, config)) <= config.max_prompt_tokens
 
 
-def _generator_text(items: Items, row: int, config: GeneratorConfig) -> str:
-    title = items.title(row, config.title_columns) if config.inputs != "image" else ""
+def _generator_text(catalogue: ItemReader, row: int, config: GeneratorConfig) -> str:
+    title = catalogue.title(row, config.title_columns) if config.inputs != "image" else ""
     return "\n".join(part for part in (title, config.instruction) if part)

@@ -1,10 +1,10 @@
-"""A trained encoder as a folder that stock sentence-transformers loads, with the embeddings that it has here.
+"""Export of a trained encoder as a folder that stock sentence-transformers loads, with the same embeddings.
 
-Only files are written; sentence-transformers need not be installed. What this project's own code does around the model
-is spelled in them:
+Only files are written; sentence-transformers need not be installed. They express what this project's code does around
+the model:
 
 - the chat template puts the image first, then instruction, title and attributes, a line each, as
-  `models.prompts.encoder_input` does; the instruction is the prompt that sentence-transformers adds by itself;
+  `models.prompts.encoder_input` does; the instruction is the prompt that sentence-transformers adds by default;
 - the tokenizer's post-processor adds the end of the turn, whose last token is pooled, after a text has been cut;
 - the image processor has the pixel budget of the run.
 
@@ -22,9 +22,9 @@ from afmrl_ray.errors import ConfigError
 from afmrl_ray.models.adapters import load_trained
 from afmrl_ray.models.backbones import fetch
 from afmrl_ray.models.export import new_folder
-from afmrl_ray.models.inner import inner_model
 from afmrl_ray.models.item_processor import chat_frame, load_processors
 from afmrl_ray.models.model_settings import EncoderSettings
+from afmrl_ray.models.unwrap import unwrap_model
 
 # The processor of Qwen2-VL itself cannot be loaded without torchvision, which its videos need, and with torchvision it
 # resizes images to other pixels. This one reads the same tokens, has no videos and asks for neither.
@@ -70,7 +70,7 @@ def export_sentence_transformers(path: str, out: str, settings: EncoderSettings)
         _save_processors(fetch(path), Path(local), settings)
         model = load_trained(path, "encoder", dtype=settings.dtype)
         model.save_pretrained(local, safe_serialization=True)
-        _save_modules(Path(local), int(inner_model(model).config.text_config.hidden_size), settings)
+        _save_modules(Path(local), int(unwrap_model(model).config.text_config.hidden_size), settings)
         (Path(local) / "README.md").write_text(_card(settings))
         settings.write(local)
 
@@ -147,7 +147,7 @@ def _card(settings: EncoderSettings) -> str:
 
 
 def _literal(text: str) -> str:
-    """A string as Jinja and JSON both spell it."""
+    """A string literal that is valid in both Jinja and JSON."""
     return json.dumps(text, ensure_ascii=False)
 
 

@@ -1,18 +1,17 @@
 """A prompt computed once for all of its continuations: one packed sequence instead of a padded row for each.
 
-The sequence is `[prompt | continuation | ... | prompt | continuation | ...]` without padding. Continuations see their
-own prompt and themselves, and go on counting positions from their prompt's last one, so every token's state is what it
-would be in a row of its own, for P + G C tokens instead of G (P + C).
+The sequence is `[prompt | continuation | ... | prompt | continuation | ...]` without padding. Continuations attend to
+their own prompt and to themselves, and their positions continue their prompt's, so every token's state equals that in a
+separate row, for P + G C tokens instead of G (P + C).
 
 Attention does not build the [N, N] mask of such a sequence. Tokens are moved into two padded blocks, prompts [B, P] and
-continuations [K, C]: prompts attend causally, continuations to their prompt's keys and their own. That is as much
-arithmetic as rows of their own would spend on the continuations alone, on every device that has scaled dot-product
-attention.
+continuations [K, C]: prompts attend causally, continuations to their prompt's keys and their own. That costs as much
+arithmetic as separate rows spend on the continuations alone, on every device that has scaled dot-product attention.
 
 On CUDA a fused kernel is expected for both: flash attention for the prompts in 16 bits, whose only mask is causality;
 for the continuations the memory-efficient kernel (or cuDNN's), since flash attention takes no mask. Their mask
-[K, 1, C, P + C] is the largest tensor of its kind: it is stretched over heads without a copy, and no kernel of these
-holds attention weights.
+[K, 1, C, P + C] is the largest tensor of its kind: it is broadcast over heads without a copy, and none of these kernels
+materialises attention weights.
 """
 
 from __future__ import annotations
@@ -26,29 +25,29 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from afmrl_ray.models.inner import inner_model
 from afmrl_ray.models.model_input import ModelInput, collate, continuation
+from afmrl_ray.models.unwrap import unwrap_model
 
 NAME = "afmrl_shared_prefix_sdpa"
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Who sees whom in a packed sequence of N tokens; travels in the place of an attention mask.
+    """Which tokens of a packed sequence of N attend to which; passed to the layers in place of an attention mask.
 
     Attributes:
-        prompts: (B, P) prompts, and tokens of the longest.
-        continuations: (K, C) continuations, and tokens of the longest.
-        slots: [N] place of every token in the blocks, prompts' [B * P] first, then continuations' [K * C].
+        prompts: (B, P) number of prompts, and tokens of the longest.
+        continuations: (K, C) number of continuations, and tokens of the longest.
+        slots: [N] index of every token in the blocks, prompts' [B * P] first, then continuations' [K * C].
         owner: [K] prompt of each continuation.
-        keep: [K, 1, C, P + C] bool, which keys a continuation's token sees: of its prompt, then its own.
+        mask: [K, 1, C, P + C] bool, keys that a continuation's token attends to: of its prompt, then its own.
     """
 
     prompts: tuple[int, int]
     continuations: tuple[int, int]
     slots: Tensor
     owner: Tensor
-    keep: Tensor
+    mask: Tensor
 
     def into_blocks(self, packed: Tensor) -> tuple[Tensor, Tensor]:
         """[N, heads, dim] to [B, heads, P, dim] and [K, heads, C, dim], zeros at padding."""
@@ -64,7 +63,7 @@ class Segments:
 
 
 class _Scatter(torch.autograd.Function):
-    """Rows to distinct places among zeros. Its gradient is a plain gather, since no place is taken twice."""
+    """Rows to distinct indices among zeros. The gradient is a plain gather, since no index occurs twice."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, slots: Tensor, places: int) -> Tensor:
@@ -78,7 +77,7 @@ class _Scatter(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """Rows from distinct places; the transpose of `_Scatter`."""
+    """Rows from distinct indices; the transpose of `_Scatter`."""
 
     @staticmethod
     def forward(ctx: Any, blocks: Tensor, slots: Tensor) -> Tensor:
@@ -97,11 +96,11 @@ class Packed:
     """Prompts and their continuations as one sequence of N tokens.
 
     Attributes:
-        inputs: keyword arguments of the backbone's inner model, a batch of one.
+        inputs: keyword arguments of the backbone's `model`, a batch of one.
         mask: [K, C] True at the tokens of each continuation, counted from its start; K in the order of the prompts.
         tokens: [K, C] their ids, 0 elsewhere.
-        places: [K, C] where they stand in the sequence, 0 elsewhere.
-        before: [K, C] where the token before each stands: the prompt's last one for the first.
+        places: [K, C] their indices in the sequence, 0 elsewhere.
+        before: [K, C] index of the token before each: for the first one, the prompt's last token.
     """
 
     inputs: dict[str, Any]
@@ -125,7 +124,7 @@ def pack(
     Args:
         prompts: B prompts.
         continuations: of each prompt, at least one, each [n] token ids, n at least 1.
-        pad_id: of the tokenizer; the sequence itself has no padding.
+        pad_id: padding token, which the sequence itself does not contain.
         device: of the tensors.
     """
     sizes = [[len(tokens) for tokens in own] for own in continuations]
@@ -150,11 +149,11 @@ def pack(
             start += len(ids)
             k += 1
     prompt_lengths = np.array([len(prompt) for prompt in prompts])
-    # A continuation's padding sees what its tokens see, so that no row of the softmax is empty.
-    seen = np.arange(longest_prompt) < prompt_lengths[owner][:, None, None]
-    keep = np.concatenate(
+    # A continuation's padding attends to the prompt too, so that no row of the softmax is empty.
+    of_prompt = np.arange(longest_prompt) < prompt_lengths[owner][:, None, None]
+    attended = np.concatenate(
         [
-            np.broadcast_to(seen, (count, longest, longest_prompt)),
+            np.broadcast_to(of_prompt, (count, longest, longest_prompt)),
             np.broadcast_to(np.tri(longest, dtype=bool), (count, longest, longest)),
         ],
         axis=-1,
@@ -168,7 +167,7 @@ def pack(
         continuations=(count, longest),
         slots=tensor(np.concatenate(slots)),
         owner=tensor(owner),
-        keep=tensor(keep)[:, None],
+        mask=tensor(attended)[:, None],
     )
     inputs: dict[str, Any] = collate([ModelInput.joined(pieces)], pad_id, device)
     inputs["attention_mask"] = {"full_attention": segments}
@@ -178,7 +177,7 @@ def pack(
 def attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers: by what stands in the mask's place, or else the stock one.
+    """An attention function of transformers that handles `Segments` and `Decoding`; else the stock one is called.
 
     Args:
         module: the attention layer.
@@ -186,7 +185,7 @@ def attention(
         key: [1, key-value heads, N, dim].
         value: [1, key-value heads, N, dim].
         attention_mask: `Segments`, `Decoding`, or anything that transformers' `sdpa` takes.
-        options: `dropout`, `scaling`, and what else `sdpa` takes.
+        options: `dropout`, `scaling`, and other options of `sdpa`.
 
     Returns:
         [1, N, heads, dim], and none for the weights.
@@ -218,16 +217,16 @@ def attention(
         own_q,
         torch.cat([k.index_select(0, owner), own_k], dim=2),
         torch.cat([v.index_select(0, owner), own_v], dim=2),
-        attn_mask=attention_mask.keep,
+        attn_mask=attention_mask.mask,
     )
     return attention_mask.out_of_blocks(prompts, continuations)[None], None
 
 
 class Decoding:
-    """Keys and values while G continuations of each of B prompts grow token by token; travels as an attention mask.
+    """Keys and values for decoding G continuations of each of B prompts; passed in place of an attention mask.
 
-    A prompt's keys and values are held once, and all its continuations are multiplied with them at once; a cache that
-    is repeated for each of them costs G times the memory, and as much to read for every token.
+    A prompt's keys and values are held once, and all its continuations are multiplied with them together; a cache
+    repeated for each of them takes G times the memory and memory traffic.
 
     Args:
         cache: transformers' cache after the prompts' forward pass.
@@ -244,7 +243,7 @@ class Decoding:
         self._own = [(keys.new_empty(shape), keys.new_empty(shape)) for _ in self._prompts]
         self._hidden = (prompt_mask == 0)[:, None, None, :]
         self.tokens = 0
-        """Tokens that every continuation has; the caller counts them."""
+        """Tokens that every continuation has so far; the caller increments it."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Attention of the next token of every continuation.
@@ -259,13 +258,13 @@ class Decoding:
         Returns:
             [B * G, 1, heads, dim].
         """
-        rows, heads, _, dim = query.shape
+        batch, heads, _, dim = query.shape
         kv = key.shape[1]
         (prompt_keys, prompt_values), (keys, values) = self._prompts[layer], self._own[layer]
         keys[:, :, self.tokens], values[:, :, self.tokens] = key[:, :, 0], value[:, :, 0]
         keys, values = keys[:, :, : self.tokens + 1], values[:, :, : self.tokens + 1]
-        # Heads that share keys stand side by side: [B * G, kv, heads / kv, dim].
-        query = query.view(rows, kv, heads // kv, dim) * (dim**-0.5 if scale is None else scale)
+        # Heads that share keys are adjacent: [B * G, kv, heads / kv, dim].
+        query = query.view(batch, kv, heads // kv, dim) * (dim**-0.5 if scale is None else scale)
         together = query.unflatten(0, (self._batch, self._group)).transpose(1, 2).flatten(2, 3)
         prompt_scores = (together @ prompt_keys.mT).masked_fill(self._hidden, -torch.inf)
         apart = prompt_scores.unflatten(2, (self._group, -1)).transpose(1, 2).flatten(0, 1)
@@ -273,16 +272,16 @@ class Decoding:
         on_prompt, on_own = scores.split([apart.shape[-1], self.tokens + 1], dim=-1)
         together = on_prompt.unflatten(0, (self._batch, self._group)).transpose(1, 2).flatten(2, 3) @ prompt_values
         out = together.unflatten(2, (self._group, -1)).transpose(1, 2).flatten(0, 1) + on_own @ values
-        return out.reshape(rows, 1, heads, dim)
+        return out.reshape(batch, 1, heads, dim)
 
 
 def takes_shared_prefix(model: Any) -> bool:
-    """Whether a model was given to `use_shared_prefix`."""
-    return inner_model(model).model.language_model.config._attn_implementation == NAME
+    """Whether `use_shared_prefix` was applied to a model."""
+    return unwrap_model(model).model.language_model.config._attn_implementation == NAME
 
 
 def use_shared_prefix(model: Any) -> None:
-    """Let a Qwen2-VL or Qwen2.5-VL model take packed sequences beside ordinary ones.
+    """Make a Qwen2-VL or Qwen2.5-VL model accept packed sequences beside ordinary ones.
 
     Raises:
         ValueError: the model has layers of sliding-window attention.
@@ -290,7 +289,7 @@ def use_shared_prefix(model: Any) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    config = inner_model(model).model.language_model.config
+    config = unwrap_model(model).model.language_model.config
     if set(config.layer_types) != {"full_attention"}:
         raise ValueError("a shared prefix needs full attention in every layer; set use_sliding_window to false")
     AttentionInterface.register(NAME, attention)

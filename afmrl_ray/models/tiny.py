@@ -1,6 +1,6 @@
-"""Tiny Qwen2-VL and Qwen2.5-VL checkpoints: from a config, with a tokenizer trained on texts, saved as ordinary ones.
+"""Tiny Qwen2-VL and Qwen2.5-VL checkpoints with a tokenizer of their own, saved in the ordinary Hugging Face layout.
 
-Everything downstream loads them by path, as it loads the published ones.
+They are loaded by path, as published checkpoints are.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
-    """A Qwen2 tokenizer (byte-level BPE) with `vocabulary` entries, special tokens included.
+    """Train a Qwen2 tokenizer (byte-level BPE) with `vocabulary` entries, special tokens included.
 
-    Any text can be encoded: bytes that the texts never show are entries of their own.
+    Any text can be encoded: every byte has an entry, whether the texts contain it or not.
     """
     from tokenizers import pre_tokenizers, trainers
     from transformers import Qwen2TokenizerFast

@@ -1,4 +1,4 @@
-"""Tiny CLIP checkpoints with random weights: from a config, saved as ordinary ones that stock transformers loads."""
+"""Tiny CLIP checkpoints with random weights, saved in the ordinary Hugging Face layout."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from afmrl_ray.config.models import ImageConfig, TinyConfig
 
 BEGIN, END, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
-_LONGEST = 77
+_MAX_TOKENS = 77
 
 
 def train_dual_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
-    """A byte-level BPE tokenizer with `vocabulary` entries that puts a begin and an end around every text."""
+    """Train a byte-level BPE tokenizer with `vocabulary` entries that adds begin and end tokens to every text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -35,17 +35,17 @@ def train_dual_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
         special_tokens=[(token, tokenizer.token_to_id(token)) for token in (BEGIN, END)],
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, pad_token=PAD, model_max_length=_LONGEST
+        tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, pad_token=PAD, model_max_length=_MAX_TOKENS
     )
 
 
 def build_dual_encoder(config: TinyConfig, image: ImageConfig, tokenizer: Any, seed: int) -> Any:
-    """A CLIP model with random weights: a text tower of the language model's size, an image tower of the other one's.
+    """A CLIP model with random weights.
 
     Args:
-        config: sizes.
-        image: its largest number of pixels, cut to whole patches of a square, is what the image tower sees.
-        tokenizer: whose ids the text tower reads.
+        config: sizes; the text tower has that of the language model, the image tower that of the vision tower.
+        image: pixel budget, see `side_px`.
+        tokenizer: of the text tower.
         seed: of the weights.
     """
     from transformers import CLIPConfig, CLIPModel
@@ -57,7 +57,7 @@ def build_dual_encoder(config: TinyConfig, image: ImageConfig, tokenizer: Any, s
         "intermediate_size": 3 * config.hidden_size,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
-        "max_position_embeddings": _LONGEST,
+        "max_position_embeddings": _MAX_TOKENS,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
@@ -74,7 +74,7 @@ def build_dual_encoder(config: TinyConfig, image: ImageConfig, tokenizer: Any, s
 
 
 def side_px(config: TinyConfig, image: ImageConfig) -> int:
-    """Side of the square that the image tower sees, pixels."""
+    """Side in pixels of the largest square of whole patches within `image.max_pixels`."""
     return max(1, math.isqrt(image.max_pixels) // config.patch_px) * config.patch_px
 
 

@@ -1,8 +1,9 @@
-"""Attention of the vision tower over images of equal size at once.
+"""Attention of the vision tower, batched over images with equal numbers of patches.
 
-Each image (or window of one) attends to itself alone. Without flash attention transformers loops over them in Python,
-one small kernel for each in every layer; images with as many patches are a batch instead. It is registered as an
-attention function of transformers, whose name must contain "flash" to be handed the boundaries of the images.
+Each image (or window of one) attends to itself only. Without flash attention transformers loops over them in Python
+and launches one small kernel for each in every layer; here images with equally many patches are one batch. It is
+registered as an attention function of transformers, whose name must contain "flash" for it to receive the boundaries of
+the images.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def attention_by_length(
     Returns:
         [1, L, heads, dim], and none for the weights.
     """
-    assert attention_mask is None, "segments see all of themselves"
+    assert attention_mask is None, "attention within a segment is full"
     count, total = len(cu_seq_lens_q) - 1, query.shape[2]
 
     def attend(*packed: Tensor, length: int) -> Tensor:
@@ -59,19 +60,21 @@ def attention_by_length(
         return attend(query[0], key[0], value[0], length=max_length_q)[None], None
     lengths = cu_seq_lens_q.diff().tolist()
     starts = cu_seq_lens_q[:-1].tolist()
-    places, pieces = [], []
+    indices, pieces = [], []
     for length in sorted(set(lengths) - {0}):
         own = [torch.arange(start, start + length) for start, n in zip(starts, lengths, strict=True) if n == length]
-        place = torch.cat(own).to(query.device)
-        places.append(place)
-        pieces.append(attend(query[0][:, place], key[0][:, place], value[0][:, place], length=length))
-    order = torch.cat(places).argsort()
+        index = torch.cat(own).to(query.device)
+        indices.append(index)
+        pieces.append(attend(query[0][:, index], key[0][:, index], value[0][:, index], length=length))
+    order = torch.cat(indices).argsort()
     return torch.cat(pieces)[order][None], None
 
 
 def use_attention_by_length(model: Any) -> None:
-    """Let the vision tower of a Qwen2-VL or Qwen2.5-VL model attend by `attention_by_length`, unless it has a kernel of
-    its own for packed sequences."""
+    """Use `attention_by_length` in the vision tower of a Qwen2-VL or Qwen2.5-VL model.
+
+    A tower that already uses a kernel for packed sequences (flash attention) is left unchanged.
+    """
     from transformers import AttentionInterface
 
     config = model.model.visual.config

@@ -1,8 +1,8 @@
-"""Outputs of a frozen vision tower, kept on the node's disk, so that each image goes through the tower once.
+"""Cache on the node's disk for outputs of a frozen vision tower, so that each image passes the tower once.
 
-One safetensors file per image, named by the hash of the encoded image below a folder named by the fingerprint of
-the tower and of what its images are made of: whatever changes either looks elsewhere. Each image goes through the
-tower by itself, so its output has the same bits whoever computes it and with whichever others.
+One safetensors file per image, named by the hash of the encoded image, in a folder named by the fingerprint of the
+tower and of the image processor's settings: a change of either uses another folder. Each image passes the tower in a
+batch of its own, so its output has the same bits in every process and step.
 """
 
 from __future__ import annotations
@@ -25,41 +25,42 @@ from safetensors.torch import save
 
 from afmrl_ray.config.models import VisionCacheConfig
 from afmrl_ray.errors import ConfigError
-from afmrl_ray.models.inner import inner_model
 from afmrl_ray.models.item_processor import ItemProcessor
 from afmrl_ray.models.model_input import Visual
+from afmrl_ray.models.unwrap import unwrap_model
 
 log = logging.getLogger(__name__)
 
-_STORES_BETWEEN_LOOKS = 64
-_KEPT_SHARE = 0.9
-"""Of the limit, when the oldest are removed: so that not every image asks for a removal."""
+_WRITES_BETWEEN_CHECKS = 64
+"""Files written by a process between two checks of the cache's size."""
+_KEPT_FRACTION = 0.9
+"""Size after a removal, relative to the limit, so that not every check has to remove files."""
 
 
 class VisionCache:
     """Visual tokens by image.
 
     Args:
-        model: the encoder; its tower must be frozen.
-        processor: makes the patches of an image that is not there yet.
-        config: where, and how much.
+        model: the encoder; its vision tower must be frozen.
+        processor: makes the patches of an image that is not cached.
+        config: folder and size limit.
 
     Raises:
-        ConfigError: the tower is trained.
+        ConfigError: the vision tower is trained.
     """
 
     def __init__(self, model: Any, processor: ItemProcessor, config: VisionCacheConfig) -> None:
-        self._tower = inner_model(model).model.visual
+        self._tower = unwrap_model(model).model.visual
         if any(parameter.requires_grad for parameter in self._tower.parameters()):
             raise ConfigError(
                 "encoder.vision_cache.enabled: agcl.adapter trains the vision tower, so its outputs change with every "
-                "step; set it to false, or leave the tower out of agcl.adapter"
+                "step; set it to false, or exclude the tower from agcl.adapter"
             )
         self._processor = processor
         self._root = Path(config.folder or os.path.join(tempfile.gettempdir(), f"afmrl_ray-{getpass.getuser()}/vision"))
         self._limit = int(config.max_gb * 1e9)
         self._folder = self._root / fingerprint(self._tower, processor)
-        self._stores = 0
+        self._writes = 0
         self._writable = True
         self.hits = self.misses = 0
 
@@ -67,8 +68,8 @@ class VisionCache:
         """Visual tokens of an image.
 
         Args:
-            data: the encoded image, by which it is known.
-            image: decodes it; called where it is not there yet.
+            data: the encoded image, whose hash is the key.
+            image: decodes it; called if it is not cached.
         """
         name = hashlib.sha256(data).hexdigest()
         path = self._folder / name[:2] / f"{name}.safetensors"
@@ -80,7 +81,7 @@ class VisionCache:
         patches = self._processor.visual(image())
         visual = Visual(patches.grid, features=self._through_tower(patches))
         if self._writable:
-            self._store(path, visual)
+            self._write(path, visual)
         return visual
 
     @torch.no_grad()
@@ -92,10 +93,10 @@ class VisionCache:
         grid = torch.tensor([visual.grid], device=parameter.device)
         return self._tower(pixels.to(parameter.dtype), grid_thw=grid).pooler_output.cpu()
 
-    def _store(self, path: Path, visual: Visual) -> None:
-        if self._stores % _STORES_BETWEEN_LOOKS == 0:
+    def _write(self, path: Path, visual: Visual) -> None:
+        if self._writes % _WRITES_BETWEEN_CHECKS == 0:
             self._remove_oldest()
-        self._stores += 1
+        self._writes += 1
         assert visual.features is not None
         content = save({"features": visual.features.contiguous()}, {"grid": json.dumps(visual.grid)})
         partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
@@ -104,18 +105,18 @@ class VisionCache:
             partial.write_bytes(content)
             os.replace(partial, path)
         except OSError as error:
-            # A training of days must not end because of what only saves it time.
+            # The cache only saves time: a training must not fail because of it.
             self._writable = False
-            log.warning("encoder.vision_cache.folder %s: no more is kept (%s)", self._root, error.strerror)
+            log.warning("encoder.vision_cache.folder %s: nothing more is written (%s)", self._root, error.strerror)
             partial.unlink(missing_ok=True)
 
     def _remove_oldest(self) -> None:
-        """Bring all towers' files together below the limit, those first that were not read for the longest time."""
+        """Remove the least recently read files, of all towers together, until the cache is below its limit."""
         found = []
         for path in self._root.glob("*/*/*.safetensors"):
             try:
                 status = path.stat()
-            except FileNotFoundError:  # another process removes, too
+            except FileNotFoundError:  # removed by another process meanwhile
                 continue
             found.append((status.st_mtime_ns, status.st_size, path))
         total = sum(size for _, size, _ in found)
@@ -124,12 +125,12 @@ class VisionCache:
         for _, size, path in sorted(found):
             path.unlink(missing_ok=True)
             total -= size
-            if total <= _KEPT_SHARE * self._limit:
+            if total <= _KEPT_FRACTION * self._limit:
                 return
 
 
 def fingerprint(tower: Any, processor: ItemProcessor) -> str:
-    """SHA-256 of what decides an image's visual tokens: the tower's weights and config, and the pixels it is given."""
+    """SHA-256 of all that visual tokens depend on: the tower's weights and config, and the processor's settings."""
     total = hashlib.sha256(json.dumps([tower.config.to_dict(), processor.pixel_settings()], sort_keys=True).encode())
     for name, tensor in sorted(tower.state_dict().items()):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -138,7 +139,7 @@ def fingerprint(tower: Any, processor: ItemProcessor) -> str:
 
 
 def _read(path: Path) -> Visual | None:
-    """What is at `path`; none if nothing is, or nothing that can be read."""
+    """The visual tokens at `path`; none if there is no file, or none that can be read."""
     try:
         with safe_open(path, "pt") as file:
             features = file.get_tensor("features")
@@ -147,6 +148,6 @@ def _read(path: Path) -> Visual | None:
     except FileNotFoundError:
         return None
     except SafetensorError as error:
-        log.warning("%s cannot be read and is made anew (%s)", path, error)
+        log.warning("%s cannot be read and is computed again (%s)", path, error)
         return None
     return Visual((time, height, width), features=features)

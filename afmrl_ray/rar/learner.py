@@ -18,6 +18,7 @@ from afmrl_ray import storage
 from afmrl_ray.config.train import RARConfig
 from afmrl_ray.models.adapters import save_trained
 from afmrl_ray.models.microbatches import cut_by_tokens, cut_shared_prefix
+from afmrl_ray.models.threads import torch_threads
 from afmrl_ray.rar.loss import group_advantages, grpo_loss, importance_weights, rewards_less_kl
 from afmrl_ray.rar.module import (
     ADVANTAGE,
@@ -36,7 +37,6 @@ from afmrl_ray.rar.module import (
 )  # fmt: skip
 from afmrl_ray.rar.rllib_contract import EngineLearner, start_learner_group
 from afmrl_ray.rar.weights import trained_tensors, weights_fingerprint
-from afmrl_ray.training.cluster import torch_threads
 from afmrl_ray.training.engine import Engine
 
 _SAME_LOGPROB = 1e-4

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from afmrl_ray.catalogue import CatalogueRef
 from afmrl_ray.config.models import AdapterConfig, GeneratorConfig
-from afmrl_ray.models.adapters import load_start, load_trained
+from afmrl_ray.models.adapters import load_for_training, load_trained
 from afmrl_ray.models.item_processor import ItemProcessor
-from afmrl_ray.models.logprobs import completion_batch
+from afmrl_ray.models.logprobs import CompletionLogprobs, completion_batch
 from afmrl_ray.models.model_input import ModelInput
-from afmrl_ray.models.policy import Policy
 from afmrl_ray.models.prompts import generator_input
 from afmrl_ray.models.shared_prefix import pack, use_shared_prefix
 
@@ -53,21 +52,23 @@ class PolicySpec:
     with_reference: bool
     seed: int
 
-    def load_policy(self) -> Policy:
+    def load_policy(self) -> CompletionLogprobs:
         """The trainable policy as of the round's start."""
-        return Policy(load_start(self.start, "generator", self.adapter, seed=self.seed, dtype=self.generator.dtype))
+        return CompletionLogprobs(
+            load_for_training(self.start, "generator", self.adapter, seed=self.seed, dtype=self.generator.dtype)
+        )
 
-    def load_reference(self) -> Policy:
+    def load_reference(self) -> CompletionLogprobs:
         """A frozen copy of the policy as of the round's start, adapters of earlier rounds included."""
         reference = load_trained(self.start, "generator", dtype=self.generator.dtype)
-        return Policy(reference.requires_grad_(False)).eval()
+        return CompletionLogprobs(reference.requires_grad_(False)).eval()
 
     def load_processor(self) -> ItemProcessor:
         return ItemProcessor.from_pretrained(self.start, self.generator.image)
 
 
 class AttributePolicy(TorchRLModule):
-    """Policy and reference of a `PolicySpec`, which is `model_config["policy"]`."""
+    """CompletionLogprobs and reference of a `PolicySpec`, which is `model_config["policy"]`."""
 
     def setup(self) -> None:
         """Load the models; RLlib calls this instead of a constructor."""

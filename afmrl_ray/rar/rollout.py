@@ -11,10 +11,10 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
 from afmrl_ray.config.train import RolloutConfig
 from afmrl_ray.errors import WeightsLostError, WeightSyncError
+from afmrl_ray.models.threads import torch_threads
 from afmrl_ray.rar.engine import MakeEngine, engine_class
 from afmrl_ray.rar.messages import PromptGroup, Weights
 from afmrl_ray.rar.module import PolicySpec
-from afmrl_ray.training.cluster import torch_threads
 from afmrl_ray.training.placement import ActorPlacement
 
 log = logging.getLogger(__name__)

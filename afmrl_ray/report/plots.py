@@ -89,13 +89,13 @@ def agcl_panels(summary: RunSummary) -> list[Panel]:
     """Logged values over AGCL steps, a line per round, and the loss of the distillation."""
     logs = [("baseline", summary.baseline_log), *[(f"round {each.number}", each.agcl_log) for each in summary.rounds]]
     keys = (
-        ("loss", "AGCL loss"),
-        ("accuracy", "in-batch accuracy"),
-        ("masked_fraction", "fraction of masked negatives"),
-        ("positive_similarity", "cosine similarity of positives"),
-        ("weight_p50", "median weight of a negative"),
+        ("train/loss", "AGCL loss"),
+        ("train/accuracy", "in-batch accuracy"),
+        ("train/masked_fraction", "fraction of masked negatives"),
+        ("train/positive_similarity", "cosine similarity of positives"),
+        ("train/weight_p50", "median weight of a negative"),
     )
-    return _step_panels([("distillation", summary.distill_log)], (("loss", "distillation loss"),)) + _step_panels(
+    return _step_panels([("distillation", summary.distill_log)], (("train/loss", "distillation loss"),)) + _step_panels(
         logs, keys
     )
 

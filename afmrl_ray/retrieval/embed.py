@@ -17,16 +17,16 @@ from afmrl_ray.config.catalogue import Inputs
 from afmrl_ray.config.cluster import PoolConfig
 from afmrl_ray.config.models import EncoderConfig
 from afmrl_ray.errors import ConfigError
+from afmrl_ray.models.actor_pool import map_rows
 from afmrl_ray.models.adapters import load_trained
 from afmrl_ray.models.backbones import fetch
-from afmrl_ray.models.dual_encoder import DualEncoder, DualProcessor, DualRow, dual_text, embed_dual_rows
+from afmrl_ray.models.dual_encoder import DualEncoder, DualInput, DualProcessor, dual_text, embed_dual_inputs
 from afmrl_ray.models.encoder import EmbeddingModel
 from afmrl_ray.models.item_processor import ItemProcessor
 from afmrl_ray.models.microbatches import cut_by_tokens
 from afmrl_ray.models.model_input import ModelInput, collate
-from afmrl_ray.models.pool import map_rows
 from afmrl_ray.models.prefix_groups import embed_groups
-from afmrl_ray.models.prompts import encoder_rows
+from afmrl_ray.models.prompts import encoder_inputs
 from afmrl_ray.models.shared_prefix import use_shared_prefix
 from afmrl_ray.models.vision_cache import VisionCache
 
@@ -119,7 +119,7 @@ class Encoder(ItemEncoder):
         self, row: int, texts: Sequence[str], *, inputs: Inputs, title_columns: tuple[str, ...] = ("title",)
     ) -> list[ModelInput]:
         """Model inputs of one catalogue row, one for each attribute text."""
-        return encoder_rows(
+        return encoder_inputs(
             self._processor,
             self._catalogue,
             row,
@@ -167,13 +167,13 @@ class DualEncoderEmbedder(ItemEncoder):
         self._model = DualEncoder(model).eval()
         self._processor = DualProcessor.from_pretrained(fetch(encoder.path), model)
 
-    def _model_input(self, row: int, text: str, inputs: Inputs, title_columns: tuple[str, ...]) -> DualRow:
+    def _model_input(self, row: int, text: str, inputs: Inputs, title_columns: tuple[str, ...]) -> DualInput:
         title = self._catalogue.title(row, title_columns) if inputs != "image" else ""
         image = self._catalogue.image(row) if inputs != "text" else None
-        return self._processor.row(image, dual_text(title, text))
+        return self._processor.model_input(image, dual_text(title, text))
 
-    def _forward(self, built: Sequence[DualRow]) -> torch.Tensor:
-        return embed_dual_rows(self._model, self._processor, built)
+    def _forward(self, built: Sequence[DualInput]) -> torch.Tensor:
+        return embed_dual_inputs(self._model, self._processor, built)
 
 
 def open_encoder(encoder: EncoderRef, catalogue: CatalogueRef) -> ItemEncoder:

@@ -16,6 +16,7 @@ from ray import serve
 
 from afmrl_ray.config.serving import ServingConfig
 from afmrl_ray.models.model_input import ModelInput
+from afmrl_ray.models.threads import torch_threads
 from afmrl_ray.retrieval.item_table import ItemRecord
 from afmrl_ray.serving.bundle import Bundle
 from afmrl_ray.serving.live_index import LiveIndex, local_index, merge
@@ -23,7 +24,6 @@ from afmrl_ray.serving.models import Embedding, EncoderInput, ServedEncoder, Ser
 from afmrl_ray.serving.records import EmbeddedItem, State, StoredItem
 from afmrl_ray.serving.round_index import Filters, Hit
 from afmrl_ray.serving.uploads import Upload
-from afmrl_ray.training.cluster import torch_threads
 
 _HUNG_AFTER = 10
 """A batch that has been running for this many request timeouts is taken to hang."""

@@ -41,7 +41,7 @@ class Upload:
 
 
 class Uploads:
-    """Uploads as `models.prompts.Items`; a row is a position."""
+    """Uploads as `models.prompts.ItemReader`; a row is a position."""
 
     def __init__(self, uploads: Sequence[Upload]) -> None:
         self._uploads = uploads

@@ -1,4 +1,4 @@
-"""Digests beside a checkpoint's shards, so that a damaged one is told before anything is read from it."""
+"""SHA-256 checksums beside a checkpoint's shards, so that damage is found before anything is loaded."""
 
 from __future__ import annotations
 
@@ -8,49 +8,54 @@ from afmrl_ray import storage
 from afmrl_ray.errors import CheckpointError
 
 _PARTITION = re.compile(r"zero_pp_rank_(\d+)_")
-"""In DeepSpeed's names of files that hold one rank's share; all others are written by rank 0."""
+"""In DeepSpeed's names of files that hold one rank's partition; rank 0 writes all others."""
 
-_SEAL = "sealed-"
-
-
-def _seal_name(rank: int) -> str:
-    return f"{_SEAL}{rank}.json"
+_PREFIX = "checksums-"
 
 
-def _owner(name: str) -> int:
+def _file_name(rank: int) -> str:
+    return f"{_PREFIX}{rank}.json"
+
+
+def _writer(name: str) -> int:
+    """The rank that wrote a file."""
     found = _PARTITION.search(name)
     return int(found.group(1)) if found else 0
 
 
 def write_checksums(directory: str, rank: int) -> None:
-    """Note the SHA-256 of every file below `directory` that `rank` wrote."""
+    """Write the SHA-256 of every file below `directory` that `rank` wrote to `checksums-<rank>.json`."""
     digests = {
         name: storage.digest_file(storage.join(directory, name))
         for name in storage.list_files(directory)
-        if _owner(name) == rank and not name.startswith(_SEAL)
+        if _writer(name) == rank and not name.startswith(_PREFIX)
     }
-    storage.write_json(storage.join(directory, _seal_name(rank)), digests)
+    storage.write_json(storage.join(directory, _file_name(rank)), digests)
 
 
-def verify_checksums(directory: str, *, location: str, wrote: int, rank: int, world: int, remedy: str) -> None:
-    """See that what the ranks wrote is still there; each rank looks at its share of the seals.
+def verify_checksums(directory: str, *, location: str, writers: int, rank: int, world: int, remedy: str) -> None:
+    """Compare the files of a checkpoint with their checksums; each rank checks the files of some writers.
 
     Args:
-        directory: where the files are now.
-        location: where a person finds them.
-        wrote: number of ranks that wrote the checkpoint.
-        remedy: what a person can do, beside putting a copy back.
+        directory: of the files.
+        location: where a user finds them, for messages.
+        writers: number of ranks that wrote the checkpoint.
+        rank: of this worker.
+        world: number of workers that check.
+        remedy: what a user can do, other than restoring a copy, for messages.
 
     Raises:
-        CheckpointError: a file is missing or its bytes are others; named.
+        CheckpointError: a file is missing or damaged; the message names it.
     """
-    for owner in range(rank, wrote, world):
-        path = storage.join(directory, _seal_name(owner))
+    for writer in range(rank, writers, world):
+        path = storage.join(directory, _file_name(writer))
         if not storage.exists(path):
-            raise CheckpointError(f"{location}: {_seal_name(owner)} is missing, the checkpoint is not whole; {remedy}")
+            raise CheckpointError(
+                f"{location}: {_file_name(writer)} is missing, so the checkpoint is incomplete; {remedy}"
+            )
         for name, digest in storage.read_json(path).items():
             file = storage.join(directory, name)
             if not storage.exists(file) or storage.digest_file(file) != digest:
                 raise CheckpointError(
-                    f"{location}: {name} is not what was saved (SHA-256 differs); put it back from a copy, or {remedy}"
+                    f"{location}: {name} is damaged or missing (SHA-256 differs); restore it from a copy, or {remedy}"
                 )

@@ -1,4 +1,4 @@
-"""How a job meets Ray: joining or starting it, and checking that it has what a stage asks for."""
+"""Ray for a job: join or start a cluster, and check that it has the resources that a stage needs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ log = logging.getLogger(__name__)
 _ROUNDING = 1e-6
 
 _WORKER_ENVIRONMENT = {
-    # Else a LearnerGroup collected after shutdown starts a new Ray and hangs the driver's exit.
+    # Otherwise a LearnerGroup that is garbage-collected after shutdown starts a new Ray, and the driver hangs at exit.
     "RAY_ENABLE_AUTO_CONNECT": "0",
-    # Else Ray Train's workers print everything twice, and a closed progress bar rises again.
+    # Otherwise Ray Train's workers print everything twice, and closed progress bars reappear.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",
@@ -31,10 +31,12 @@ _WORKER_ENVIRONMENT = {
 
 @contextmanager
 def ray_session(config: RayConfig) -> Iterator[None]:
-    """Join the cluster of `ray.address` or RAY_ADDRESS, or start a local Ray; leave it as it was found.
+    """Join the cluster of `ray.address` or RAY_ADDRESS, or start a local Ray for the time of the context.
+
+    A Ray that this process has joined already is used and left running.
 
     Raises:
-        ResourceError: the cluster named by the address cannot be reached.
+        ResourceError: no cluster can be reached at the address.
     """
     import ray
 
@@ -49,12 +51,12 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         try:
             ray.init(address=address, runtime_env=environment, **common)
         except ConnectionError as error:
-            raise ResourceError(f"ray.address {address}: no Ray cluster answers there") from error
+            raise ResourceError(f"ray.address {address}: no Ray cluster answers at this address") from error
     else:
         ray.init(
             num_cpus=config.num_cpus,
             object_store_memory=config.object_store_mb * 2**20,
-            # Without the dashboard's State API, Ray Train complains once a second.
+            # Without the dashboard's State API, Ray Train logs a warning every second.
             include_dashboard=True,
             runtime_env=environment,
             **common,
@@ -67,39 +69,41 @@ def ray_session(config: RayConfig) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Demand:
-    """What `count` actors or workers hold at once, `each` of them on one node."""
+    """Resources of `count` actors or workers that run at once, each of which holds `each` on one node."""
 
     count: int
     each: Mapping[str, float]
 
 
 def pool_demand(pool: PoolConfig) -> Demand:
+    """Resources of a pool of actors."""
     return Demand(
         pool.num_workers, {"CPU": pool.cpus_per_worker, "GPU": pool.gpus_per_worker, **pool.placement.resources}
     )
 
 
 def workers_demand(workers: WorkersConfig) -> Demand:
-    """What a worker group cannot do without: that of its smallest size where it is elastic."""
+    """Resources that a worker group needs: of its smallest size if it is elastic."""
     each = {"CPU": workers.cpus_per_worker, "GPU": float(workers.use_gpu), **workers.placement.resources}
     return Demand(workers.least, each)
 
 
 def total(demands: Sequence[Demand]) -> dict[str, float]:
-    """Sum per resource."""
+    """Sum of the demands by resource."""
     names = {name for demand in demands for name in demand.each}
     return {name: sum(d.count * d.each.get(name, 0) for d in demands) for name in sorted(names)}
 
 
 def require_resources(stage: str, demands: Sequence[Demand], *, wait_s: float = 0.0) -> None:
-    """Make sure that the cluster could ever give what a stage asks for, waiting for nodes that may still join.
+    """Check that the cluster's nodes have what a stage needs, used or not; wait for nodes that may still join.
 
     Args:
         stage: named in the message.
         demands: everything that the stage holds at once.
+        wait_s: longest wait, seconds.
 
     Raises:
-        ResourceError: after `wait_s` seconds the cluster still has less, or no node is large enough for one worker.
+        ResourceError: after `wait_s` the cluster still has less, or no node is large enough for one worker.
     """
     import ray
 
@@ -117,9 +121,9 @@ def require_resources(stage: str, demands: Sequence[Demand], *, wait_s: float = 
 
 def _missing(demands: Sequence[Demand], nodes: Sequence[Mapping[str, float]]) -> str | None:
     asked = total(demands)
-    there = {name: sum(node.get(name, 0) for node in nodes) for name in asked}
-    if any(asked[name] > there[name] + _ROUNDING for name in asked):
-        return f"asks for {format_resources(asked)}; the cluster has {format_resources(there, zeros=True)}"
+    available = {name: sum(node.get(name, 0) for node in nodes) for name in asked}
+    if any(asked[name] > available[name] + _ROUNDING for name in asked):
+        return f"asks for {format_resources(asked)}; the cluster has {format_resources(available, zeros=True)}"
     for demand in demands:
         if not any(
             all(amount <= node.get(name, 0) + _ROUNDING for name, amount in demand.each.items()) for node in nodes
@@ -129,7 +133,7 @@ def _missing(demands: Sequence[Demand], nodes: Sequence[Mapping[str, float]]) ->
 
 
 def format_resources(amounts: Mapping[str, float], *, zeros: bool = False) -> str:
-    """`2 CPU, 1 GPU`; amounts of nothing only where `zeros`."""
+    """Amounts as text, such as `2 CPU, 1 GPU`; amounts of zero only with `zeros`."""
     return ", ".join(f"{amount:g} {name}" for name, amount in amounts.items() if amount or zeros)
 
 
@@ -147,8 +151,3 @@ def resources_available(config: RayConfig) -> dict[str, float]:
     import torch
 
     return {"CPU": float(config.num_cpus or os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
-
-
-def torch_threads(cpus: float) -> int:
-    """Torch threads of an actor that holds `cpus` CPUs."""
-    return max(1, int(cpus))

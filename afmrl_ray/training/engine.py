@@ -1,4 +1,4 @@
-"""DeepSpeed as all three trainings use it: one optimizer step made of any number of backward passes."""
+"""DeepSpeed engine of all three trainings: an optimizer step accumulates any number of backward passes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LAYOUT = "layout.json"
 
 
 def schedule_factor(config: OptimizerConfig, steps: int) -> Callable[[int], float]:
-    """The learning rate of a step as a share of the peak: linear warm-up, then constant, linear or cosine decay."""
+    """Learning rate of a step relative to the peak: linear warm-up, then constant, linear or cosine decay."""
     warmup = round(config.warmup_ratio * steps)
 
     def factor(step: int) -> float:
@@ -40,10 +40,10 @@ def schedule_factor(config: OptimizerConfig, steps: int) -> Callable[[int], floa
 
 
 class Engine:
-    """A model under DeepSpeed. The process group must exist; parameters without `requires_grad` stay frozen.
+    """A model under DeepSpeed; parameters without `requires_grad` stay frozen. The process group must exist.
 
     Args:
-        model: module whose forward pass is trained.
+        model: module that is trained.
         optimizer: AdamW settings.
         steps: length of the schedule.
         zero_stage: DeepSpeed ZeRO stage.
@@ -70,70 +70,74 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
+        """Device of the model."""
         return torch.device(self._engine.device)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward pass of the model."""
         return self._engine(*args, **kwargs)
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
-        """Add the gradient of `loss`; gradients are averaged over the ranks once, with the `last` backward of a step.
+        """Add the gradient of `loss`; gradients are averaged over the ranks once, in the `last` pass of a step.
 
-        Without the explicit boundary ZeRO 1 and 2 keep the gradient of the last backward pass only.
+        Without the explicit boundary ZeRO 1 and 2 would keep only the gradient of the last pass.
         """
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss)
 
     def step(self) -> dict[str, float]:
-        """Clip, update, advance the schedule; returns the learning rate used and the global gradient norm."""
+        """Clip, update, advance the schedule; returns `learning_rate` (as used) and `grad_norm` (before clipping)."""
         rate = float(self._engine.get_lr()[0])
-        # DeepSpeed tells the norm only where it partitions; without partitions the gradients are whole here.
+        # DeepSpeed reports the norm only if it partitions; without partitions the gradients are complete here.
         grads = [p.grad for p in self.parameters if p.grad is not None] if self._zero_stage == 0 else []
-        # Norms in the gradients' own bfloat16 would be rounded to two digits.
+        # In the gradients' own bfloat16 the norm would be rounded to two digits.
         norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
         norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else None
         self._engine.step()
         norm = norm if norm is not None else self._engine.get_global_grad_norm()
-        return {"learning_rate": rate, "gradient_norm": float(norm) if norm is not None else float("nan")}
+        return {"learning_rate": rate, "grad_norm": float(norm) if norm is not None else float("nan")}
 
     @property
     def layout(self) -> dict[str, int]:
-        """How the checkpoints that `save` writes are cut."""
+        """Number of workers and ZeRO stage, which decide how `save` partitions a checkpoint."""
         return {"world_size": dist.get_world_size(), "zero_stage": self._zero_stage}
 
     def save(self, directory: str) -> None:
-        """Write this rank's share of weights and optimizer; call it on every rank."""
+        """Write this rank's part of weights and optimizer state, with checksums; call it on every rank."""
         self._engine.save_checkpoint(directory, tag=_TAG, exclude_frozen_parameters=True)
         if dist.get_rank() == 0:
             storage.write_json(os.path.join(directory, _LAYOUT), self.layout)
         write_checksums(directory, dist.get_rank())
 
     def load(self, directory: str, *, location: str, remedy: str) -> None:
-        """Read what `save` wrote, with any number of ranks; call it on every rank.
+        """Load what `save` wrote, with any number of ranks; call it on every rank.
 
-        Without partitions (ZeRO 0) every rank reads the same; partitions of another number of ranks are converted
+        Without partitions (ZeRO 0) every rank reads the same files; partitions of another number of ranks are converted
         first.
 
         Args:
-            location: where a person finds what is in `directory` now.
-            remedy: what a person can do where the checkpoint is damaged, beside putting a copy back.
+            directory: local folder of the checkpoint.
+            location: where a user finds the checkpoint, for messages.
+            remedy: what a user can do about a damaged checkpoint, other than restoring a copy, for messages.
 
         Raises:
             FileNotFoundError: the directory holds no such checkpoint.
             CheckpointError: it is damaged, was written with another ZeRO stage, or cannot be converted.
         """
-        wrote = storage.read_json(os.path.join(directory, _LAYOUT))
-        if wrote["zero_stage"] != self._zero_stage:
+        saved = storage.read_json(os.path.join(directory, _LAYOUT))
+        stage, writers = saved["zero_stage"], saved["world_size"]
+        if stage != self._zero_stage:
             raise CheckpointError(
-                f"{directory}: written with ZeRO {wrote['zero_stage']}, this training has zero_stage "
-                f"{self._zero_stage}; set zero_stage={wrote['zero_stage']}, or start afresh under another run.name"
+                f"{directory}: written with ZeRO {stage}, this training has zero_stage {self._zero_stage}; "
+                f"set zero_stage={stage}, or use another run.name to start from the first step"
             )
         rank, world = dist.get_rank(), dist.get_world_size()
-        verify_checksums(directory, location=location, wrote=wrote["world_size"], rank=rank, world=world, remedy=remedy)
-        if self._zero_stage == 0 or wrote["world_size"] == world:
+        verify_checksums(directory, location=location, writers=writers, rank=rank, world=world, remedy=remedy)
+        if self._zero_stage == 0 or writers == world:
             self._read(directory)
             return
-        with universal_checkpoint(directory, _TAG, wrote=wrote["world_size"]) as converted:
-            # Whether to convert is known only now that the engine exists; DeepSpeed looks at this when it loads.
+        with universal_checkpoint(directory, _TAG, writers=writers) as converted:
+            # DeepSpeed reads this setting when it loads; that a conversion is needed is known only after construction.
             self._engine._config.load_universal_checkpoint = True
             self._read(converted)
             self._engine._config.load_universal_checkpoint = False
@@ -145,12 +149,13 @@ class Engine:
 
     @contextmanager
     def whole_parameters(self) -> Iterator[None]:
-        """Inside, every parameter is whole on every rank; under ZeRO 3 all are sharded, frozen ones too."""
+        """Inside the context every rank holds all parameters whole; ZeRO 3 shards them all, frozen ones too."""
         deepspeed = _import_deepspeed()
         with deepspeed.zero.GatheredParameters(self._all_parameters, enabled=self._zero_stage == 3):
             yield
 
     def close(self) -> None:
+        """Release what DeepSpeed holds."""
         self._engine.destroy()
 
 
@@ -166,7 +171,7 @@ def _deepspeed_config(optimizer: OptimizerConfig, zero_stage: int, bf16: bool) -
                 "lr": optimizer.learning_rate,
                 "betas": list(optimizer.betas),
                 "weight_decay": optimizer.weight_decay,
-                # torch's AdamW needs no compiled op
+                # torch's AdamW, which needs no compiled op
                 "torch_adam": True,
             },
         },
@@ -176,9 +181,9 @@ def _deepspeed_config(optimizer: OptimizerConfig, zero_stage: int, bf16: bool) -
 
 
 def _forget_first_step(optimizer: Any) -> None:
-    """Undo the step without gradients by which DeepSpeed allocates the state behind its float32 masters.
+    """Undo the step without gradients by which DeepSpeed allocates the optimizer state of its float32 masters.
 
-    Only its optimizer without partitions does so. Adam would count that step, and take the first real ones too small.
+    Only its optimizer without partitions makes one. Adam would count it, so its first real updates would be too small.
     """
     optimizer.optimizer.state.clear()
     with torch.no_grad():
@@ -195,6 +200,6 @@ def _import_deepspeed() -> Any:
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not torch.cuda.is_available():
-        # On CPU every initialize would compile this op, for a minute, for nothing that gloo cannot do.
+        # Otherwise every initialize on CPU compiles this op for a minute; gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

@@ -1,4 +1,4 @@
-"""Ray Train around a training: worker group, restarts, checkpoints, resume."""
+"""Training on a Ray Train worker group: restarts, checkpoints, resume, metrics."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from torch import distributed as dist
 from afmrl_ray import errors, storage
 from afmrl_ray.config.cluster import WorkersConfig
 from afmrl_ray.models.flops import peak_tflops
-from afmrl_ray.training.cluster import require_resources, torch_threads, workers_demand
+from afmrl_ray.models.threads import torch_threads
+from afmrl_ray.training.cluster import require_resources, workers_demand
 from afmrl_ray.training.engine import Engine
-from afmrl_ray.training.metrics_log import MetricsLog
+from afmrl_ray.training.metrics_log import MetricsLog, results_of
 
 TrainStep = Callable[[int], dict[str, float]]
 
@@ -31,13 +32,25 @@ def fit(
     workers: WorkersConfig,
     wait_s: float = 0.0,
 ) -> Any:
-    """Run `loop` on a Ray Train worker group and return its `ray.train.Result` with the last checkpoint.
+    """Run a training loop on a Ray Train worker group.
 
     The same `directory` and `name` resume an interrupted training from its last committed checkpoint, with the same
     number of workers or another.
 
+    Args:
+        loop: called on every worker with `loop_config`.
+        loop_config: plain data.
+        name: Ray Train run name.
+        directory: Ray Train's storage path.
+        workers: size, resources and fault tolerance of the group.
+        wait_s: longest wait for resources, seconds.
+
+    Returns:
+        Ray Train's `Result` with the last checkpoint.
+
     Raises:
-        UserError: raised in a worker; it reaches the caller as it was.
+        ResourceError: see `require_resources`.
+        UserError: raised in a worker, and here again as it was.
         TrainingFailedError: more failures than `workers.max_failures`.
     """
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -70,19 +83,40 @@ def fit(
         raise user_error_inside(error) or error from None
 
 
+def fit_model(
+    loop: Callable[[dict[str, Any]], Any],
+    loop_config: dict[str, Any],
+    *,
+    name: str,
+    directory: str,
+    workers: WorkersConfig,
+    wait_s: float = 0.0,
+) -> dict[str, float]:
+    """Run a training loop as `fit` does, below `<directory>/train`, and copy its last model to `<directory>/model`.
+
+    Returns:
+        The metrics of the last step that do not depend on the machine, see `results_of`.
+    """
+    train = storage.join(directory, "train")
+    result = fit(loop, loop_config, name=name, directory=train, workers=workers, wait_s=wait_s)
+    with result.checkpoint.as_directory() as checkpoint:
+        storage.copy_dir(os.path.join(checkpoint, "model"), storage.join(directory, "model"))
+    return results_of(result.metrics)
+
+
 def _strategy(workers: WorkersConfig) -> str:
-    """Ray Train's name of it."""
+    """Ray Train's name of the placement strategy."""
     strategy = workers.placement.strategy
     return "PACK" if strategy == "default" else strategy.upper()
 
 
 def _group_size(workers: WorkersConfig) -> int | tuple[int, int]:
-    """Ray Train's way to say it: a pair makes the group elastic."""
+    """Number of workers as Ray Train takes it: a pair (smallest, largest) makes the group elastic."""
     return workers.num_workers if workers.min_workers is None else (workers.min_workers, workers.num_workers)
 
 
 def user_error_inside(error: BaseException) -> errors.UserError | None:
-    """The `UserError` that a failed worker raised, if that is what ended the training."""
+    """The `UserError` of a failed worker, if one ended the training."""
     failures = getattr(error, "worker_failures", None) or {}
     for failure in failures.values():
         cause: BaseException | None = failure
@@ -94,9 +128,9 @@ def user_error_inside(error: BaseException) -> errors.UserError | None:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Make every random draw of a step (dropout) a function of seed, step and rank, so that a resume repeats it.
+    """Seed torch for a step, so that its random numbers (dropout) are a function of seed, step and rank.
 
-    With another number of workers a rank has another share of the batch, so dropout draws differently then.
+    With another number of workers a rank has another part of the batch, and dropout another effect.
     """
     torch.manual_seed((seed * 1_000_003 + step) * 1009 + rank)
 
@@ -115,13 +149,19 @@ def run_steps(
     """Train from the last checkpoint, or from the start, to the last step; call it on every rank of a worker group.
 
     Args:
-        train_step: does the forward and backward passes of a step (without the optimizer's) and returns its numbers.
-        log_directory: where rank 0 keeps `metrics.jsonl` and TensorBoard events.
+        engine: updates the weights.
+        train_step: runs the forward and backward passes of a step (not the optimizer) and returns its metrics; for
+            rates it needs `data/samples` and `data/tflop` among them.
+        steps: of the whole training.
+        seed: see `seed_step`.
+        workers: checkpoint interval and peak TFLOP/s of the device.
+        log_directory: where rank 0 writes `metrics.jsonl` and TensorBoard events.
         label: of the progress bar.
         save_model: writes the portable model to a folder; called on every rank, writes on rank 0.
 
     Returns:
-        The numbers of the last step.
+        The metrics of the last step: those of `train_step`, `train/learning_rate`, `train/grad_norm`, and under `time/`
+        seconds, rates and peak memory.
     """
     import ray.train
     from ray.experimental import tqdm_ray
@@ -140,7 +180,7 @@ def run_steps(
         seed_step(seed, step, rank)
         values = train_step(step)
         stepped = time.perf_counter()
-        values.update(engine.step())
+        values.update({f"train/{name}": value for name, value in engine.step().items()})
         values.update(_measured(values, stepped - began, time.perf_counter() - stepped, engine.device, peak))
         if log is not None and bar is not None:
             log.log(step, values)
@@ -159,18 +199,18 @@ def run_steps(
 def _measured(
     values: dict[str, float], step: float, optimizer: float, device: torch.device, peak: float | None
 ) -> dict[str, float]:
-    """Seconds of the step and its optimizer, rates, peak memory, and `mfu` where the device's peak is known."""
+    """Seconds of the step and its optimizer, rates, peak memory (MiB), and MFU if the device's peak is known."""
     cuda = device.type == "cuda"
     memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     seconds = step + optimizer
-    found = {"seconds_step": seconds, "seconds_optimizer": optimizer, "peak_memory_mb": memory / 2**20}
-    if "samples" in values:
-        found["samples_per_second"] = values["samples"] / seconds
-    if "tflop" in values:
-        found["tflops_per_second"] = values["tflop"] / seconds
+    measured = {"time/step": seconds, "time/optimizer": optimizer, "time/peak_memory_mb": memory / 2**20}
+    if "data/samples" in values:
+        measured["time/samples_per_second"] = values["data/samples"] / seconds
+    if "data/tflop" in values:
+        measured["time/tflops_per_second"] = values["data/tflop"] / seconds
         if peak is not None:
-            found["mfu"] = found["tflops_per_second"] / peak
-    return found
+            measured["time/mfu"] = measured["time/tflops_per_second"] / peak
+    return measured
 
 
 def _peak_tflops(engine: Engine, workers: WorkersConfig) -> float | None:
@@ -189,10 +229,10 @@ def _restore(engine: Engine) -> int:
         engine.load(
             os.path.join(directory, "engine"),
             location=storage.join(checkpoint.path, "engine"),
-            remedy=f"remove {storage.parent(checkpoint.path)} to begin this training anew",
+            remedy=f"remove {storage.parent(checkpoint.path)} to restart this training from its first step",
         )
         start = int(storage.read_json(os.path.join(directory, "progress.json"))["step"])
-        # The folder may be a temporary one: nobody leaves before everybody has read.
+        # The folder may be temporary: it must exist until all ranks have read it.
         dist.barrier()
     return start
 
@@ -206,8 +246,8 @@ def _report(engine: Engine, step: int, values: dict[str, float], save_model: Cal
         save_model(os.path.join(directory, "model"))
         if ray.train.get_context().get_world_rank() == 0:
             storage.write_json(os.path.join(directory, "progress.json"), {"step": step, **engine.layout})
-            # A report is durable some time after it returns: with the one before committed, a crash costs no more than
-            # the steps since then.
+            # A report becomes durable after it has returned: once the previous one is committed, a crash costs at most
+            # the steps since it.
             ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
         ray.train.report(
             {"step": step, **values},
@@ -217,5 +257,5 @@ def _report(engine: Engine, step: int, values: dict[str, float], save_model: Cal
 
 
 def worker_threads(workers: WorkersConfig) -> None:
-    """Give torch in this worker the threads that its CPUs stand for."""
+    """Set the number of torch threads of this worker by its CPUs."""
     torch.set_num_threads(torch_threads(workers.cpus_per_worker))

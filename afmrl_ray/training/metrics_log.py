@@ -1,4 +1,8 @@
-"""Numbers of a training: `metrics.jsonl` for programs and TensorBoard events for people, on any filesystem."""
+"""Metrics of a training: `metrics.jsonl`, TensorBoard events and Ray gauges, on any filesystem.
+
+Names have a name space: `train/` (loss, gradient, optimizer), `data/` (what a step was trained on), `time/` (seconds,
+rates, memory). RAR has its own beside them.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +20,16 @@ from afmrl_ray import storage
 from afmrl_ray.errors import StorageError
 
 GAUGE = "afmrl_training"
-"""Name of the gauge with the latest numbers of each training in Ray's own metrics; Ray puts `ray_` before it."""
+"""Gauge of Ray's metrics with the latest value of each metric of each training; Ray adds the prefix `ray_`."""
 
 
 class MetricsLog:
-    """Appends one JSON object per step and mirrors it to TensorBoard, and to Ray's metrics where it has a name.
+    """Appends one JSON object per step and mirrors it to TensorBoard and to Ray's metrics.
 
     Args:
-        directory: where `metrics.jsonl` and the events stand, path or URI; remote ones are uploaded by `flush`.
-        resume_step: steps from this one on are done again, so what was logged of them is dropped.
-        training: label in Ray's metrics, which every node exports to Prometheus; none = not there.
+        directory: of `metrics.jsonl` and the events, path or URI; remote ones are uploaded by `flush`.
+        resume_step: records of this step and later ones are dropped, since these steps are trained again.
+        training: label in Ray's metrics, which every node exports to Prometheus; none = no Ray metrics.
     """
 
     def __init__(self, directory: str, *, resume_step: int = 0, training: str | None = None) -> None:
@@ -39,7 +43,7 @@ class MetricsLog:
         self._drop_from(resume_step, directory)
         self._gauge = None
         if training is not None:
-            self._gauge = Gauge(GAUGE, "Latest number of a training, by name.", ("training", "metric"))
+            self._gauge = Gauge(GAUGE, "Latest value of a training's metric.", ("training", "metric"))
             self._gauge.set_default_tags({"training": training})
         self._writer = SummaryWriter(str(self._directory / "tensorboard"), purge_step=resume_step or None)
 
@@ -52,13 +56,13 @@ class MetricsLog:
         self._file.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Write the numbers of one step; those that are not finite are written as null.
+        """Write the metrics of one step; values that are not finite are written as null.
 
         Raises:
             StorageError: they cannot be written.
         """
         record: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
-        with self._told():
+        with self._storage_errors():
             for name, value in values.items():
                 record[name] = float(value) if math.isfinite(value) else None
                 if math.isfinite(value):
@@ -69,25 +73,31 @@ class MetricsLog:
                 file.write(json.dumps(record) + "\n")
 
     def flush(self) -> None:
-        """Hand on what was logged.
+        """Make everything logged so far durable: flush the events, upload to a remote directory.
 
         Raises:
             StorageError: it cannot be written.
         """
-        with self._told():
+        with self._storage_errors():
             self._writer.flush()
             if self._target is not None:
                 storage.copy_dir(str(self._directory), self._target)
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _storage_errors(self) -> Iterator[None]:
+        """Raise a failure to write as the user's error."""
         try:
             yield
         except OSError as error:
             raise StorageError(f"{self._target or self._directory}: cannot be written ({error})") from error
 
     def close(self) -> None:
-        with self._told():
+        """Flush, and release the files.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        with self._storage_errors():
             self._writer.close()
         self.flush()
         if self._target is not None:
@@ -95,8 +105,8 @@ class MetricsLog:
 
 
 def results_of(values: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers that the same training gives on any machine: without seconds, rates, memory and hits of caches."""
-    measured = ("seconds_", "peak_memory_", "samples_per_", "tflops_per_", "mfu", "vision_cache_")
+    """The metrics that do not depend on the machine: without `time/` and the hits of the vision cache."""
+    measured = ("time/", "data/vision_cache_")
     return {name: value for name, value in values.items() if isinstance(value, float) and not name.startswith(measured)}
 
 
@@ -109,6 +119,6 @@ def read_metrics(directory: str) -> list[dict[str, Any]]:
 
 
 def _records(text: str) -> list[dict[str, Any]]:
-    """One for each line, but for a last one that a full disk or a kill cut off."""
+    """The record of each line; a last line without its end, cut off by a full disk or a kill, is dropped."""
     lines = text.split("\n")
     return [json.loads(line) for line in lines[:-1] if line]

@@ -1,4 +1,4 @@
-"""Where the actors of a pool run: room for all of them is taken at once, on the nodes that the config names."""
+"""Placement of a pool's actors: resources for all of them are reserved at once, on the configured nodes."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from afmrl_ray.training.cluster import format_resources, pool_demand
 
 
 class ActorPlacement:
-    """Room for a pool's actors, held until `close`; with `placement.strategy: default`, Ray's own scheduling.
+    """A placement group for a pool's actors, held until `close`; none with `placement.strategy: default`.
 
     Args:
-        name: of the pool's setting, for messages, such as `rar.reward.pool`.
+        name: of the pool's setting, such as `rar.reward.pool`; also of the placement group.
         pool: the pool.
 
     Raises:
-        ResourceError: there was no such room within `placement.timeout_s`.
+        ResourceError: the resources were not available within `placement.timeout_s`.
     """
 
     def __init__(self, name: str, pool: PoolConfig) -> None:
         self._pool, self._group = pool, None
         if pool.placement.strategy != "default":
-            self._group = _take(name, pool)
+            self._group = _reserve(name, pool)
 
     def options(self, index: int) -> dict[str, Any]:
-        """What `ray.remote` is told of actor number `index`."""
+        """Options of `ray.remote` for actor number `index`."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         placement = self._pool.placement
@@ -43,7 +43,7 @@ class ActorPlacement:
         return options
 
     def close(self) -> None:
-        """Give the room back; what still runs in it ends."""
+        """Remove the placement group; actors that still run in it are killed."""
         from ray.util import remove_placement_group
 
         if self._group is not None:
@@ -51,7 +51,7 @@ class ActorPlacement:
             self._group = None
 
 
-def _take(name: str, pool: PoolConfig) -> Any:
+def _reserve(name: str, pool: PoolConfig) -> Any:
     from ray.util import placement_group, remove_placement_group
 
     placement = pool.placement
@@ -65,19 +65,19 @@ def _take(name: str, pool: PoolConfig) -> Any:
     if not group.wait(placement.timeout_s):
         remove_placement_group(group)
         raise ResourceError(
-            f"{name}: no room for {pool.num_workers} actors with {format_resources(bundle)} each"
+            f"{name}: no resources for {pool.num_workers} actors with {format_resources(bundle)} each"
             f"{_labelled(placement.labels)}, placement {placement.strategy}, within placement.timeout_s "
-            f"{placement.timeout_s:g} s. {_available()}"
+            f"{placement.timeout_s:g} s. {_format_nodes()}"
         )
     return group
 
 
 def _labelled(labels: Mapping[str, str]) -> str:
-    return f" on nodes labelled {_pairs(labels)}" if labels else ""
+    return f" on nodes labelled {_format_labels(labels)}" if labels else ""
 
 
-def _available() -> str:
-    """The nodes, in words."""
+def _format_nodes() -> str:
+    """Resources and labels of the cluster's nodes, as a sentence."""
     import ray
 
     free = ray.available_resources()
@@ -90,10 +90,10 @@ def _available() -> str:
             if not name.startswith("node:") and name not in ("memory", "object_store_memory")
         }
         labels = {name: value for name, value in node["Labels"].items() if name != "ray.io/node-id"}
-        shown.append(f"{format_resources(resources)}{f' ({_pairs(labels)})' if labels else ''}")
+        shown.append(f"{format_resources(resources)}{f' ({_format_labels(labels)})' if labels else ''}")
     unused = {name: free.get(name, 0.0) for name in ("CPU", "GPU")}
     return f"The cluster has {len(nodes)} nodes: {'; '.join(shown)}. Unused: {format_resources(unused, zeros=True)}"
 
 
-def _pairs(labels: Mapping[str, str]) -> str:
+def _format_labels(labels: Mapping[str, str]) -> str:
     return ", ".join(f"{name}={value}" for name, value in labels.items())

@@ -1,4 +1,4 @@
-"""A checkpoint for another number of workers than wrote it, by way of DeepSpeed's universal checkpoint."""
+"""Conversion of a checkpoint for another number of workers, by DeepSpeed's universal checkpoint."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from torch import distributed as dist
 
 from afmrl_ray.errors import CheckpointError
 
-# What DeepSpeed raises where shards are missing, damaged or of a kind that it cannot join.
+# What DeepSpeed raises if shards are missing, damaged or of a kind that it cannot merge.
 _CONVERSION_ERRORS = (OSError, RuntimeError, ValueError, LookupError, AssertionError)
 
 
 @contextmanager
-def universal_checkpoint(directory: str, tag: str, *, wrote: int) -> Iterator[str]:
-    """Inside, a folder whose checkpoint `tag` any number of workers can load; call it on every rank.
+def universal_checkpoint(directory: str, tag: str, *, writers: int) -> Iterator[str]:
+    """Inside the context, a folder with a checkpoint that any number of workers can load; call it on every rank.
 
-    One rank per node converts into a temporary folder, which the others of its node read. The original is only read.
+    One rank per node converts into a temporary folder, which the others of its node read. The original is unchanged.
 
     Args:
         directory: local folder of the checkpoint.
         tag: its DeepSpeed tag.
-        wrote: number of workers that wrote it.
+        writers: number of workers that wrote it.
 
     Raises:
         CheckpointError: a shard is missing or damaged.
@@ -39,16 +39,17 @@ def universal_checkpoint(directory: str, tag: str, *, wrote: int) -> Iterator[st
                 _convert(os.path.join(directory, tag), os.path.join(own, tag))
             except _CONVERSION_ERRORS as error:
                 raise CheckpointError(
-                    f"{directory}: written by {wrote} workers, cannot be converted for {dist.get_world_size()} "
-                    f"({' '.join(str(error).split())}); go back to {wrote} workers, or remove it to start afresh"
+                    f"{directory}: written by {writers} workers, cannot be converted for {dist.get_world_size()} "
+                    f"({' '.join(str(error).split())}); use {writers} workers again, or remove it to start from the "
+                    "first step"
                 ) from error
         yield _of_this_node(own if converts else None)
-        # Nobody removes the folder before everybody has read.
+        # The folder must exist until all ranks have read it.
         dist.barrier()
 
 
 def _of_this_node(own: str | None) -> str:
-    """The folder that this rank converted into, or another rank of its node did."""
+    """The folder into which a rank of this node converted."""
     places: list[tuple[str, str | None]] = [("", None)] * dist.get_world_size()
     node = socket.gethostname()
     dist.all_gather_object(places, (node, own))
@@ -61,7 +62,7 @@ def _convert(source: str, target: str) -> None:
     arguments = argparse.Namespace(
         input_folder=source,
         output_folder=target,
-        # More would fork this process with its threads and its accelerator.
+        # More workers would fork this process with its threads and accelerator context.
         num_extract_workers=1,
         num_merge_workers=1,
         keep_temp_folder=False,

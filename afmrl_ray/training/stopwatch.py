@@ -1,4 +1,4 @@
-"""Where the time of a step goes."""
+"""Time spent in the parts of a step."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 
 class Stopwatch:
-    """Seconds by name, added up over uses.
+    """Measures seconds by name, summed over uses.
 
-    On CUDA, whose calls return before the work is done, the device's own events are read once at the end.
+    On CUDA, whose calls return before the work is done, the device's events are read once at the end.
 
     Args:
         device: where the timed work runs.
@@ -37,10 +37,10 @@ class Stopwatch:
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
 
     def seconds(self) -> dict[str, float]:
-        """`seconds_<name>` of everything timed since the construction."""
+        """`time/<name>` in seconds of everything timed since construction."""
         if self._events:
             torch.cuda.synchronize()
         for name, begin, end in self._events:
             self._seconds[name] = self._seconds.get(name, 0.0) + begin.elapsed_time(end) / 1000
         self._events.clear()
-        return {f"seconds_{name}": value for name, value in self._seconds.items()}
+        return {f"time/{name}": value for name, value in self._seconds.items()}

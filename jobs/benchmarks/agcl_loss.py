@@ -39,13 +39,13 @@ def comparisons() -> list[Comparison]:
 
     def weighted(queries: Tensor, candidates: Tensor) -> Tensor:
         lexical = scale_lexical(raw, positives)
-        return weighted_info_nce(queries @ candidates.T, positives, temperature=TEMPERATURE, lexical=lexical)[0]
+        return weighted_info_nce(queries @ candidates.T, positives, temperature=TEMPERATURE, lexical_scores=lexical)[0]
 
     def masked(queries: Tensor, candidates: Tensor) -> Tensor:
-        keep = mask_by_candidate(candidates.detach(), positives, threshold=0.9, product_ids=products, min_negatives=8)
+        mask = mask_by_candidate(candidates.detach(), positives, threshold=0.9, product_ids=products, min_negatives=8)
         lexical = scale_lexical(raw, positives)
         return weighted_info_nce(
-            queries @ candidates.T, positives, temperature=TEMPERATURE, lexical=lexical, keep=keep
+            queries @ candidates.T, positives, temperature=TEMPERATURE, lexical_scores=lexical, negative_mask=mask
         )[0]
 
     gap = max(float((a - b).abs().max()) for a, b in zip(gradients(bare), gradients(plain), strict=True))

@@ -17,8 +17,8 @@ def child(pairs: int) -> dict[str, float]:
     """Peak memory of a step in MiB: of the process, and above its memory just before the step."""
     import torch
 
-    from afmrl_ray.agcl.batch_layout import Batch
     from afmrl_ray.agcl.batches import PairSampler
+    from afmrl_ray.agcl.directions import local_items
     from afmrl_ray.agcl.gradcache import backward_in_parts
     from afmrl_ray.agcl.loss import mask_by_candidate, weighted_info_nce
     from afmrl_ray.models.encoder import EmbeddingModel
@@ -34,17 +34,16 @@ def child(pairs: int) -> dict[str, float]:
     sampler = PairSampler(catalogue, bench.config.agcl, seed=0)
 
     def step(pairs_of_step: int) -> None:
-        batch = Batch(sampler.batch(0)[:pairs_of_step], 0, 1, sampler.product_of)
+        items, _ = local_items(sampler.batch(0)[:pairs_of_step])
         rows = [
-            encoder_input(processor, catalogue, shown.row, config=bench.config.encoder, inputs="both")
-            for shown, _, _ in batch.local_items()
+            encoder_input(processor, catalogue, item.row, config=bench.config.encoder, inputs="both") for item in items
         ]
         index = torch.arange(pairs_of_step)
 
         def loss(embeddings: torch.Tensor) -> tuple[torch.Tensor, None]:
             queries, positives = embeddings.chunk(2)
-            keep = mask_by_candidate(positives.detach(), index, threshold=0.9, min_negatives=8)
-            return weighted_info_nce(queries @ positives.T, index, temperature=0.05, keep=keep)[0], None
+            mask = mask_by_candidate(positives.detach(), index, threshold=0.9, min_negatives=8)
+            return weighted_info_nce(queries @ positives.T, index, temperature=0.05, negative_mask=mask)[0], None
 
         parts = cut_by_tokens([len(row) for row in rows], PART * max(map(len, rows)))
         backward_in_parts(

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from afmrl_ray.agcl.batch_layout import Batch
 from afmrl_ray.agcl.batches import PairSampler
+from afmrl_ray.agcl.directions import local_items
 from afmrl_ray.agcl.gradcache import backward_in_parts
 from afmrl_ray.agcl.loss import weighted_info_nce
 from afmrl_ray.models.encoder import EmbeddingModel
@@ -125,11 +125,8 @@ def comparisons() -> list[Comparison]:
     bench = make_bench(PAIRS, 4 * PAIRS)
     catalogue, processor = bench.catalogue, bench.processor()
     sampler = PairSampler(catalogue, bench.config.agcl, seed=0)
-    batch = Batch(sampler.batch(0), 0, 1, sampler.product_of)
-    rows = [
-        encoder_input(processor, catalogue, shown.row, config=bench.config.encoder, inputs="both")
-        for shown, _, _ in batch.local_items()
-    ]
+    items, _ = local_items(sampler.batch(0))
+    rows = [encoder_input(processor, catalogue, item.row, config=bench.config.encoder, inputs="both") for item in items]
     pad, longest = processor.pad_id, max(len(row) for row in rows)
     plain, cached = ours(bench, rows, pad, None), ours(bench, rows, pad, PART * longest)
     sizes = f"{PAIRS} pairs, {sum(map(len, rows))} tokens"

@@ -18,8 +18,8 @@ def loop(payload: dict[str, Any]) -> None:
     import torch
 
     from afmrl_ray.agcl.prepare import Preparer
+    from afmrl_ray.agcl.qwen2_vl import TrainableQwen2VL
     from afmrl_ray.agcl.step import AGCLStep
-    from afmrl_ray.models.encoder import EmbeddingModel
     from afmrl_ray.training.engine import Engine
     from afmrl_ray.training.fit import seed_step
 
@@ -48,13 +48,16 @@ def loop(payload: dict[str, Any]) -> None:
             self._optimizer.zero_grad()
 
     agcl = bench.config.agcl
-    ours = Engine(EmbeddingModel(bench.model()).train(), agcl.optimizer, steps=10_000, zero_stage=0)
-    bare = Bare(EmbeddingModel(bench.model()))
-    preparer = Preparer(bench.config, bench.catalogue, bench.processor(), None)
-    steps = {
-        name: AGCLStep(agcl, preparer, engine, pad_id=bench.processor().pad_id)  # type: ignore[arg-type]
-        for name, engine in (("ours", ours), ("bare", bare))
+    encoders = {
+        name: TrainableQwen2VL(bench.config, bench.model(), bench.processor(), bench.catalogue)
+        for name in ("ours", "bare")
     }
+    ours = Engine(encoders["ours"].module, agcl.optimizer, steps=10_000, zero_stage=0)
+    bare = Bare(encoders["bare"].module)
+    steps = {}
+    for name, engine in (("ours", ours), ("bare", bare)):
+        preparer = Preparer(bench.config, bench.catalogue, encoders[name], None)
+        steps[name] = AGCLStep(agcl, encoders[name], preparer, engine)  # type: ignore[arg-type]
     times: dict[str, list[float]] = {"ours": [], "bare": []}
     gap = 0.0
     for step in range(WARMUPS + REPEATS):
@@ -62,7 +65,7 @@ def loop(payload: dict[str, Any]) -> None:
         for name, engine in (("ours", ours), ("bare", bare)):
             began = time.perf_counter()
             seed_step(0, step, 0)
-            losses[name] = steps[name](step)["loss"]
+            losses[name] = steps[name](step)["train/loss"]
             engine.step()
             if step >= WARMUPS:
                 times[name].append(time.perf_counter() - began)

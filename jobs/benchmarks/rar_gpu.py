@@ -21,7 +21,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from afmrl_ray.models.policy import Policy
+from afmrl_ray.models.logprobs import CompletionLogprobs
 from jobs.benchmarks.gpu import device_name, timed
 from jobs.benchmarks.rar_gpu_update import (
     LIMITS,
@@ -38,7 +38,7 @@ from jobs.benchmarks.rar_gpu_update import (
 OUT = Path("runs/bench/rar_gpu.json")
 
 
-def measure(step: Any, policy: Policy, device: torch.device, repeats: int) -> dict[str, Any]:
+def measure(step: Any, policy: CompletionLogprobs, device: torch.device, repeats: int) -> dict[str, Any]:
     """Seconds and, on a GPU, peak memory of a step; `seconds` is None if it ran out of memory."""
     clear_gradients(policy)
     if device.type == "cuda":

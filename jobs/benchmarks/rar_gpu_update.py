@@ -16,12 +16,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from afmrl_ray.models.inner import inner_model
-from afmrl_ray.models.logprobs import completion_batch
+from afmrl_ray.models.logprobs import CompletionLogprobs, completion_batch
 from afmrl_ray.models.microbatches import cut_by_tokens, cut_shared_prefix
 from afmrl_ray.models.model_input import ModelInput, PixelFormat, Visual, mrope_positions
-from afmrl_ray.models.policy import Policy
 from afmrl_ray.models.shared_prefix import pack, use_shared_prefix
+from afmrl_ray.models.unwrap import unwrap_model
 from afmrl_ray.models.vision_attention import use_attention_by_length
 from afmrl_ray.rar.loss import group_advantages, grpo_loss
 
@@ -89,7 +88,7 @@ class Group:
     advantages: Tensor
 
 
-def make_policy(shape: dict[str, Any], adapter: str, device: torch.device, dtype: torch.dtype) -> Policy:
+def make_policy(shape: dict[str, Any], adapter: str, device: torch.device, dtype: torch.dtype) -> CompletionLogprobs:
     """A policy of a published shape with random weights and a frozen vision tower."""
     config = Qwen2_5_VLConfig(
         text_config={**shape["text"], "tie_word_embeddings": True},
@@ -113,7 +112,7 @@ def make_policy(shape: dict[str, Any], adapter: str, device: torch.device, dtype
             if "lora_B" in name:  # initially zero, which makes the gradient of the other factor zero
                 parameter.data.normal_(std=0.02)
     use_shared_prefix(model)
-    return Policy(model).train()
+    return CompletionLogprobs(model).train()
 
 
 def make_groups(
@@ -147,7 +146,7 @@ def make_groups(
 class Update:
     """The gradient of a whole update, with packed groups or plain rows, in micro-batches of at most `part_tokens`."""
 
-    def __init__(self, policy: Policy, groups: Sequence[Group], part_tokens: int, *, packed: bool) -> None:
+    def __init__(self, policy: CompletionLogprobs, groups: Sequence[Group], part_tokens: int, *, packed: bool) -> None:
         self._policy, self._packed = policy, packed
         self._device = next(policy.parameters()).device
         self._prompts = [group.prompt for group in groups for _ in group.completions]
@@ -196,16 +195,16 @@ class Update:
         return found
 
 
-def clear_gradients(policy: Policy) -> None:
+def clear_gradients(policy: CompletionLogprobs) -> None:
     """Free the gradients' memory."""
     policy.zero_grad(set_to_none=True)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def set_checkpointing(policy: Policy, on: bool) -> None:
+def set_checkpointing(policy: CompletionLogprobs, on: bool) -> None:
     """Switch gradient checkpointing on or off."""
-    model = inner_model(policy.backbone)
+    model = unwrap_model(policy.backbone)
     # Methods that older versions of transformers have too: a GPU machine may have one older than the package needs.
     if on:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -213,7 +212,7 @@ def set_checkpointing(policy: Policy, on: bool) -> None:
         model.gradient_checkpointing_disable()
 
 
-def equality(policy: Policy, groups: Sequence[Group], part_tokens: int, dtype: str) -> dict[str, float]:
+def equality(policy: CompletionLogprobs, groups: Sequence[Group], part_tokens: int, dtype: str) -> dict[str, float]:
     """Differences of packed and plain updates; packed attention is restricted to fused kernels.
 
     Raises:

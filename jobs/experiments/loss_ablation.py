@@ -24,16 +24,15 @@ from tqdm import tqdm
 
 from afmrl_ray import storage
 from afmrl_ray.agcl.prepare import Preparer
+from afmrl_ray.agcl.qwen2_vl import TrainableQwen2VL
 from afmrl_ray.agcl.step import AGCLStep
 from afmrl_ray.attributes.store import read_attributes
 from afmrl_ray.cit.tiny import make_tiny
 from afmrl_ray.config import Config
 from afmrl_ray.config.catalogue import ItemSelector
 from afmrl_ray.config.cluster import RayConfig
-from afmrl_ray.models.adapters import load_start, save_trained
-from afmrl_ray.models.encoder import EmbeddingModel
+from afmrl_ray.models.adapters import load_for_training, save_trained
 from afmrl_ray.models.item_processor import ItemProcessor
-from afmrl_ray.models.vision_cache import VisionCache
 from afmrl_ray.retrieval.embed import Encoder, EncoderRef
 from afmrl_ray.retrieval.evaluate import evaluate
 from afmrl_ray.training.cluster import ray_session
@@ -70,7 +69,7 @@ class CellRunner:
         )
         raw = f"{out}.raw"
         make_tiny(config, "encoder", dataset.reference, raw)
-        self._train(dataset, config, raw, f"{out}.partial", cached=False)
+        self._train(dataset, config, raw, f"{out}.partial")
         os.replace(f"{out}.partial", out)
 
     def cell(self, dataset: Dataset, seed: int, start: str, agcl: dict[str, Any], out: str) -> None:
@@ -90,21 +89,21 @@ class CellRunner:
             }
         )
         trained = f"{out}.model"
-        stats = self._train(dataset, config, start, trained, cached=True)
+        stats = self._train(dataset, config, start, trained)
         protocols = self._evaluate(dataset, config, trained)
         storage.remove(trained)
         storage.write_json(out, {"stats": stats, "protocols": protocols})
 
-    def _train(self, dataset: Dataset, config: Config, start: str, out: str, *, cached: bool) -> dict[str, float]:
+    def _train(self, dataset: Dataset, config: Config, start: str, out: str) -> dict[str, float]:
         """Means of the logged values over the second half of the training."""
         agcl = config.agcl
-        model = load_start(start, "encoder", agcl.adapter, seed=config.run.seed)
+        model = load_for_training(start, "encoder", agcl.adapter, seed=config.run.seed)
         processor = ItemProcessor.from_pretrained(start, config.encoder.image)
-        engine = Engine(EmbeddingModel(model).train(), agcl.optimizer, steps=agcl.steps, zero_stage=0)
-        cache = VisionCache(model, processor, config.encoder.vision_cache) if cached else None
-        store = read_attributes(dataset.attributes)
-        preparer = Preparer(config, dataset.reference.open(), processor, store, cache=cache)
-        step_fn = AGCLStep(agcl, preparer, engine, pad_id=processor.pad_id)
+        catalogue = dataset.reference.open()
+        encoder = TrainableQwen2VL(config, model, processor, catalogue)
+        engine = Engine(encoder.module, agcl.optimizer, steps=agcl.steps, zero_stage=0)
+        preparer = Preparer(config, catalogue, encoder, read_attributes(dataset.attributes))
+        step_fn = AGCLStep(agcl, encoder, preparer, engine)
         found = []
         for step in range(agcl.steps):
             seed_step(config.run.seed, step, 0)
@@ -112,7 +111,7 @@ class CellRunner:
             engine.step()
         engine.close()
         save_trained(model, out, processor=start)
-        return {name: statistics.fmean(s[name] for s in found[len(found) // 2 :]) for name in _LOGGED}
+        return {name: statistics.fmean(s[f"train/{name}"] for s in found[len(found) // 2 :]) for name in _LOGGED}
 
     def _evaluate(self, dataset: Dataset, config: Config, trained: str) -> dict[str, Any]:
         encoder = Encoder(EncoderRef(trained, config.encoder), dataset.reference)

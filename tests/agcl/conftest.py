@@ -9,7 +9,7 @@ from afmrl_ray.config.catalogue import CatalogueConfig
 
 
 @pytest.fixture(scope="session")
-def curated_catalogue_ref(tiny_catalogue_path, tmp_path_factory) -> CatalogueRef:
+def hard_negatives_catalogue_ref(tiny_catalogue_path, tmp_path_factory) -> CatalogueRef:
     """Two of three train items name as negatives: one of their own product, an unknown item, three of others."""
     table = pq.read_table(tiny_catalogue_path)
     rows = table.select(["item_id", "product_id", "split"]).to_pylist()
@@ -19,7 +19,7 @@ def curated_catalogue_ref(tiny_catalogue_path, tmp_path_factory) -> CatalogueRef
         own = next(other["item_id"] for other in rows if other["product_id"] == row["product_id"])
         others = [other["item_id"] for other in train if other["product_id"] != row["product_id"]][place % 7 :][:3]
         negatives.append([own, "nowhere", *others] if row["split"] == "train" and place % 3 else None)
-    path = str(tmp_path_factory.mktemp("curated") / "c.parquet")
+    path = str(tmp_path_factory.mktemp("hard-negatives") / "c.parquet")
     pq.write_table(table.append_column("negatives", pa.array(negatives, pa.list_(pa.string()))), path)
     config = CatalogueConfig(cache_dir=str(tmp_path_factory.mktemp("staging")))
     return CatalogueRef(path, config, open_catalogue(path, config=config).fingerprint)

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
-from afmrl_ray.agcl.batch_layout import Batch
 from afmrl_ray.agcl.batches import PairSampler
 from afmrl_ray.config.catalogue import ItemSelector
 from afmrl_ray.config.train import AGCLConfig, PairConfig
@@ -34,7 +31,7 @@ def test_pairs_are_two_items_of_one_product_and_a_batch_holds_a_product_once(cat
     products, splits = catalogue.column("product_id"), catalogue.column("split")
     for step in range(10):
         batch = sampler.batch(step)
-        assert len({pair.product for pair in batch}) == 6
+        assert len({pair.query.product for pair in batch}) == 6
         for pair in batch:
             (positive,) = pair.positives
             assert pair.query.row != positive.row
@@ -44,14 +41,14 @@ def test_pairs_are_two_items_of_one_product_and_a_batch_holds_a_product_once(cat
 
 def test_an_epoch_visits_every_product_at_most_once_and_all_but_a_remainder(catalogue):
     sampler = sampler_of(catalogue)
-    seen = [pair.product for step in range(sampler.steps_per_epoch) for pair in sampler.batch(step)]
+    seen = [pair.query.product for step in range(sampler.steps_per_epoch) for pair in sampler.batch(step)]
     products = {
         p for p, s in zip(catalogue.column("product_id"), catalogue.column("split"), strict=True) if s == "train"
     }
     assert len(seen) == len(set(seen)) == len(products) // 6 * 6
 
 
-def test_sources_take_their_sides_and_their_share(catalogue):
+def test_pairs_come_from_their_source_in_proportion_to_its_weight(catalogue):
     queries = ItemSelector(split=("test",), role="query")
     gallery = ItemSelector(split=("test",), role="gallery")
     sources = (PairConfig(query=queries, positive=gallery, weight=3.0), PairConfig(query=gallery, positive=gallery))
@@ -59,9 +56,11 @@ def test_sources_take_their_sides_and_their_share(catalogue):
     roles = catalogue.column("role")
     pairs = [pair for step in range(100) for pair in sampler.batch(step)]
     for pair in pairs:
-        assert roles[pair.query.row] == ("query" if pair.source == 0 else "gallery")
+        assert pair.query.selector in (queries, gallery)
+        assert roles[pair.query.row] == ("query" if pair.query.selector == queries else "gallery")
         assert roles[pair.positives[0].row] == "gallery"
-    assert sum(pair.source == 0 for pair in pairs) / len(pairs) == pytest.approx(0.75, abs=0.08)
+        assert pair.positives[0].selector == gallery
+    assert sum(pair.query.selector == queries for pair in pairs) / len(pairs) == pytest.approx(0.75, abs=0.08)
 
 
 def test_impossible_batches_are_refused(catalogue):
@@ -76,15 +75,15 @@ def test_the_grouped_fraction_is_made_of_groups_and_an_epoch_still_visits_every_
     families = dict(zip(catalogue.column("product_id"), catalogue.column("family_id"), strict=True))
     products = catalogue.column("product_id")
 
-    hard = sampler_of(catalogue, batch_grouping={"fraction": 0.5, "column": "family_id"}, batch_size=8)
-    members = [families[products[pair.query.row]] for pair in hard.batch(0)]
+    grouped = sampler_of(catalogue, batch_grouping={"fraction": 0.5, "column": "family_id"}, batch_size=8)
+    members = [families[products[pair.query.row]] for pair in grouped.batch(0)]
     assert len(set(members[:4])) == 1, "half of eight is one family"
-    everyone = [families[products[pair.query.row]] for pair in sampler_of(catalogue, batch_size=8).batch(0)]
-    assert len(set(everyone[:4])) > 1
-    seen = [pair.product for step in range(hard.steps_per_epoch) for pair in hard.batch(step)]
-    assert len(seen) == len(set(seen)) == hard.steps_per_epoch * 8
+    uniform = [families[products[pair.query.row]] for pair in sampler_of(catalogue, batch_size=8).batch(0)]
+    assert len(set(uniform[:4])) > 1
+    seen = [pair.query.product for step in range(grouped.steps_per_epoch) for pair in grouped.batch(step)]
+    assert len(seen) == len(set(seen)) == grouped.steps_per_epoch * 8
     again = sampler_of(catalogue, batch_grouping={"fraction": 0.5, "column": "family_id"}, batch_size=8)
-    assert again.batch(hard.steps_per_epoch + 1) == hard.batch(hard.steps_per_epoch + 1)
+    assert again.batch(grouped.steps_per_epoch + 1) == grouped.batch(grouped.steps_per_epoch + 1)
     with pytest.raises(CatalogueError, match=r"agcl.batch_grouping.column 'item_id': no two products share a value"):
         sampler_of(catalogue, batch_grouping={"fraction": 0.5, "column": "item_id"})
 
@@ -92,56 +91,28 @@ def test_the_grouped_fraction_is_made_of_groups_and_an_epoch_still_visits_every_
 def test_several_positives_are_different_items_where_there_are_enough(catalogue):
     products = catalogue.column("product_id")
     for pair in sampler_of(catalogue, positives_per_query=2).batch(0):
-        rows = [shown.row for shown in pair.positives]
+        rows = [item.row for item in pair.positives]
         assert len(rows) == 2
         assert pair.query.row not in rows
         assert {products[row] for row in rows} == {products[pair.query.row]}
 
 
-def test_curated_negatives_are_of_other_products_and_never_unknown(curated_catalogue_ref, caplog):
-    catalogue = curated_catalogue_ref.open()
+def test_hard_negatives_are_known_items_of_other_products(hard_negatives_catalogue_ref, caplog):
+    catalogue = hard_negatives_catalogue_ref.open()
     sampler = sampler_of(catalogue, hard_negatives=2)
     items, products, wanted = (catalogue.column(name) for name in ("item_id", "product_id", "negatives"))
     for pair in sampler.batch(1):
         assert len(pair.negatives) == (2 if wanted[pair.query.row] else 0)
-        for shown in pair.negatives:
-            assert items[shown.row] in wanted[pair.query.row]
-            assert products[shown.row] != products[pair.query.row]
+        for item in pair.negatives:
+            assert items[item.row] in wanted[pair.query.row]
+            assert products[item.row] != products[pair.query.row]
     listed = sum(bool(names) for names in wanted)
     assert f"left out {listed} items that are not in the catalogue and {listed} of the row's own product" in caplog.text
 
 
-def test_columns_of_a_batch_know_their_owners(curated_catalogue_ref):
-    catalogue = curated_catalogue_ref.open()
-    sampler = sampler_of(catalogue, hard_negatives=2, positives_per_query=2)
-    item = [pair for step in range(3) for pair in sampler.batch(step) if pair.negatives][:6]
-    pairs = [replace(item[0], negatives=item[0].negatives[:1]), *item[1:]]  # 11 negatives do not divide by 3
-    seen, texts = [], []
-    for rank in range(3):
-        batch = Batch(pairs, rank, 3, sampler.product_of)
-        assert batch.counts == [2, 4, 4]
-        seen.append([shown.row for shown, _, _ in batch.local_items()])
-        forward = batch.query_to_positive(str)
-        texts.append(forward.candidate_texts)
-        assert forward.valid.tolist() == [True] * 23 + [False]
-        for place, row in enumerate((2 * rank, 2 * rank + 1)):
-            for which in range(2):
-                column = forward.positives[which][place]
-                assert forward.candidate_texts[column] == str(pairs[row].positives[which].row)
-                assert forward.products[column] == pairs[row].product
-            own = [texts[-1][column] for column in range(24) if forward.exempt[place, column]]
-            assert own == [str(shown.row) for shown in pairs[row].negatives]
-        backward = batch.positive_to_query(str)
-        assert backward.candidate_texts == [str(pair.query.row) for pair in pairs]
-        assert backward.positives == [[2 * rank, 2 * rank, 2 * rank + 1, 2 * rank + 1]]
-    assert texts[0] == texts[1] == texts[2]
-    gathered = [row for rows in seen for row in rows[2:6]] + [row for rows in seen for row in rows[6:]]
-    assert [str(row) for row in gathered] == texts[0], "columns stand as the gather concatenates them"
-
-
-def test_a_share_of_the_products_is_drawn_by_the_seed_and_nested(catalogue):
-    def drawn(share: float, seed: int = 0) -> set[int]:
-        sampler = sampler_of(catalogue, seed=seed, train_fraction=share, batch_size=4)
+def test_a_fraction_of_the_products_is_drawn_by_the_seed_and_nested(catalogue):
+    def drawn(fraction: float, seed: int = 0) -> set[int]:
+        sampler = sampler_of(catalogue, seed=seed, train_fraction=fraction, batch_size=4)
         pairs = [pair for step in range(40) for pair in sampler.batch(step)]
         products = catalogue.column("product_id")
         return {products[pair.query.row] for pair in pairs}
@@ -152,6 +123,17 @@ def test_a_share_of_the_products_is_drawn_by_the_seed_and_nested(catalogue):
     assert drawn(0.5, seed=1) != half
 
 
-def test_a_share_too_small_for_a_batch_names_both_settings(catalogue):
+def test_a_fraction_too_small_for_a_batch_is_an_error_that_names_both_settings(catalogue):
     with pytest.raises(ConfigError, match=r"agcl.batch_size 6 exceeds the \d products .* agcl.train_fraction 0.1"):
         sampler_of(catalogue, train_fraction=0.1)
+
+
+def test_attributes_are_dropped_with_the_probability_of_query_and_positive(catalogue):
+    def kept(**dropout: float) -> tuple[float, float]:
+        sampler = sampler_of(catalogue, attribute_dropout=dropout)
+        pairs = [pair for step in range(60) for pair in sampler.batch(step)]
+        queries = sum(pair.query.with_attributes for pair in pairs) / len(pairs)
+        return queries, sum(pair.positives[0].with_attributes for pair in pairs) / len(pairs)
+
+    assert kept(query=0.0, positive=1.0) == (1.0, 0.0)
+    assert kept(query=0.25, positive=0.5) == pytest.approx((0.75, 0.5), abs=0.08)

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from afmrl_ray.agcl.dual_prepare import DualPreparer
-from afmrl_ray.agcl.dual_step import DualStep
+from afmrl_ray.agcl.dual_encoder import TrainableDualEncoder
+from afmrl_ray.agcl.prepare import Preparer
+from afmrl_ray.agcl.qwen2_vl import TrainableQwen2VL
+from afmrl_ray.agcl.step import AGCLStep
+from afmrl_ray.agcl.train import load_encoder
 from afmrl_ray.attributes.store import AttributeRow, read_attributes, write_attributes
 from afmrl_ray.attributes.text import format_attributes, normalise_attributes
-from afmrl_ray.catalogue import StagedCatalogue
 from afmrl_ray.config import validate
 from afmrl_ray.config.models import ImageConfig, TinyConfig
 from afmrl_ray.errors import CatalogueError
-from afmrl_ray.models.adapters import load_start
-from afmrl_ray.models.dual_encoder import DualEncoder, DualProcessor
 from afmrl_ray.models.tiny_dual_encoder import build_dual_encoder, save_dual_encoder, train_dual_tokenizer
 from afmrl_ray.training.engine import Engine
 from tests.process_group import run_workers
@@ -67,13 +67,11 @@ def attributes(tiny_catalogue_ref, tmp_path_factory) -> str:
 
 
 def train(rank: int, world: int, ref, base: str, attributes: str, folder: str) -> None:
-    config = validate(VALUES)
-    model = load_start(base, "dual_encoder", config.agcl.adapter, seed=0)
-    processor = DualProcessor.from_pretrained(base, model)
-    engine = Engine(DualEncoder(model).train(), config.agcl.optimizer, steps=3, zero_stage=0)
-    preparer = DualPreparer(config, ref.open(), processor, read_attributes(attributes), rank=rank, world=world)
-    step = DualStep(config, preparer, engine, processor, rank=rank, world=world)
-    stats = step(0)
+    config, catalogue, store = validate(VALUES), ref.open(), read_attributes(attributes)
+    encoder = load_encoder(config, base, catalogue, store, rank=rank, world=world)
+    engine = Engine(encoder.module, config.agcl.optimizer, steps=3, zero_stage=0)
+    preparer = Preparer(config, catalogue, encoder, store, rank=rank, world=world)
+    stats = AGCLStep(config.agcl, encoder, preparer, engine, rank=rank, world=world)(0)
     gradients = {n: p.grad.clone() for n, p in engine._engine.module.named_parameters() if p.grad is not None}
     if rank == 0:
         torch.save((stats, gradients), os.path.join(folder, f"{world}.pt"))
@@ -86,38 +84,53 @@ def test_two_workers_give_the_gradient_of_one(tiny_catalogue_ref, base, attribut
     for world in (1, 2):
         run_workers(train, tiny_catalogue_ref, base, attributes, str(tmp_path), world=world)
     (one, expected), (two, found) = (torch.load(tmp_path / f"{world}.pt") for world in (1, 2))
-    for name in ("pair_loss", "image_text_loss", "region_loss", "hard_text_loss", "loss"):
+    names = [f"train/{name}_loss" for name in ("pair", "image_text", "region", "hard_text")]
+    for name in (*names, "train/loss"):
         assert one[name] > 0
         assert two[name] == pytest.approx(one[name], abs=1e-5), name
+    assert one["train/loss"] == pytest.approx(sum(one[name] for name in names), abs=1e-5)
     assert expected.keys() == found.keys()
     for name, gradient in expected.items():
         assert torch.allclose(found[name], gradient, atol=1e-5 * max(1.0, float(gradient.norm()))), name
-    # The checkpoint's own scale is no part of the training.
+    # The checkpoint's own scale is not trained.
     assert not any("logit_scale" in name for name in expected)
 
 
-def test_a_step_is_a_function_of_its_number_and_objectives_take_what_they_need(tiny_catalogue_ref, base, attributes):
-    config = validate(VALUES)
-    model = load_start(base, "dual_encoder", config.agcl.adapter, seed=0)
-    processor = DualProcessor.from_pretrained(base, model)
-    given = (config, tiny_catalogue_ref.open(), processor)
-    store = read_attributes(attributes)
-    first, again = (DualPreparer(*given, store).prepare(4) for _ in range(2))
-    assert first.phrases == again.phrases
-    assert any(first.phrases)
-    for region, phrase, texts in zip(first.regions, first.phrases, first.texts, strict=True):
-        assert (region.pixels is not None) == bool(phrase)
-        assert len(texts) == 1 + config.encoder.dual_encoder.hard_texts
-    without = DualPreparer(*given, None).prepare(4)
-    assert not any(without.phrases)
-    assert all(row.input_ids is None for texts in without.texts for row in texts)
+def test_a_steps_inputs_are_a_function_of_its_number_and_need_attributes_for_regions_and_texts(
+    tiny_catalogue_ref, base, attributes
+):
+    config, catalogue = validate(VALUES), tiny_catalogue_ref.open()
+
+    def prepared(store) -> tuple[list, list, list]:
+        """Inputs of items, regions and texts."""
+        encoder = load_encoder(config, base, catalogue, store)
+        inputs = Preparer(config, catalogue, encoder, store).prepare(4).inputs
+        return inputs[:12], inputs[12:18], inputs[18:]
+
+    def ids(inputs) -> list[bytes]:
+        return [each.input_ids.tobytes() if each.input_ids is not None else b"" for each in inputs]
+
+    first, again = (prepared(read_attributes(attributes)) for _ in range(2))
+    assert [ids(inputs) for inputs in first] == [ids(inputs) for inputs in again]
+    items, regions, texts = first
+    assert all(item.pixels is not None and item.input_ids is not None for item in items)
+    assert [region.pixels is None for region in regions] == [region.input_ids is None for region in regions]
+    assert any(ids(regions))
+    assert len(texts) == 6 * (1 + config.encoder.dual_encoder.hard_texts)
+    assert any(ids(texts))
+    _, regions, texts = prepared(None)
+    assert not any(ids([*regions, *texts]))
 
 
 def test_regions_need_the_column_of_boxes(tiny_catalogue_ref, base):
     config = validate(
         {**VALUES, "encoder": {"kind": "dual_encoder", "dual_encoder": {"region_weight": 1.0, "boxes_column": "no"}}}
     )
-    catalogue: StagedCatalogue = tiny_catalogue_ref.open()
-    model = load_start(base, "dual_encoder", config.agcl.adapter, seed=0)
     with pytest.raises(CatalogueError, match="no column 'no'"):
-        DualPreparer(config, catalogue, DualProcessor.from_pretrained(base, model), None)
+        load_encoder(config, base, tiny_catalogue_ref.open(), None)
+
+
+def test_the_encoders_kind_decides_what_is_loaded(tiny_checkpoints, tiny_catalogue_ref, base):
+    catalogue = tiny_catalogue_ref.open()
+    assert isinstance(load_encoder(validate(VALUES), base, catalogue, None), TrainableDualEncoder)
+    assert isinstance(load_encoder(validate({}), tiny_checkpoints["encoder"], catalogue, None), TrainableQwen2VL)

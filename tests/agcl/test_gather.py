@@ -26,14 +26,14 @@ def _local_slice_trick(x: Tensor) -> Tensor:
 
 
 def _step(gather: Callable[[Tensor], Tensor], rank: int, world: int) -> tuple[Tensor, Tensor]:
-    """Loss and parameter gradient of this rank's share of a batch that is the same on all ranks."""
+    """Loss and parameter gradient of this rank's part of a batch that is the same on all ranks."""
     draw = torch.Generator().manual_seed(0)
     queries, candidates = torch.randn(B, D, generator=draw), torch.randn(B, D, generator=draw)
     weight = torch.randn(D, D, generator=draw, requires_grad=True)
-    share = slice(rank * B // world, (rank + 1) * B // world)
-    own = F.normalize(queries[share] @ weight, dim=1)
-    everyone = gather(F.normalize(candidates[share] @ weight, dim=1))
-    loss, _ = weighted_info_nce(own @ everyone.T, torch.arange(B)[share], temperature=0.1)
+    part = slice(rank * B // world, (rank + 1) * B // world)
+    own = F.normalize(queries[part] @ weight, dim=1)
+    everywhere = gather(F.normalize(candidates[part] @ weight, dim=1))
+    loss, _ = weighted_info_nce(own @ everywhere.T, torch.arange(B)[part], temperature=0.1)
     loss.backward()
     assert weight.grad is not None
     return loss.detach(), weight.grad

@@ -1,4 +1,4 @@
-"""GradCache gives the gradient of the plain pass over the same parts, random draws included."""
+"""GradCache gives the gradient of the plain pass over the same parts, random numbers included."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def gradients(model: nn.Module) -> list[torch.Tensor]:
 
 
 def whole(dropout: float, parts: list[list[int]]) -> list[torch.Tensor]:
-    """All activations at once, drawn part by part."""
+    """All activations at once, with the random numbers of the parts."""
     model = encoder(dropout)
     torch.manual_seed(2)
     embeddings = torch.empty(6, 4)
-    for rows in parts:
-        embeddings = embeddings.index_copy(0, torch.tensor(rows), model(DATA[rows]))
+    for part in parts:
+        embeddings = embeddings.index_copy(0, torch.tensor(part), model(DATA[part]))
     loss(embeddings)[0].backward()
     return gradients(model)
 
@@ -50,7 +50,7 @@ def test_gradients_equal_those_of_the_whole_graph(dropout, parts, idle):
         value.backward()
         lasts.append(last)
 
-    stats = backward_in_parts(lambda rows: model(DATA[rows]), parts, loss, backward, idle=idle)
+    stats = backward_in_parts(lambda part: model(DATA[part]), parts, loss, backward, idle=idle)
     assert stats == "stats"
     assert lasts == [False] * (len(lasts) - 1) + [True]
     for ours, theirs in zip(gradients(model), whole(dropout, parts), strict=True):
@@ -58,11 +58,11 @@ def test_gradients_equal_those_of_the_whole_graph(dropout, parts, idle):
 
 
 def test_without_the_replay_dropout_gives_another_gradient(monkeypatch):
-    """The test above can tell: it fails where the second pass draws anew."""
+    """The test above would notice: with new random numbers in the second pass the gradient differs."""
     model = encoder(0.5)
     torch.manual_seed(2)
     monkeypatch.setattr(RandomState, "replayed", lambda self: torch.random.fork_rng(enabled=False))
-    backward_in_parts(lambda rows: model(DATA[rows]), PARTS, loss, lambda value, last: value.backward())
+    backward_in_parts(lambda part: model(DATA[part]), PARTS, loss, lambda value, last: value.backward())
     expected = whole(0.5, PARTS)
     assert any((ours - theirs).abs().max() > 1e-3 for ours, theirs in zip(gradients(model), expected, strict=True))
 

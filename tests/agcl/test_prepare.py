@@ -1,4 +1,4 @@
-"""Preparing ahead changes when a step's inputs are made, never what they are."""
+"""Prefetching changes when a step's inputs are made, never what they are; BM25 scores are computed if needed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from afmrl_ray.agcl.prepare import Prefetcher, Preparer
+from afmrl_ray.agcl.qwen2_vl import TrainableQwen2VL
 from afmrl_ray.attributes.lexical import BM25
 from afmrl_ray.attributes.store import AttributeRow, read_attributes, write_attributes
 from afmrl_ray.config import validate
+from afmrl_ray.models.adapters import load_for_training
 from afmrl_ray.models.item_processor import ItemProcessor
 
 
@@ -27,7 +29,7 @@ def store(tiny_catalogue_ref, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sparse(tiny_catalogue_ref, tmp_path_factory):
-    """Attributes of each third item alone."""
+    """Attributes of every third item only."""
     items = tiny_catalogue_ref.open().column("item_id")[::3]
     path = str(tmp_path_factory.mktemp("store") / "attributes.parquet")
     write_attributes(path, [AttributeRow(item, "color: red") for item in items], fingerprint="t")
@@ -38,15 +40,18 @@ def preparer(tiny_checkpoints, tiny_catalogue_ref, store, *, rank: int = 0, worl
     config = validate(
         {"encoder": {"image": {"min_pixels": 784, "max_pixels": 3136}}, "agcl": {"batch_size": 6, **agcl}}
     )
-    processor = ItemProcessor.from_pretrained(tiny_checkpoints["encoder"], config.encoder.image)
-    return Preparer(config, tiny_catalogue_ref.open(), processor, store, rank=rank, world=world)
+    base, catalogue = tiny_checkpoints["encoder"], tiny_catalogue_ref.open()
+    model = load_for_training(base, "encoder", config.agcl.adapter, seed=0)
+    processor = ItemProcessor.from_pretrained(base, config.encoder.image)
+    encoder = TrainableQwen2VL(config, model, processor, catalogue)
+    return Preparer(config, catalogue, encoder, store, rank=rank, world=world)
 
 
 def ids(prepared) -> list[list[int]]:
-    return [row.input_ids.tolist() for row in prepared.rows]
+    return [each.input_ids.tolist() for each in prepared.inputs]
 
 
-def test_steps_taken_ahead_are_those_prepared_one_by_one(tiny_checkpoints, tiny_catalogue_ref, store):
+def test_prefetched_steps_equal_those_prepared_one_by_one(tiny_checkpoints, tiny_catalogue_ref, store):
     ours = preparer(tiny_checkpoints, tiny_catalogue_ref, store)
     threads = []
     plain = ours.prepare
@@ -55,33 +60,29 @@ def test_steps_taken_ahead_are_those_prepared_one_by_one(tiny_checkpoints, tiny_
         threads.append((step, threading.current_thread() is threading.main_thread()))
         return plain(step)
 
-    ours.prepare = noted
-    ahead = Prefetcher(ours, steps=4)
-    found = [ahead.take(step) for step in range(4)]
+    prefetcher = Prefetcher(noted, steps=4)
+    found = [prefetcher.take(step) for step in range(4)]
     assert threads == [(0, True), (1, False), (2, False), (3, False)]
     for step, prepared in enumerate(found):
         expected = plain(step)
         assert ids(prepared) == ids(expected)
-        assert torch.equal(prepared.query_to_positive.lexical, expected.query_to_positive.lexical)
-        assert torch.equal(prepared.positive_to_query.lexical, expected.positive_to_query.lexical)
-    # A resumed training begins anywhere.
-    assert ids(Prefetcher(ours, steps=4).take(2)) == ids(plain(2))
+        for direction in ("query_to_positive", "positive_to_query"):
+            scores = (getattr(each, direction).lexical_scores for each in (prepared, expected))
+            assert torch.equal(*scores)
+    # A resumed training begins at any step.
+    assert ids(Prefetcher(plain, steps=4).take(2)) == ids(plain(2))
 
 
-def test_what_goes_wrong_ahead_is_raised_where_the_step_is_taken(tiny_checkpoints, tiny_catalogue_ref, store):
-    ours = preparer(tiny_checkpoints, tiny_catalogue_ref, store)
-    plain = ours.prepare
-
+def test_an_error_while_prefetching_is_raised_where_the_step_is_taken():
     def failing(step):
         if step == 1:
             raise OSError("the image of row 7 is gone")
-        return plain(step)
+        return step
 
-    ours.prepare = failing
-    ahead = Prefetcher(ours, steps=3)
-    ahead.take(0)
+    prefetcher = Prefetcher(failing, steps=3)
+    assert prefetcher.take(0) == 0
     with pytest.raises(OSError, match="row 7"):
-        ahead.take(1)
+        prefetcher.take(1)
 
 
 @pytest.mark.parametrize("idf", ["corpus", "batch"])
@@ -89,38 +90,41 @@ def test_the_scores_of_two_workers_are_those_of_one(tiny_checkpoints, tiny_catal
     given = (tiny_checkpoints, tiny_catalogue_ref, store)
     whole = preparer(*given, lexical={"idf": idf}).prepare(0)
     parts = [preparer(*given, rank=rank, world=2, lexical={"idf": idf}).prepare(0) for rank in (0, 1)]
-    for task in ("query_to_positive", "positive_to_query"):
-        shares = torch.cat([getattr(part, task).lexical for part in parts])
-        assert torch.equal(shares, getattr(whole, task).lexical)
+    for direction in ("query_to_positive", "positive_to_query"):
+        scores = torch.cat([getattr(part, direction).lexical_scores for part in parts])
+        assert torch.equal(scores, getattr(whole, direction).lexical_scores)
     if idf == "batch":
-        texts = whole.query_to_positive.direction.candidate_texts
-        expected = BM25().fit(texts).scores(whole.query_to_positive.direction.own_texts, texts)
-        np.testing.assert_array_equal(whole.query_to_positive.lexical.numpy(), expected)
+        items = tiny_catalogue_ref.open().column("item_id")
+        queries, positives = (
+            [store.text(items[item.row]) for item in whole.items[side]] for side in (slice(6), slice(6, 12))
+        )
+        expected = BM25().fit(positives).scores(queries, positives)
+        np.testing.assert_array_equal(whole.query_to_positive.lexical_scores.numpy(), expected)
 
 
-def test_nothing_is_scored_that_nothing_asks_for(tiny_checkpoints, tiny_catalogue_ref, store):
+def test_lexical_scores_are_computed_only_for_weights_or_mask(tiny_checkpoints, tiny_catalogue_ref, store):
     off = {"lexical": {"enabled": False}, "bidirectional": False}
     prepared = preparer(tiny_checkpoints, tiny_catalogue_ref, store, **off).prepare(0)
-    assert prepared.query_to_positive.lexical is None
+    assert prepared.query_to_positive.lexical_scores is None
     assert prepared.positive_to_query is None
     masked = preparer(
         tiny_checkpoints, tiny_catalogue_ref, store, **off, mask={"enabled": True, "kind": "attributes"}
     ).prepare(0)
-    assert masked.query_to_positive.lexical is not None
+    assert masked.query_to_positive.lexical_scores is not None
 
 
 @pytest.mark.parametrize(
-    ("given", "lexical", "told"),
+    ("given", "lexical", "named"),
     [
         ("sparse", True, ["agcl.pairs.0.query", "agcl.pairs.0.positive"]),
         ("sparse", False, []),
         ("store", True, []),
     ],
 )
-def test_sides_without_attributes_are_told_of_where_weights_need_them(
-    tiny_checkpoints, tiny_catalogue_ref, request, caplog, given, lexical, told
+def test_missing_attributes_are_logged_if_weights_need_them(
+    tiny_checkpoints, tiny_catalogue_ref, request, caplog, given, lexical, named
 ):
     with caplog.at_level(logging.WARNING, "afmrl_ray.agcl.prepare"):
         chosen = request.getfixturevalue(given)
         preparer(tiny_checkpoints, tiny_catalogue_ref, chosen, lexical={"enabled": lexical})
-    assert [record.getMessage().split(":")[0] for record in caplog.records] == told
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == named

@@ -1,4 +1,4 @@
-"""Stage 1 gone on with by fewer workers: adapters and whole models, under every ZeRO stage."""
+"""Stage 1 resumed by fewer workers: adapters and whole models, under every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from torch import distributed as dist
 from afmrl_ray.agcl.prepare import Preparer
 from afmrl_ray.agcl.step import AGCLStep
 from afmrl_ray.config import validate
-from afmrl_ray.models.item_processor import ItemProcessor
 from afmrl_ray.training.engine import Engine
 from afmrl_ray.training.fit import seed_step
-from tests.agcl.test_step import embedding_model, values_of
+from tests.agcl.test_step import trainable_encoder, values_of
 from tests.process_group import run_workers
 
 CASES = list(itertools.product(range(4), ("lora", "full")))
@@ -25,16 +24,16 @@ def train(rank: int, world: int, resume: bool, ref, base: str, folder: str) -> N
     """All steps of every case, or only the second half from the first one's checkpoint."""
     for stage, kind in CASES:
         config = validate(values_of(adapter={"kind": kind, "r": 4}, workers={"zero_stage": stage}))
-        processor = ItemProcessor.from_pretrained(base, config.encoder.image)
-        model = embedding_model(config, base)
-        engine = Engine(model, config.agcl.optimizer, steps=STEPS, zero_stage=stage)
-        preparer = Preparer(config, ref.open(), processor, None, rank=rank, world=world)
-        step_fn = AGCLStep(config.agcl, preparer, engine, pad_id=processor.pad_id, rank=rank, world=world)
+        catalogue = ref.open()
+        encoder = trainable_encoder(config, base, catalogue)
+        engine = Engine(encoder.module, config.agcl.optimizer, steps=STEPS, zero_stage=stage)
+        preparer = Preparer(config, catalogue, encoder, None, rank=rank, world=world)
+        step_fn = AGCLStep(config.agcl, encoder, preparer, engine, rank=rank, world=world)
         found = {"start": weights(engine)}
         for step in range(STEPS):
             if step == HALF:
                 if resume:
-                    engine.load(f"{folder}/{stage}-{kind}", location="here", remedy="begin anew")
+                    engine.load(f"{folder}/{stage}-{kind}", location="here", remedy="start again")
                 else:
                     engine.save(f"{folder}/{stage}-{kind}")
                 found.update(half=weights(engine), moments=moments(engine, stage))
@@ -66,7 +65,7 @@ def moments(engine: Engine, stage: int) -> list[torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def folder(tiny_checkpoints, tiny_catalogue_ref, tmp_path_factory) -> str:
-    """What two workers had at the start, in the middle and at the end, and one worker that took over in the middle."""
+    """Weights of two workers at the start, half-way and at the end, and of one worker resumed half-way."""
     folder = str(tmp_path_factory.mktemp("resume"))
     for world in (2, 1):
         run_workers(train, world == 1, tiny_catalogue_ref, tiny_checkpoints["encoder"], folder, world=world)
@@ -76,7 +75,7 @@ def folder(tiny_checkpoints, tiny_catalogue_ref, tmp_path_factory) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("stage", "kind"), CASES)
-def test_one_worker_goes_on_exactly_where_two_were(folder, stage, kind):
+def test_one_worker_resumes_exactly_from_the_state_of_two(folder, stage, kind):
     two, one = (torch.load(f"{folder}/{stage}-{kind}-{world}.pt") for world in (2, 1))
     for name in ("half", "moments"):
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(one[name], two[name], strict=True)), name

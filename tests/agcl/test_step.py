@@ -10,12 +10,12 @@ import torch
 from torch import distributed as dist
 
 from afmrl_ray.agcl.prepare import Preparer
+from afmrl_ray.agcl.qwen2_vl import TrainableQwen2VL
 from afmrl_ray.agcl.step import AGCLStep
 from afmrl_ray.attributes.store import AttributeRow, read_attributes, write_attributes
 from afmrl_ray.attributes.text import format_attributes, normalise_attributes
 from afmrl_ray.config import validate
-from afmrl_ray.models.adapters import load_start
-from afmrl_ray.models.encoder import EmbeddingModel
+from afmrl_ray.models.adapters import load_for_training
 from afmrl_ray.models.item_processor import ItemProcessor
 from afmrl_ray.models.model_input import collate
 from afmrl_ray.training.engine import Engine
@@ -24,7 +24,7 @@ from afmrl_ray.training.stopwatch import Stopwatch
 from tests.process_group import run_workers
 
 BUDGET = 220
-"""Tokens that cut a share of twelve items into several parts."""
+"""Tokens that cut a worker's twelve items into several parts."""
 
 
 def values_of(**agcl) -> dict:
@@ -34,61 +34,57 @@ def values_of(**agcl) -> dict:
     }
 
 
-def embedding_model(config, base: str) -> EmbeddingModel:
-    agcl = config.agcl
-    model = load_start(base, "encoder", agcl.adapter, seed=0, dtype=config.encoder.dtype)
+def trainable_encoder(config, base: str, catalogue) -> TrainableQwen2VL:
+    model = load_for_training(base, "encoder", config.agcl.adapter, seed=0, dtype=config.encoder.dtype)
     draw = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at first, which would hide the gradient of the other factor
             parameter.data.copy_(torch.empty(parameter.shape).normal_(std=0.1, generator=draw))
-    return EmbeddingModel(model, agcl.temperature if agcl.learn_temperature else None).train()
+    processor = ItemProcessor.from_pretrained(base, config.encoder.image)
+    return TrainableQwen2VL(config, model, processor, catalogue)
 
 
 def plain(case: tuple, ref, base: str, attributes: str, world: int) -> tuple[float, list[torch.Tensor]]:
-    """One process without DeepSpeed: all activations of all workers' items at once, drawn as the workers draw."""
+    """One process without DeepSpeed: all activations of all workers at once, with the random numbers of each."""
     _, values = case
-    config = validate(values)
-    model = embedding_model(config, base)
-    processor = ItemProcessor.from_pretrained(base, config.encoder.image)
-    given = (config, ref.open(), processor, read_attributes(attributes))
-    sides: list[list[torch.Tensor]] = [[], [], []]
+    config, catalogue = validate(values), ref.open()
+    encoder = trainable_encoder(config, base, catalogue)
+    pad_id = ItemProcessor.from_pretrained(base, config.encoder.image).pad_id
+    given = (config, catalogue, encoder, read_attributes(attributes))
+    kinds: list[list[torch.Tensor]] = [[], [], []]
     for rank in range(world):
         prepared = Preparer(*given, rank=rank, world=world).prepare(0)
         seed_step(0, 0, rank)
         embeddings: dict[int, torch.Tensor] = {}
         for part in prepared.parts:
-            found = model(**collate([prepared.rows[row] for row in part], processor.pad_id))
+            found = encoder.module(**collate([prepared.inputs[index] for index in part], pad_id))
             embeddings.update(zip(part, found, strict=True))
-        own = torch.stack([embeddings[row] for row in range(len(prepared.rows))]).split(prepared.counts)
-        for side, share in zip(sides, own, strict=True):
-            side.append(share)
-    everything = torch.cat([torch.cat(side) for side in sides])
-    preparer = Preparer(*given)
-    whole = preparer.prepare(0)
-    step = AGCLStep(config.agcl, preparer, None, pad_id=processor.pad_id)
-    # With several workers, items that fill up the last share stand at the end.
-    loss, stats = step.loss(0, whole, everything[: sum(whole.counts)], Stopwatch(torch.device("cpu")))
+        own = torch.stack([embeddings[index] for index in range(len(prepared.inputs))]).split(prepared.counts)
+        for kind, of_rank in zip(kinds, own, strict=True):
+            kind.append(of_rank)
+    everything = torch.cat([torch.cat(kind) for kind in kinds])
+    whole = Preparer(*given).prepare(0)
+    # With several workers, padding among the hard negatives is at the end.
+    loss, _ = encoder.loss(0, whole, everything[: sum(whole.counts)], Stopwatch(torch.device("cpu")))
     loss.backward()
-    return stats["loss"], [p.grad for p in model.parameters() if p.requires_grad]
+    return float(loss), [p.grad for p in encoder.module.parameters() if p.requires_grad]
 
 
 def train(rank: int, world: int, cases: list, ref, base: str, attributes: str, folder: str) -> None:
     from deepspeed.utils import safe_get_full_grad
 
-    processor = None
     for name, values in cases:
-        config = validate(values)
-        processor = processor or ItemProcessor.from_pretrained(base, config.encoder.image)
-        model = embedding_model(config, base)
+        config, catalogue = validate(values), ref.open()
+        encoder = trainable_encoder(config, base, catalogue)
         engine = Engine(
-            model,
+            encoder.module,
             config.agcl.optimizer,
             steps=2,
             zero_stage=config.agcl.workers.zero_stage,
             bf16=config.encoder.dtype == "bfloat16",
         )
-        preparer = Preparer(config, ref.open(), processor, read_attributes(attributes), rank=rank, world=world)
-        step = AGCLStep(config.agcl, preparer, engine, pad_id=processor.pad_id, rank=rank, world=world)
+        preparer = Preparer(config, catalogue, encoder, read_attributes(attributes), rank=rank, world=world)
+        step = AGCLStep(config.agcl, encoder, preparer, engine, rank=rank, world=world)
         seed_step(0, 0, rank)
         stats = step(0)
         gradients = [safe_get_full_grad(p).clone() for p in engine.parameters]
@@ -111,7 +107,7 @@ def attributes(tiny_catalogue_ref, tmp_path_factory) -> str:
 def check(case: tuple, folder, world: int, expected: tuple[float, list[torch.Tensor]]) -> dict[str, float]:
     stats, gradients = torch.load(folder / f"{case[0]}-{world}.pt")
     loss, wanted = expected
-    assert stats["loss"] == pytest.approx(loss, rel=1e-5), case[0]
+    assert stats["train/loss"] == pytest.approx(loss, rel=1e-5), case[0]
     for ours, theirs in zip(gradients, wanted, strict=True):
         assert (ours - theirs).norm() <= 1e-5 * max(theirs.norm(), 1e-3), case[0]
     return stats
@@ -140,11 +136,11 @@ def test_gradcache_under_every_zero_stage_equals_the_plain_pass(
     assert expected["lora-0.3"][0] != pytest.approx(expected["lora-0.0"][0], rel=1e-3), "dropout does nothing"
     for case in cases:
         stats = check(case, tmp_path, world, expected[case[0][6:]])
-        assert stats["microbatches"] > 1
+        assert stats["data/microbatches"] > 1
 
 
 @pytest.mark.timeout(300)
-def test_in_bfloat16_the_cut_adds_nothing_to_the_errors_of_rounding(
+def test_in_bfloat16_gradcache_adds_no_error_beyond_rounding(
     tiny_checkpoints, tiny_catalogue_ref, attributes, tmp_path
 ):
     cases = [("lora-exact", values_of(adapter={"r": 4})), ("full-exact", values_of(adapter={"kind": "full"}))]
@@ -169,9 +165,9 @@ def test_in_bfloat16_the_cut_adds_nothing_to_the_errors_of_rounding(
 
 @pytest.mark.timeout(300)
 def test_the_number_of_workers_changes_neither_loss_nor_gradient(
-    tiny_checkpoints, curated_catalogue_ref, attributes, tmp_path
+    tiny_checkpoints, hard_negatives_catalogue_ref, attributes, tmp_path
 ):
-    """Local rows against global columns under every mask, several positives, curated negatives, both directions."""
+    """Local rows against global columns under every mask, several positives, hard negatives, both directions."""
     cases = [
         ("candidate", values_of(adapter={"kind": "full"})),
         ("one", values_of(lexical={"positive_weight": "one", "scale": "self", "idf": "batch"}, bidirectional=False)),
@@ -186,15 +182,15 @@ def test_the_number_of_workers_changes_neither_loss_nor_gradient(
             values_of(mask={"enabled": True, "kind": "attributes", "attribute_threshold": 0.5, "min_negatives": 1}),
         ),
         ("off", values_of(mask={"enabled": False}, lexical={"enabled": False}, positives_per_query=2)),
-        ("curated", values_of(hard_negatives=2, mask={"enabled": True, "threshold": -1, "min_negatives": 0})),
+        ("hard negatives", values_of(hard_negatives=2, mask={"enabled": True, "threshold": -1, "min_negatives": 0})),
         # The budget gives some workers more parts than others.
         ("cut", values_of(tokens_per_microbatch=90)),
     ]
-    given = (curated_catalogue_ref, tiny_checkpoints["encoder"], attributes)
+    given = (hard_negatives_catalogue_ref, tiny_checkpoints["encoder"], attributes)
     expected = {case[0]: plain(case, *given, 1) for case in cases}
     for world in (1, 2, 3):
         run_workers(train, cases, *given, str(tmp_path), world=world)
         for case in cases:
             stats = check(case, tmp_path, world, expected[case[0]])
-            if case[0] in ("margin", "attributes", "off", "curated"):
-                assert stats["masked_fraction"] > 0, case[0]
+            if case[0] in ("margin", "attributes", "off", "hard negatives"):
+                assert stats["train/masked_fraction"] > 0, case[0]

@@ -1,4 +1,4 @@
-"""AGCL on a real Ray Train worker group: asked again, and with a worker that dies."""
+"""AGCL on a real Ray Train worker group: run again after its end, and with a worker that is killed."""
 
 from __future__ import annotations
 
@@ -36,28 +36,29 @@ def train(folder: Path, checkpoints: dict[str, str], ref, steps: int) -> tuple[d
 def kill_a_worker_after(first_checkpoint: Path) -> None:
     while not first_checkpoint.exists():
         time.sleep(0.05)
-    # The checkpoint counts once the controller has noted it, a moment after it appeared.
+    # The controller registers the checkpoint a moment after it appears.
     time.sleep(2)
     workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in p.name()]
     os.kill(workers[-1].pid, signal.SIGKILL)
 
 
 @pytest.mark.slow
-def test_a_finished_training_asked_again_gives_the_same_at_once(
+def test_a_finished_training_run_again_returns_the_same_without_a_step(
     ray_local, tiny_checkpoints, tiny_catalogue_ref, tmp_path
 ):
     first = train(tmp_path, tiny_checkpoints, tiny_catalogue_ref, 4)
-    assert first[0]["gradient_norm"] > 0
+    assert first[0]["train/grad_norm"] > 0
     last = read_metrics(str(tmp_path / "attempt/log"))[-1]
-    assert last["mfu"] == pytest.approx(last["tflops_per_second"] / 0.5)
-    assert last["tflops_per_second"] == pytest.approx(last["tflop"] / last["seconds_step"])
+    assert last["time/mfu"] == pytest.approx(last["time/tflops_per_second"] / 0.5)
+    assert last["time/tflops_per_second"] == pytest.approx(last["data/tflop"] / last["time/step"])
+    assert last["time/samples_per_second"] == pytest.approx(last["data/samples"] / last["time/step"])
     steps = storage.read_bytes(str(tmp_path / "attempt/log/metrics.jsonl"))
     assert train(tmp_path, tiny_checkpoints, tiny_catalogue_ref, 4) == first
     assert storage.read_bytes(str(tmp_path / "attempt/log/metrics.jsonl")) == steps
 
 
 @pytest.mark.slow
-def test_a_killed_worker_changes_nothing_but_the_time(ray_local, tiny_checkpoints, tiny_catalogue_ref, tmp_path):
+def test_a_killed_worker_changes_no_result(ray_local, tiny_checkpoints, tiny_catalogue_ref, tmp_path):
     for name in ("calm", "killed"):
         (tmp_path / name).mkdir()
     calm = train(tmp_path / "calm", tiny_checkpoints, tiny_catalogue_ref, 80)

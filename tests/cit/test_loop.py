@@ -67,7 +67,7 @@ def test_a_run_commits_every_stage_skips_them_next_time_and_reruns_what_a_change
     assert 0 <= measured["protocols"]["fine"]["metrics"]["hit@1"]["mean"] <= 1
     # Rounds, galleries and rewards look at the same images with the same frozen tower.
     steps = read_metrics(storage.join(run.committed("agcl-r0").directory, "log"))
-    assert steps[-1]["vision_cache_hit_fraction"] > 0.5
+    assert steps[-1]["data/vision_cache_hit_fraction"] > 0.5
     rar = run.committed("rar-r0").metrics
     assert rar["eval/reward_before"]["low"] <= rar["eval/reward_before"]["mean"] <= rar["eval/reward_before"]["high"]
     assert weights(run.committed("rar-r0")) != weights(run.committed("distill"))

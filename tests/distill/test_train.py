@@ -1,4 +1,4 @@
-"""The step of distillation: a token mean over the global batch, however many workers share it."""
+"""The step of distillation: a token mean over the global batch, for any number of workers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from afmrl_ray.attributes.store import AttributeRow, write_attributes
 from afmrl_ray.config import validate
 from afmrl_ray.distill.train import DistillStep, labelled_rows
 from afmrl_ray.errors import CatalogueError, ConfigError
-from afmrl_ray.models.adapters import load_start
+from afmrl_ray.models.adapters import load_for_training
 from afmrl_ray.models.item_processor import ItemProcessor
-from afmrl_ray.models.policy import Policy
+from afmrl_ray.models.logprobs import CompletionLogprobs
 from afmrl_ray.models.prompts import generator_input
 from afmrl_ray.training.engine import Engine
 from tests.process_group import run_workers
@@ -28,14 +28,14 @@ LABELS = [(row, "; ".join(["color: red", "size: xl", "trim: gold"][: 1 + row % 3
 def train(rank: int, world: int, ref, start: str, folder: str) -> None:
     config = validate(VALUES)
     engine = Engine(
-        Policy(load_start(start, "generator", config.distill.adapter, seed=config.run.seed)),
+        CompletionLogprobs(load_for_training(start, "generator", config.distill.adapter, seed=config.run.seed)),
         config.distill.optimizer,
         steps=2,
         zero_stage=0,
     )
     processor = ItemProcessor.from_pretrained(start, config.generator.image)
     step = DistillStep(config, LABELS, ref.open(), processor, engine, rank=rank, world=world)
-    loss = step(0)["loss"]
+    loss = step(0)["train/loss"]
     losses = torch.tensor([loss])
     dist.all_reduce(losses)
     if rank == 0:
@@ -61,7 +61,7 @@ def test_the_loss_is_the_stock_models_mean_over_completion_tokens(tiny_checkpoin
     catalogue = tiny_catalogue_ref.open()
     start = tiny_checkpoints["generator"]
     processor = ItemProcessor.from_pretrained(start, config.generator.image)
-    model = load_start(start, "generator", config.distill.adapter, seed=config.run.seed)
+    model = load_for_training(start, "generator", config.distill.adapter, seed=config.run.seed)
     total, count = 0.0, 0
     for row, text in DistillStep(config, LABELS, catalogue, processor, None).batch(0):
         prompt = generator_input(processor, catalogue, row, config=config.generator)
@@ -81,7 +81,7 @@ def test_the_loss_is_the_stock_models_mean_over_completion_tokens(tiny_checkpoin
     assert torch.load(tmp_path / "1.pt")[0] == pytest.approx(total / count, rel=1e-5)
 
 
-def test_labels_that_cannot_be_used_are_told(tiny_checkpoints, tiny_catalogue_ref, tmp_path):
+def test_unusable_labels_are_an_error(tiny_checkpoints, tiny_catalogue_ref, tmp_path):
     catalogue = tiny_catalogue_ref.open()
     items = catalogue.column("item_id")
     config = validate(VALUES)

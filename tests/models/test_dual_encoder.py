@@ -1,4 +1,4 @@
-"""Dual encoders: stock checkpoints in, unit vectors out, and what they are refused."""
+"""Dual encoders: embeddings of stock checkpoints, and settings that are refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from afmrl_ray.config import validate
 from afmrl_ray.config.models import EncoderConfig, ImageConfig, TinyConfig
 from afmrl_ray.errors import CheckpointError, ConfigError
 from afmrl_ray.models.backbones import check_checkpoint, load_backbone
-from afmrl_ray.models.dual_encoder import DualEncoder, DualProcessor, fuse, placed
+from afmrl_ray.models.dual_encoder import DualEncoder, DualProcessor, fuse, zeros_where_missing
 from afmrl_ray.models.tiny_dual_encoder import build_dual_encoder, save_dual_encoder, train_dual_tokenizer
 from afmrl_ray.retrieval.embed import DualEncoderEmbedder, Encoder, EncoderRef, open_encoder
 
@@ -68,7 +68,7 @@ def test_embeddings_are_those_of_stock_clip(clip_path, tiny_catalogue_ref):
                 assert np.abs(found - expected).max() < 1e-5, (row, inputs)
 
 
-def test_a_batch_gives_what_its_items_give_alone(clip_path, tiny_catalogue_ref):
+def test_embeddings_of_a_batch_equal_those_of_its_items_alone(clip_path, tiny_catalogue_ref):
     """Padding and neighbours change nothing, and items that lack an image or a text do not shift the others."""
     encoder = DualEncoderEmbedder(EncoderRef(clip_path, config_of(clip_path)), tiny_catalogue_ref)
     rows, texts = [0, 1, 2, 3], ["", "color: red; pattern: striped; logo: blue", "trim: gold", ""]
@@ -79,11 +79,11 @@ def test_a_batch_gives_what_its_items_give_alone(clip_path, tiny_catalogue_ref):
     assert not np.allclose(encoder.embed([1], [texts[1]], inputs="both"), encoder.embed([1], [""], inputs="both"))
 
 
-def test_siglip_checkpoints_load_by_the_same_way_and_are_padded_to_their_length(siglip_path, tiny_catalogue_ref):
+def test_siglip_checkpoints_load_and_their_texts_are_padded_to_the_full_length(siglip_path, tiny_catalogue_ref):
     check_checkpoint(siglip_path, "dual_encoder")
     model = load_backbone(siglip_path, "dual_encoder")
     processor = DualProcessor.from_pretrained(siglip_path, model)
-    batch = processor.collate([processor.row(None, "red mug"), processor.row(None, "x" * 400)])
+    batch = processor.collate([processor.model_input(None, "red mug"), processor.model_input(None, "x" * 400)])
     assert batch["input_ids"].shape == (2, 20)
     encoder = open_encoder(EncoderRef(siglip_path, config_of(siglip_path)), tiny_catalogue_ref)
     found = encoder.embed([0, 1], ["", ""], inputs="both")
@@ -95,10 +95,10 @@ def test_siglip_checkpoints_load_by_the_same_way_and_are_padded_to_their_length(
     assert torch.allclose(torch.nn.functional.normalize(expected, dim=-1), ours, atol=1e-6)
 
 
-def test_vectors_are_put_where_they_belong():
+def test_vectors_of_present_inputs_are_expanded_with_zeros_and_fused():
     vectors = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    assert placed(vectors, [False, True, True]).tolist() == [[0, 0], [1, 0], [0, 1]]
-    fused = fuse(placed(vectors, [True, True, False]), placed(vectors, [False, True, True]))
+    assert zeros_where_missing(vectors, [False, True, True]).tolist() == [[0, 0], [1, 0], [0, 1]]
+    fused = fuse(zeros_where_missing(vectors, [True, True, False]), zeros_where_missing(vectors, [False, True, True]))
     assert torch.allclose(fused, torch.tensor([[1.0, 0.0], [0.5**0.5, 0.5**0.5], [0.0, 1.0]]))
 
 
@@ -109,7 +109,7 @@ def test_the_wrong_kind_of_checkpoint_names_the_setting(clip_path, tiny_checkpoi
         check_checkpoint(tiny_checkpoints["encoder"], "dual_encoder")
 
 
-def test_rar_does_not_search_with_a_dual_encoder(clip_path, tiny_catalogue_ref):
+def test_rars_encoder_refuses_a_dual_encoder(clip_path, tiny_catalogue_ref):
     with pytest.raises(ConfigError, match=r"encoder\.kind dual_encoder"):
         Encoder(EncoderRef(clip_path, config_of(clip_path)), tiny_catalogue_ref)
 
@@ -122,12 +122,12 @@ def test_rar_does_not_search_with_a_dual_encoder(clip_path, tiny_catalogue_ref):
         ({"lexical": {"enabled": False}, "learn_temperature": True}, "agcl.learn_temperature=false"),
     ],
 )
-def test_settings_that_belong_to_agcl_are_refused(agcl, named):
+def test_settings_of_agcl_that_a_dual_encoder_lacks_are_refused(agcl, named):
     with pytest.raises(ConfigError, match=named):
         validate({"encoder": {"kind": "dual_encoder"}, "agcl": agcl})
 
 
-def test_settings_of_dual_encoders_decide_nothing_about_qwen():
+def test_settings_of_dual_encoders_are_not_in_the_fingerprint_of_qwen():
     plain, other = EncoderConfig(), EncoderConfig(dual_encoder={"region_weight": 0.5})
     assert plain.fingerprinted() == other.fingerprinted()
     assert "kind" not in plain.fingerprinted()

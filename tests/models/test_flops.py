@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from afmrl_ray.config.models import AdapterConfig, ImageConfig, VisionCacheConfig
-from afmrl_ray.models.adapters import load_start
+from afmrl_ray.models.adapters import load_for_training
 from afmrl_ray.models.encoder import EmbeddingModel
 from afmrl_ray.models.flops import EncoderFlops, peak_tflops
 from afmrl_ray.models.item_processor import ItemProcessor
@@ -30,19 +30,21 @@ ADAPTERS = {
     ("kind", "images"),
     [pair for pair in itertools.product(ADAPTERS, ("pixels", "features", "none")) if pair != ("tower", "features")],
 )
-def test_a_step_needs_what_torch_counts(tiny_checkpoints, tmp_path, kind, images):
+def test_the_flops_of_a_step_equal_torchs_count(tiny_checkpoints, tmp_path, kind, images):
     adapter, slack = ADAPTERS[kind]
     path = tiny_checkpoints["encoder"]
     processor = ItemProcessor.from_pretrained(path, ImageConfig(min_pixels=784, max_pixels=20_000))
-    backbone = load_start(path, "encoder", adapter, seed=0)
+    backbone = load_for_training(path, "encoder", adapter, seed=0)
     model = EmbeddingModel(backbone).train()
-    rows = [processor.row(noise(120, 120, seed), "blue mug " * 12) for seed in range(3)]
+    rows = [processor.model_input(noise(120, 120, seed), "blue mug " * 12) for seed in range(3)]
     if images == "none":
-        rows = [processor.row(None, "blue mug " * 12) for _ in range(3)]
+        rows = [processor.model_input(None, "blue mug " * 12) for _ in range(3)]
     if images == "features":
         cached = VisionCache(backbone, processor, VisionCacheConfig(enabled=True, folder=str(tmp_path)))
         rows = [
-            processor.row(cached.visual(bytes([seed]), lambda seed=seed: noise(120, 120, seed)), "blue mug " * 12)
+            processor.model_input(
+                cached.visual(bytes([seed]), lambda seed=seed: noise(120, 120, seed)), "blue mug " * 12
+            )
             for seed in range(3)
         ]
     batch = collate(rows, processor.pad_id)
@@ -58,7 +60,7 @@ def test_a_step_needs_what_torch_counts(tiny_checkpoints, tmp_path, kind, images
     assert EncoderFlops(backbone).step(rows) == pytest.approx(counter.get_total_flops(), rel=slack)
 
 
-def test_known_devices_by_their_names():
+def test_peak_of_known_devices_by_name():
     assert peak_tflops("NVIDIA H100 80GB HBM3") == 989
     assert peak_tflops("NVIDIA H100 PCIe") == 756
     assert peak_tflops("NVIDIA L40S") == 362

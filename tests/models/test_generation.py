@@ -27,7 +27,7 @@ def generator(request, tiny_checkpoints):
 def prompts(generator):
     _, processor = generator
     sizes = [(60, 60), (90, 60), (84, 140)]
-    return [processor.row(noise(*size, seed), "new mug " * (seed + 1)) for seed, size in enumerate(sizes)]
+    return [processor.model_input(noise(*size, seed), "new mug " * (seed + 1)) for seed, size in enumerate(sizes)]
 
 
 def test_sampled_logprobs_are_those_of_a_forward_pass(generator, prompts):
@@ -111,11 +111,11 @@ def test_a_shared_prompt_draws_the_same_tokens_without_a_copy_for_each(tiny_chec
     torch.testing.assert_close(shared.logp, repeated.logp, atol=2e-5, rtol=1e-4)
 
 
-def test_writing_ends_with_the_separator_asked_for_and_is_the_same_until_then(generator, prompts, monkeypatch):
+def test_generation_stops_at_max_separators_and_is_the_same_until_then(generator, prompts, monkeypatch):
     model, processor = generator
     settings = {"max_new_tokens": 24, "group_size": 4, "seeds": [1, 2, 3]}
     whole = generate(model, processor, prompts, **settings)
-    # A random model seldom writes semicolons, so an eighth of the vocabulary stands in for them.
+    # A random model rarely generates semicolons, so an eighth of the vocabulary takes their place.
     separators = list(range(0, len(processor.tokenizer), 8))
     assert ";" in processor.tokenizer.convert_ids_to_tokens(processor.separator_ids)
     monkeypatch.setitem(vars(processor), "separator_ids", separators)

@@ -32,7 +32,7 @@ def stock(path: str, kind: str):
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("padded", [True, False])
 def test_embeddings_and_gradients_equal_those_of_the_whole_layer(tiny_checkpoints, processor, kind, padded):
-    rows = [processor.row(noise(60, 60, seed), "mug " * (1 + 5 * seed * padded)) for seed in range(4)]
+    rows = [processor.model_input(noise(60, 60, seed), "mug " * (1 + 5 * seed * padded)) for seed in range(4)]
     batch = collate(rows, processor.pad_id)
     assert bool((batch["attention_mask"] == 0).any()) == padded
     found = []
@@ -53,12 +53,12 @@ def test_embeddings_and_gradients_equal_those_of_the_whole_layer(tiny_checkpoint
         assert (found[0][1][name] - theirs).norm() <= 1e-5 * theirs.norm() + 1e-7, name
 
 
-def test_less_is_computed_and_the_model_stays_what_it_was(tiny_checkpoints, processor):
+def test_fewer_flops_are_computed_and_the_model_is_restored(tiny_checkpoints, processor):
     model = stock(tiny_checkpoints["encoder"], "full")
     layers, seen = model.model.language_model.layers, []
     for layer in (layers[0], layers[-1]):
         layer.mlp.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
-    batch = collate([processor.row(noise(60, 60), "mug")], processor.pad_id)
+    batch = collate([processor.model_input(noise(60, 60), "mug")], processor.pad_id)
     length = batch["input_ids"].shape[1]
     EmbeddingModel(model)(**batch)
     assert seen == [length, 1]
@@ -67,10 +67,10 @@ def test_less_is_computed_and_the_model_stays_what_it_was(tiny_checkpoints, proc
     assert seen[2:] == [length, length]
 
 
-def test_a_failing_pass_leaves_the_model_as_it_was(tiny_checkpoints, processor):
+def test_the_model_is_restored_after_a_failing_pass(tiny_checkpoints, processor):
     model = stock(tiny_checkpoints["encoder"], "full")
     layer = model.model.language_model.layers[-1]
-    batch = collate([processor.row(noise(60, 60), "mug")], processor.pad_id)
+    batch = collate([processor.model_input(noise(60, 60), "mug")], processor.pad_id)
     broken = {**batch, "input_ids": batch["input_ids"] + 10**6}
     with pytest.raises(IndexError):
         EmbeddingModel(model)(**broken)

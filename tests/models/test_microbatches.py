@@ -11,7 +11,7 @@ lengths = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 
 
 @given(lengths, st.integers(1, 200), st.booleans())
-def test_every_row_is_in_one_part_and_parts_fit(rows, budget, in_order):
+def test_every_sequence_is_in_one_part_and_parts_fit_the_budget(rows, budget, in_order):
     parts = cut_by_tokens(rows, budget, in_order=in_order)
     assert sorted(row for part in parts for row in part) == list(range(len(rows)))
     for part in parts:
@@ -21,7 +21,7 @@ def test_every_row_is_in_one_part_and_parts_fit(rows, budget, in_order):
 
 
 @given(lengths, st.integers(1, 200))
-def test_no_part_could_have_taken_the_next_row(rows, budget):
+def test_no_part_has_room_for_the_next_sequence(rows, budget):
     for in_order in (False, True):
         parts = cut_by_tokens(rows, budget, in_order=in_order)
         for part, following in itertools.pairwise(parts):
@@ -29,7 +29,7 @@ def test_no_part_could_have_taken_the_next_row(rows, budget):
             assert max(rows[row] for row in together) * len(together) > budget
 
 
-def test_rows_of_like_length_share_a_part():
+def test_sequences_of_similar_length_share_a_part():
     assert cut_by_tokens([10, 1, 10, 1], 20) == [[0, 2], [1, 3]]
     assert cut_by_tokens([10, 1, 10, 1], 20, in_order=True) == [[0, 1], [2, 3]]
 

@@ -1,4 +1,4 @@
-"""Embeddings of rows that share a prefix are those of the rows by themselves."""
+"""Embeddings of sequences with a common prefix equal those of the sequences alone."""
 
 from __future__ import annotations
 
@@ -47,23 +47,23 @@ def loaded(tiny_checkpoints):
     ),
     tokens=st.integers(20, 400),
 )  # fmt: skip
-def test_random_groups_have_the_embeddings_of_plain_rows(loaded, groups, tokens):
+def test_embeddings_of_random_groups_equal_those_of_padded_rows(loaded, groups, tokens):
     """Texts that are equal, one alone, items without an image, and cuts within a group."""
     plain, shared, processor = loaded
     rows = []
     for seed, (size, title, texts) in enumerate(groups):
         image = processor.visual(noise(*size, seed)) if size else None
-        rows.append([processor.row(image, f"{title}\n{text}") for text in texts])
+        rows.append([processor.model_input(image, f"{title}\n{text}") for text in texts])
     with torch.no_grad():
         found = embed_groups(shared, rows, processor.pad_id, tokens=tokens)
         expected = plain(**collate([row for own in rows for row in own], processor.pad_id))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_the_prefix_is_what_all_rows_begin_with_and_each_keeps_a_token(loaded):
+def test_the_prefix_is_common_to_all_and_each_continuation_has_a_token(loaded):
     processor = loaded[2]
     image = processor.visual(noise(60, 60))
-    rows = [processor.row(image, f"mug\n{text}") for text in TEXTS]
+    rows = [processor.model_input(image, f"mug\n{text}") for text in TEXTS]
     prefix, continuations = split_at_common_prefix(rows)
     for row, ids in zip(rows, continuations, strict=True):
         np.testing.assert_array_equal(np.concatenate([prefix.input_ids, ids]), row.input_ids)
@@ -76,7 +76,7 @@ def test_the_prefix_is_what_all_rows_begin_with_and_each_keeps_a_token(loaded):
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_a_item_is_embedded_as_without_sharing_and_its_image_goes_through_the_tower_once(
+def test_an_item_is_embedded_as_without_sharing_and_its_image_passes_the_tower_once(
     tiny_checkpoints, tiny_catalogue_ref, tmp_path, monkeypatch, cached
 ):
     config = EncoderConfig(

@@ -14,7 +14,7 @@ from tokenizers.processors import ByteLevel
 
 from afmrl_ray.config.models import AdapterConfig, EncoderConfig, ImageConfig
 from afmrl_ray.errors import CheckpointError, ConfigError
-from afmrl_ray.models.adapters import load_start, load_trained, save_trained
+from afmrl_ray.models.adapters import load_for_training, load_trained, save_trained
 from afmrl_ray.models.encoder import EmbeddingModel
 from afmrl_ray.models.item_processor import ItemProcessor
 from afmrl_ray.models.model_input import collate
@@ -60,7 +60,7 @@ class TeacherItem:
         ]
 
 
-LISTINGS = [
+ITEMS = [
     TeacherItem((90, 60), "hot mug", COLOURS),
     TeacherItem((61, 140), "mug"),
     TeacherItem((300, 220), "new striped steel mug with handle", COLOURS),
@@ -75,16 +75,16 @@ LISTINGS = [
 
 
 class Shop:
-    """`prompts.Items` of the items above."""
+    """`prompts.ItemReader` of the items above."""
 
     def image(self, row):
-        return LISTINGS[row].image
+        return ITEMS[row].image
 
     def image_bytes(self, row):
         raise NotImplementedError
 
     def title(self, row, columns=("title",)):
-        return LISTINGS[row].title
+        return ITEMS[row].title
 
 
 def own_rows(processor):
@@ -93,7 +93,7 @@ def own_rows(processor):
 
     return [
         encoder_input(processor, Shop(), n, config=CONFIG, inputs=inputs(item), attributes=item.attributes)
-        for n, item in enumerate(LISTINGS)
+        for n, item in enumerate(ITEMS)
     ]
 
 
@@ -104,7 +104,7 @@ def exported(request, tiny_checkpoints, tmp_path_factory):
     `system`: a chat template that begins with a system message, as that of the published checkpoints does.
     """
     source = str(tmp_path_factory.mktemp("trained") / "adapter")
-    model = load_start(tiny_checkpoints["encoder"], "encoder", AdapterConfig(kind="lora", r=4), seed=0)
+    model = load_for_training(tiny_checkpoints["encoder"], "encoder", AdapterConfig(kind="lora", r=4), seed=0)
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -126,7 +126,7 @@ def gap(theirs, own) -> float:
     return float(np.abs(np.asarray(theirs) - own.numpy()).max())
 
 
-def test_the_rows_try_what_they_are_meant_to(exported):
+def test_the_test_items_cover_images_texts_and_lengths(exported):
     _, own, rows = exported
     assert [len(row) for row in rows[-2:]] == [CONFIG.max_tokens] * 2
     assert len({row.visuals and row.visuals[0].grid for row in rows}) == 7
@@ -139,7 +139,7 @@ def test_the_chat_template_and_tokenizer_give_our_token_ids(exported):
 
     out, _, rows = exported
     tokenizer = AutoTokenizer.from_pretrained(out)
-    for item, row in zip(LISTINGS, rows, strict=True):
+    for item, row in zip(ITEMS, rows, strict=True):
         if item.size is None:
             text = tokenizer.apply_chat_template(item.messages, tokenize=False)
             assert tokenizer(text, truncation=True)["input_ids"] == row.input_ids.tolist()
@@ -148,7 +148,7 @@ def test_the_chat_template_and_tokenizer_give_our_token_ids(exported):
                 assert whole == row.input_ids.tolist()
 
 
-def test_our_own_code_makes_the_same_rows_of_the_folder(exported):
+def test_our_own_code_makes_the_same_inputs_from_the_folder(exported):
     out, _, rows = exported
     for again, row in zip(own_rows(ItemProcessor.from_pretrained(out, CONFIG.image)), rows, strict=True):
         assert again.input_ids.tolist() == row.input_ids.tolist()
@@ -161,7 +161,7 @@ def test_stock_transformers_gives_our_inputs_and_embeddings(exported, side):
     out, own, rows = exported
     processor = AutoProcessor.from_pretrained(out, backend="pil")
     features = processor.apply_chat_template(
-        [item.messages for item in LISTINGS],
+        [item.messages for item in ITEMS],
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
@@ -179,7 +179,7 @@ def test_stock_transformers_gives_our_inputs_and_embeddings(exported, side):
     assert gap(embeddings, own) < 1e-5
 
 
-def test_the_folder_says_what_sentence_transformers_reads(exported):
+def test_the_folder_holds_the_settings_that_sentence_transformers_reads(exported):
     folder = Path(exported[0])
 
     def read(name):
@@ -197,14 +197,14 @@ def test_the_folder_says_what_sentence_transformers_reads(exported):
     assert not re.search("@[A-Z_]+@", card)
 
 
-def test_what_cannot_be_exported_is_said(tiny_checkpoints, tmp_path):
+def test_what_cannot_be_exported_is_an_error(tiny_checkpoints, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "note").touch()
-    shutil.copytree(tiny_checkpoints["encoder"], tmp_path / "melting")
-    train_tokenizer(["mug\n\nmug"] * 30, 420).save_pretrained(tmp_path / "melting")
+    shutil.copytree(tiny_checkpoints["encoder"], tmp_path / "merging")
+    train_tokenizer(["mug\n\nmug"] * 30, 420).save_pretrained(tmp_path / "merging")
     two_lines = SETTINGS.model_copy(update={"instruction": "\nRepresent."})
     with pytest.raises(ConfigError, match=r"encoder\.instruction: begins with a line break"):
-        export_sentence_transformers(str(tmp_path / "melting"), str(tmp_path / "new"), two_lines)
+        export_sentence_transformers(str(tmp_path / "merging"), str(tmp_path / "new"), two_lines)
     assert not (tmp_path / "new").exists()
     with pytest.raises(CheckpointError, match="the encoder must be qwen2_vl"):
         export_sentence_transformers(tiny_checkpoints["generator"], str(tmp_path / "new"), SETTINGS)
@@ -224,7 +224,7 @@ def loaded(exported):
 def test_stock_sentence_transformers_gives_our_embeddings(loaded, side, batch_size):
     model, own = loaded
     model[0].tokenizer.padding_side = side
-    given = [item.given for item in LISTINGS]
+    given = [item.given for item in ITEMS]
     theirs = model.encode(given, batch_size=batch_size)
     assert gap(theirs, own) < 1e-5
     assert float((torch.from_numpy(theirs) * own).sum(dim=1).min()) >= 1 - 1e-6
@@ -235,7 +235,7 @@ def test_stock_sentence_transformers_gives_our_embeddings(loaded, side, batch_si
 @pytest.mark.parametrize("wrong", ["prompt", "budget", "order", "end", "pooling"])
 def test_each_part_of_the_folder_is_needed(loaded, wrong):
     model, own = loaded
-    given = [item.given for item in LISTINGS]
+    given = [item.given for item in ITEMS]
     prompt = None
     if wrong == "prompt":
         prompt = "Represent the products."
@@ -254,7 +254,7 @@ def test_the_code_of_the_model_card_runs_and_gives_our_embeddings(exported, monk
     pytest.importorskip("sentence_transformers", reason="a peer, installed by `make test-bench` alone")
     out = exported[0]
     code = re.search(r"```python\n(.*?)```", (Path(out) / "README.md").read_text(), re.DOTALL).group(1)
-    LISTINGS[0].image.save(tmp_path / "mug.jpg")
+    ITEMS[0].image.save(tmp_path / "mug.jpg")
     monkeypatch.chdir(tmp_path)
     found: dict = {}
     exec(code.replace('SentenceTransformer(".")', f"SentenceTransformer({out!r}, device='cpu')"), found)
@@ -263,7 +263,9 @@ def test_the_code_of_the_model_card_runs_and_gives_our_embeddings(exported, monk
     title, attributes = found["title"], found["attributes"]
     texts = [f"{title}\n{attributes}", title, "", title]
     rows = [
-        processor.row(image if n < 3 else None, f"{CONFIG.instruction}\n{text}".strip(), max_tokens=CONFIG.max_tokens)
+        processor.model_input(
+            image if n < 3 else None, f"{CONFIG.instruction}\n{text}".strip(), max_tokens=CONFIG.max_tokens
+        )
         for n, text in enumerate(texts)
     ]
     with torch.no_grad():

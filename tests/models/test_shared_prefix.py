@@ -10,14 +10,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from afmrl_ray.config.models import AdapterConfig, ImageConfig
-from afmrl_ray.models.adapters import load_start
+from afmrl_ray.models.adapters import load_for_training
 from afmrl_ray.models.item_processor import ItemProcessor
-from afmrl_ray.models.logprobs import completion_batch
+from afmrl_ray.models.logprobs import CompletionLogprobs, completion_batch
 from afmrl_ray.models.model_input import collate, continuation
-from afmrl_ray.models.policy import Policy
 from afmrl_ray.models.shared_prefix import NAME, pack, use_shared_prefix
 
-PICTURE = ImageConfig(min_pixels=784, max_pixels=20_000)
+PIXELS = ImageConfig(min_pixels=784, max_pixels=20_000)
 WORDS = ("red", "steel mug", "new hot sale", "striped")
 
 
@@ -32,21 +31,23 @@ def groups(processor: ItemProcessor, seed: int, sizes: list[tuple[int, list[int]
     prompts, completions = [], []
     for images, lengths in sizes:
         text = " ".join(draw.choice(WORDS, size=draw.integers(0, 6)))
-        prompts.append(processor.row([image(draw) for _ in range(images)], text))
+        prompts.append(processor.model_input([image(draw) for _ in range(images)], text))
         completions.append([draw.integers(20, 300, size=length) for length in lengths])
     return prompts, completions
 
 
-def policies(path: str, role: str, kind: str) -> Policy:
-    model = load_start(path, role, AdapterConfig(kind=kind, r=4, dropout=0.0, train_vision=kind == "full"), seed=3)
+def policies(path: str, role: str, kind: str) -> CompletionLogprobs:
+    model = load_for_training(
+        path, role, AdapterConfig(kind=kind, r=4, dropout=0.0, train_vision=kind == "full"), seed=3
+    )
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
     use_shared_prefix(model)
-    return Policy(model)
+    return CompletionLogprobs(model)
 
 
-def both_ways(policy: Policy, processor: ItemProcessor, prompts, completions):
+def both_ways(policy: CompletionLogprobs, processor: ItemProcessor, prompts, completions):
     """Log-probabilities and gradients of a weighted sum of them, from rows of their own and packed."""
     repeated = [prompt for prompt, own in zip(prompts, completions, strict=True) for _ in own]
     rows = completion_batch(repeated, [ids for own in completions for ids in own], processor.pad_id)
@@ -81,7 +82,7 @@ def loaded(tiny_checkpoints):
         for role in ("encoder", "generator")
         for kind in ("full", "lora")
     }
-    processors = {role: ItemProcessor.from_pretrained(tiny_checkpoints[role], PICTURE) for role in tiny_checkpoints}
+    processors = {role: ItemProcessor.from_pretrained(tiny_checkpoints[role], PIXELS) for role in tiny_checkpoints}
     return made, processors
 
 
@@ -95,7 +96,7 @@ def loaded(tiny_checkpoints):
 )
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("role", ["encoder", "generator"])
-def test_random_groups_have_the_logprobs_and_gradients_of_plain_rows(loaded, role, kind, seed, sizes):
+def test_logprobs_and_gradients_of_random_groups_equal_those_of_padded_rows(loaded, role, kind, seed, sizes):
     made, processors = loaded
     assert_equal(both_ways(made[role, kind].eval(), processors[role], *groups(processors[role], seed, sizes)))
 
@@ -106,7 +107,7 @@ SIZES = [(2, [5, 1, 7]), (0, [3, 3]), (1, [4, 9, 2, 6])]
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_gradient_checkpointing_changes_nothing(tiny_checkpoints, kind):
     path = tiny_checkpoints["generator"]
-    processor = ItemProcessor.from_pretrained(path, PICTURE)
+    processor = ItemProcessor.from_pretrained(path, PIXELS)
     policy = policies(path, "generator", kind).train()
     policy.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     assert_equal(both_ways(policy, processor, *groups(processor, 1, SIZES)))
@@ -122,7 +123,7 @@ def test_the_head_in_chunks_changes_nothing(loaded, monkeypatch):
     assert_equal([whole, both_ways(policy, processor, *groups(processor, 2, SIZES))[1]])
 
 
-def test_continuations_see_neither_each_other_nor_other_prompts(loaded):
+def test_continuations_do_not_attend_to_each_other_or_to_other_prompts(loaded):
     made, processors = loaded
     policy, processor = made["generator", "full"].eval(), processors["generator"]
     prompts, completions = groups(processor, 4, SIZES)
@@ -150,10 +151,10 @@ def test_a_packed_sequence_holds_every_prompt_and_image_once(loaded):
     assert [int(ids[end]) for end in ends] == [int(prompt.input_ids[-1]) for prompt in prompts]
 
 
-def test_hidden_states_of_an_ordinary_batch_stay_as_they_were(tiny_checkpoints):
+def test_hidden_states_of_an_ordinary_batch_do_not_change(tiny_checkpoints):
     path = tiny_checkpoints["generator"]
-    processor = ItemProcessor.from_pretrained(path, PICTURE)
-    model = load_start(path, "generator", AdapterConfig(kind="full"), seed=0).eval()
+    processor = ItemProcessor.from_pretrained(path, PIXELS)
+    model = load_for_training(path, "generator", AdapterConfig(kind="full"), seed=0).eval()
     prompts, _ = groups(processor, 6, SIZES)
     batch = collate(prompts, processor.pad_id)
     with torch.no_grad():
@@ -162,15 +163,15 @@ def test_hidden_states_of_an_ordinary_batch_stay_as_they_were(tiny_checkpoints):
         assert torch.equal(model.model(**batch).last_hidden_state, before)
 
 
-def test_positions_of_a_continuation_count_on_from_the_largest_of_the_prompt(loaded):
+def test_positions_of_a_continuation_follow_the_largest_of_the_prompt(loaded):
     _, processors = loaded
-    prompt = processors["generator"].row([image(np.random.default_rng(0))], "")
+    prompt = processors["generator"].model_input([image(np.random.default_rng(0))], "")
     following = continuation(prompt, np.array([5, 6]))
     assert following.positions.tolist() == [[prompt.positions.max() + 1, prompt.positions.max() + 2]] * 3
 
 
 def test_sliding_windows_are_refused(tiny_checkpoints):
-    model = load_start(tiny_checkpoints["generator"], "generator", AdapterConfig(kind="full"), seed=0)
+    model = load_for_training(tiny_checkpoints["generator"], "generator", AdapterConfig(kind="full"), seed=0)
     model.model.language_model.config.layer_types = ["full_attention", "sliding_attention"]
     with pytest.raises(ValueError, match="use_sliding_window"):
         use_shared_prefix(model)

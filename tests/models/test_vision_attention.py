@@ -25,7 +25,7 @@ SIZES = {"equal": [(60, 60)] * 3, "mixed": [(60, 60), (120, 60), (60, 60), (200,
 def test_hidden_states_and_gradients_equal_those_of_stock_transformers(tiny_checkpoints, role, sizes):
     path = tiny_checkpoints[role]
     processor = ItemProcessor.from_pretrained(path, ImageConfig(min_pixels=784, max_pixels=40_000))
-    rows = [processor.row(noise(*size, seed), "mug") for seed, size in enumerate(SIZES[sizes])]
+    rows = [processor.model_input(noise(*size, seed), "mug") for seed, size in enumerate(SIZES[sizes])]
     batch = collate(rows, processor.pad_id)
     assert len({row.visuals[0].grid for row in rows}) == (1 if sizes == "equal" else 4)
     ours, stock = load_backbone(path, role), STOCK[role].from_pretrained(path, attn_implementation="sdpa")
@@ -40,7 +40,7 @@ def test_hidden_states_and_gradients_equal_those_of_stock_transformers(tiny_chec
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
 
 
-def test_a_saved_model_names_nothing_of_ours(tiny_checkpoints, tmp_path):
+def test_a_saved_config_does_not_name_our_attention(tiny_checkpoints, tmp_path):
     load_backbone(tiny_checkpoints["encoder"], "encoder").save_pretrained(tmp_path)
     assert NAME not in json.dumps(json.loads((Path(tmp_path) / "config.json").read_text()))
     Qwen2VLForConditionalGeneration.from_pretrained(tmp_path)

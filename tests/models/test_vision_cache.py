@@ -13,10 +13,11 @@ from PIL import Image
 
 from afmrl_ray.agcl.prepare import Preparer
 from afmrl_ray.agcl.step import AGCLStep
+from afmrl_ray.agcl.train import load_encoder
 from afmrl_ray.config import validate
 from afmrl_ray.config.models import AdapterConfig, EncoderConfig, ImageConfig, VisionCacheConfig
 from afmrl_ray.errors import ConfigError
-from afmrl_ray.models.adapters import load_start
+from afmrl_ray.models.adapters import load_for_training
 from afmrl_ray.models.backbones import load_backbone
 from afmrl_ray.models.encoder import EmbeddingModel
 from afmrl_ray.models.item_processor import ItemProcessor
@@ -25,7 +26,7 @@ from afmrl_ray.models.vision_cache import VisionCache, fingerprint
 from afmrl_ray.retrieval.embed import Encoder, EncoderRef
 from tests.models.test_item_processor import noise
 
-PICTURE = ImageConfig(min_pixels=784, max_pixels=6000)
+PIXELS = ImageConfig(min_pixels=784, max_pixels=6000)
 SIZES = [(60, 60), (120, 60), (60, 60), (200, 130)]
 
 
@@ -41,7 +42,7 @@ def decoded(data: bytes) -> Image.Image:
 
 @pytest.fixture
 def processor(tiny_checkpoints) -> ItemProcessor:
-    return ItemProcessor.from_pretrained(tiny_checkpoints["encoder"], PICTURE)
+    return ItemProcessor.from_pretrained(tiny_checkpoints["encoder"], PIXELS)
 
 
 @pytest.fixture
@@ -62,19 +63,19 @@ def test_embeddings_from_the_cache_equal_those_from_pixels(frozen, processor, tm
     images = [encoded(seed) for seed in range(4)]
     texts = [f"mug {seed}" for seed in range(4)]
     model = EmbeddingModel(frozen).eval()
-    pixels = [processor.row(decoded(data), text) for data, text in zip(images, texts, strict=True)]
+    pixels = [processor.model_input(decoded(data), text) for data, text in zip(images, texts, strict=True)]
     kept = [
-        processor.row(cache.visual(data, lambda data=data: decoded(data)), text)
+        processor.model_input(cache.visual(data, lambda data=data: decoded(data)), text)
         for data, text in zip(images, texts, strict=True)
     ]
-    wanted = model(**collate([*pixels, processor.row(None, "bag")], processor.pad_id))
-    found = model(**collate([*kept, processor.row(None, "bag")], processor.pad_id))
+    wanted = model(**collate([*pixels, processor.model_input(None, "bag")], processor.pad_id))
+    found = model(**collate([*kept, processor.model_input(None, "bag")], processor.pad_id))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
     swapped = model(**collate([kept[1], kept[0]], processor.pad_id))
     torch.testing.assert_close(swapped, wanted[[1, 0]], rtol=1e-5, atol=1e-6)
 
 
-def test_a_image_is_decoded_and_sent_through_the_tower_once(frozen, processor, tmp_path):
+def test_an_image_is_decoded_and_passes_the_tower_once(frozen, processor, tmp_path):
     runs = []
     frozen.model.visual.register_forward_hook(lambda *_: runs.append(1))
     images = [encoded(seed) for seed in range(3)]
@@ -88,7 +89,7 @@ def test_a_image_is_decoded_and_sent_through_the_tower_once(frozen, processor, t
         assert torch.equal(mine, theirs)
 
 
-def test_another_tower_or_pixel_budget_looks_elsewhere(frozen, processor, tiny_checkpoints, tmp_path):
+def test_another_tower_or_pixel_budget_uses_another_folder(frozen, processor, tiny_checkpoints, tmp_path):
     data = encoded(0)
     VisionCache(frozen, processor, config(tmp_path)).visual(data, lambda: decoded(data))
     smaller = ItemProcessor.from_pretrained(tiny_checkpoints["encoder"], ImageConfig(min_pixels=784, max_pixels=800))
@@ -102,7 +103,7 @@ def test_another_tower_or_pixel_budget_looks_elsewhere(frozen, processor, tiny_c
     assert (other.misses, moved.misses, len(files(tmp_path))) == (1, 1, 3)
 
 
-def test_above_the_limit_those_go_first_that_were_not_read_for_the_longest_time(frozen, processor, tmp_path):
+def test_above_the_limit_the_least_recently_read_files_are_removed(frozen, processor, tmp_path):
     cache = VisionCache(frozen, processor, config(tmp_path))
     images = [encoded(4 * seed) for seed in range(12)]
     known: set[Path] = set()
@@ -112,7 +113,7 @@ def test_above_the_limit_those_go_first_that_were_not_read_for_the_longest_time(
         known.add(path)
         os.utime(path, (place + 1, place + 1))
     size = files(tmp_path)[0].stat().st_size
-    cache.visual(images[0], lambda: pytest.fail("it is there"))  # the oldest is read, and so the youngest
+    cache.visual(images[0], lambda: pytest.fail("it is cached"))  # the oldest is read, and so the youngest
     small = VisionCache(frozen, processor, config(tmp_path, max_gb=6 * size / 1e9))
     extra = encoded(400)
     small.visual(extra, lambda: decoded(extra))
@@ -122,17 +123,17 @@ def test_above_the_limit_those_go_first_that_were_not_read_for_the_longest_time(
         again.visual(data, lambda: pytest.fail("a young one is gone"))
 
 
-def test_a_broken_file_is_made_anew(frozen, processor, tmp_path):
+def test_a_broken_file_is_computed_again(frozen, processor, tmp_path):
     data = encoded(1)
     cache = VisionCache(frozen, processor, config(tmp_path))
     made = cache.visual(data, lambda: decoded(data)).features
     (path,) = files(tmp_path)
     path.write_bytes(path.read_bytes()[:-40])
     assert torch.equal(cache.visual(data, lambda: decoded(data)).features, made)
-    assert torch.equal(cache.visual(data, lambda: pytest.fail("not mended")).features, made)
+    assert torch.equal(cache.visual(data, lambda: pytest.fail("not written again")).features, made)
 
 
-def test_a_full_disk_is_told_once_and_ends_nothing(frozen, processor, tmp_path, monkeypatch, caplog):
+def test_a_full_disk_is_logged_once_and_stops_nothing(frozen, processor, tmp_path, monkeypatch, caplog):
     def full(self, content):
         raise OSError(28, "No space left on device")
 
@@ -145,7 +146,7 @@ def test_a_full_disk_is_told_once_and_ends_nothing(frozen, processor, tmp_path, 
 
 
 def test_a_trained_tower_is_refused(tiny_checkpoints, processor, tmp_path):
-    trained = load_start(
+    trained = load_for_training(
         tiny_checkpoints["encoder"], "encoder", AdapterConfig(targets=r".*visual.*\.(qkv|proj)"), seed=0
     )
     with pytest.raises(ConfigError, match="vision_cache"):
@@ -153,7 +154,7 @@ def test_a_trained_tower_is_refused(tiny_checkpoints, processor, tmp_path):
 
 
 class Engine:
-    """What the step asks of an engine, by torch alone."""
+    """The part of an engine that a step uses, in plain torch."""
 
     device = torch.device("cpu")
 
@@ -170,37 +171,30 @@ class Engine:
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("budget", [None, 300])
 def test_a_step_of_agcl_has_the_same_loss_and_gradient(tiny_checkpoints, tiny_catalogue_ref, tmp_path, kind, budget):
-    whole = validate(
-        {
-            "encoder": {
-                "image": PICTURE.model_dump(),
-                "vision_cache": {"enabled": True, "folder": str(tmp_path)},
-            },
-            "agcl": {"batch_size": 6, "adapter": {"kind": kind}, "tokens_per_microbatch": budget},
-        }
-    )
+    values = {
+        "encoder": {"image": PIXELS.model_dump(), "vision_cache": {"folder": str(tmp_path)}},
+        "agcl": {"batch_size": 6, "adapter": {"kind": kind}, "tokens_per_microbatch": budget},
+    }
     base = tiny_checkpoints["encoder"]
     found = []
     for cached in (False, True, True):
-        model = load_start(base, "encoder", whole.agcl.adapter, seed=0)
-        processor = ItemProcessor.from_pretrained(base, whole.encoder.image)
-        cache = VisionCache(model, processor, whole.encoder.vision_cache) if cached else None
-        engine = Engine(EmbeddingModel(model).train())
-        preparer = Preparer(whole, tiny_catalogue_ref.open(), processor, None, cache=cache)
-        step = AGCLStep(whole.agcl, preparer, engine, pad_id=processor.pad_id)
+        values["encoder"]["vision_cache"]["enabled"] = cached
+        config, catalogue = validate(values), tiny_catalogue_ref.open()
+        encoder = load_encoder(config, base, catalogue, None)
+        step = AGCLStep(config.agcl, encoder, Preparer(config, catalogue, encoder, None), Engine(encoder.module))
         stats = step(0)
-        found.append((stats, [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]))
+        found.append((stats, [p.grad for p in encoder.module.parameters() if p.grad is not None]))
     for stats, gradients in found[1:]:
-        assert stats["loss"] == pytest.approx(found[0][0]["loss"], rel=1e-5)
+        assert stats["train/loss"] == pytest.approx(found[0][0]["train/loss"], rel=1e-5)
         assert len(gradients) == len(found[0][1]) > 0
         for mine, theirs in zip(gradients, found[0][1], strict=True):
             assert (mine - theirs).norm() <= 1e-5 * theirs.norm() + 1e-8
-    assert [stats.get("vision_cache_hit_fraction") for stats, _ in found] == [None, 0.0, 1.0]
+    assert [stats.get("data/vision_cache_hit_fraction") for stats, _ in found] == [None, 0.0, 1.0]
 
 
-def test_evaluation_finds_the_images_of_the_training(tiny_checkpoints, tiny_catalogue_ref, tmp_path):
-    plain = EncoderConfig(image=PICTURE)
-    cached = EncoderConfig(image=PICTURE, vision_cache=config(tmp_path))
+def test_evaluation_reads_the_cache_of_the_training(tiny_checkpoints, tiny_catalogue_ref, tmp_path):
+    plain = EncoderConfig(image=PIXELS)
+    cached = EncoderConfig(image=PIXELS, vision_cache=config(tmp_path))
     rows, texts = [3, 1, 7], ["color: red", "", "size: small"]
     wanted = Encoder(EncoderRef(tiny_checkpoints["encoder"], plain), tiny_catalogue_ref).embed(
         rows, texts, inputs="both"

@@ -135,10 +135,10 @@ def test_the_image_of_a_prompt_is_the_one_that_the_tower_gets(policy_spec):
     dropped = int(row.token_types.sum()) - 1
     assert dropped > 0
     assert len(prompt["prompt_token_ids"]) == len(row) - dropped
-    two = processor.row([image, image], "mug")
+    two = processor.model_input([image, image], "mug")
     placeholders = prompt_of(two, processor.merge_size)["prompt_token_ids"]
     assert placeholders.count(int(row.input_ids[row.token_types == 1][0])) == 2
-    assert prompt_of(processor.row(None, "mug"), processor.merge_size).keys() == {"prompt_token_ids"}
+    assert prompt_of(processor.model_input(None, "mug"), processor.merge_size).keys() == {"prompt_token_ids"}
 
 
 def test_completion_seeds_of_nearby_groups_are_disjoint():

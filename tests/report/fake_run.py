@@ -66,13 +66,17 @@ class FakeRun:
         self.stage("catalogue", {})
         self.stage("models", {"encoder": {"first_loss": 6.5, "last_loss": 5.4}})
         self.stage("labels", self.sizes(9.0))
-        self.stage("distill", {"loss": 0.81}, log=["loss"])
+        self.stage("distill", {"train/loss": 0.81}, log=["train/loss"])
         self.stage(
             "baselines",
             {"pixels": self.baseline_metrics(0.09, pixels=True), "chance": self.baseline_metrics(0.004, pixels=False)},
         )
         if baseline:
-            self.stage("baseline", {"loss": 2.2, "accuracy": 0.31}, log=["loss", "accuracy", "masked_fraction"])
+            self.stage(
+                "baseline",
+                {"train/loss": 2.2, "train/accuracy": 0.31},
+                log=["train/loss", "train/accuracy", "train/masked_fraction"],
+            )
             self.stage("evaluate-baseline", {"protocols": self.protocols(0.31)}, "baseline", examples=True)
         for number in range(rounds):
             self.round(number)
@@ -81,10 +85,12 @@ class FakeRun:
     def round(self, number: int) -> None:
         """All stages of one round."""
         n = number
-        weights = ["weight_p10", "weight_p50", "weight_p90"]
+        weights = ["train/weight_p10", "train/weight_p50", "train/weight_p90"]
         self.stage(f"attributes-r{n}", self.sizes(8.3 - n))
-        agcl_keys = ["loss", "accuracy", "masked_fraction", "positive_similarity", *weights]
-        self.stage(f"agcl-r{n}", {"loss": 1.9 - 0.1 * n, "accuracy": 0.4}, f"attributes-r{n}", log=agcl_keys)
+        agcl_keys = ["train/loss", "train/accuracy", "train/masked_fraction", "train/positive_similarity", *weights]
+        self.stage(
+            f"agcl-r{n}", {"train/loss": 1.9 - 0.1 * n, "train/accuracy": 0.4}, f"attributes-r{n}", log=agcl_keys
+        )
         self.stage(f"gallery-r{n}", {"gallery": 300}, f"agcl-r{n}")
         before = 0.42 + 0.07 * n
         rar = {
@@ -136,7 +142,7 @@ class FakeRun:
     def _point(self, key: str, step: int) -> float | None:
         if key == "actor/kl" and step == 0:
             return None
-        return self._draw.gauss(1 - math.exp(-step / 20) if key != "loss" else 2 * math.exp(-step / 20), 0.08)
+        return self._draw.gauss(1 - math.exp(-step / 20) if key != "train/loss" else 2 * math.exp(-step / 20), 0.08)
 
     def _examples(self) -> list[dict[str, Any]]:
         titles = [self._title, "NEW hot sale steel bottle 500 ml with handle, free shipping, best gift", ""]

@@ -30,7 +30,7 @@ def test_the_summary_holds_every_stage_record(tmp_path: Path) -> None:
         assert each.rar.keys() == rar.metrics.keys()
         assert vars(each.reward("eval/reward_gain") or Estimate(None)) == rar.metrics["eval/reward_gain"]
         assert [record["step"] for record in each.rar_log] == list(range(STEPS))
-        assert "masked_fraction" in each.agcl_log[0]
+        assert "train/masked_fraction" in each.agcl_log[0]
     assert [(stage.name, stage.seconds, stage.peak_memory_mb) for stage in summary.stages] == [
         (stage.name, stage.seconds, stage.peak_memory_mb) for stage in run.stages()
     ]
@@ -75,7 +75,7 @@ def test_stages_with_other_settings_or_changed_upstream_stages_are_stale(tmp_pat
 
 def test_a_changed_seed_makes_only_stages_that_read_it_stale(tmp_path: Path) -> None:
     fake = FakeRun(str(tmp_path))
-    fake.stage("distill", {"loss": 1.0})
+    fake.stage("distill", {"train/loss": 1.0})
     fake.run.run_stage("catalogue", {"synthetic": {"seed": 7}}, lambda directory: StageOutcome({}, {}))
     record = fake.run.read_run()
     fake.run.write_run({**record, "config": {**record["config"], "run": {"seed": 5}}})

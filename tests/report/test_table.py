@@ -138,11 +138,11 @@ def test_missing_stages_leave_empty_cells(tmp_path: Path) -> None:
     fake.stage("catalogue", {})
     assert cells(collect(fake.run)) == {}
     assert [row[0] for row in stage_table(collect(fake.run)).rows] == ["catalogue", "all"]
-    fake.stage("agcl-r0", {"loss": 2.0})
+    fake.stage("agcl-r0", {"train/loss": 2.0})
     fake.stage("rar-r0", {"reward/mean": 0.1234})
     assert cells(collect(fake.run)) == {"reward": {"training, last steps": ["0.123"]}}
     fake.stage("evaluate-r2", {"protocols": fake.protocols(0.3)})
-    fake.stage("agcl-r2", {"loss": 1.0})
+    fake.stage("agcl-r2", {"train/loss": 1.0})
     assert column_names(collect(fake.run)) == ["round 0", "round 2"]
 
 

@@ -246,7 +246,7 @@ def test_a_report_of_an_unfinished_run(tmp_path: Path, names: tuple[str, ...]) -
     metrics: dict[str, Any] = {
         "baselines": {"chance": fake.baseline_metrics(0.01, pixels=False)},
         "catalogue": {},
-        "agcl-r0": {"loss": 1.0},
+        "agcl-r0": {"train/loss": 1.0},
     }
     for name in names:
         fake.stage(name, metrics.get(name, {"protocols": fake.protocols(0.2)}))
@@ -262,10 +262,10 @@ def test_a_report_of_an_unfinished_run(tmp_path: Path, names: tuple[str, ...]) -
 
 def test_a_plot_that_no_longer_has_data_is_removed(tmp_path: Path) -> None:
     fake = FakeRun(str(tmp_path))
-    fake.stage("distill", {"loss": 1.0}, log=["loss"])
+    fake.stage("distill", {"train/loss": 1.0}, log=["train/loss"])
     folder = Path(write_report(fake.run)).parent
     assert (folder / "agcl.png").exists()
-    fake.stage("distill", {"loss": 1.0}, "catalogue")
+    fake.stage("distill", {"train/loss": 1.0}, "catalogue")
     stage = fake.run.committed("distill")
     assert stage is not None
     storage.remove(storage.join(stage.directory, "log", "metrics.jsonl"))
@@ -276,7 +276,7 @@ def test_a_plot_that_no_longer_has_data_is_removed(tmp_path: Path) -> None:
 def test_stale_stages_are_named_in_a_notice(tmp_path: Path) -> None:
     fake = FakeRun(str(tmp_path))
     fake.stage("attributes-r0", fake.sizes(8.0))
-    fake.stage("agcl-r0", {"loss": 1.0}, "attributes-r0")
+    fake.stage("agcl-r0", {"train/loss": 1.0}, "attributes-r0")
     assert read_page(render(collect(fake.run), items=None)).find("stale") is None
     fake.stage("attributes-r0", fake.sizes(4.0), "agcl-r0")
     page = read_page(render(collect(fake.run), items=None))

@@ -48,7 +48,7 @@ def train(rank: int, world: int, stage: int, cut: int, folder: str, resume: bool
             engine.close()
             net = model()
             engine = Engine(net, OPTIMIZER, steps=4, zero_stage=stage)
-            engine.load(folder, location="here", remedy="begin anew")
+            engine.load(folder, location="here", remedy="start again")
         parts = own.chunk(cut)
         for index, part in enumerate(parts):
             engine.backward(engine(part).square().sum() / len(own), last=index + 1 == len(parts))
@@ -101,10 +101,10 @@ def train_by_tiny_steps(rank: int, world: int, stage: int, folder: str) -> None:
             dist.barrier()
             engine.close()
             net, engine = fresh()
-            engine.load(folder, location="here", remedy="begin anew")
+            engine.load(folder, location="here", remedy="start again")
         for last in (False, True):
             engine.backward(engine(SIGNS.bfloat16()) / 2, last=last)
-        norm = engine.step()["gradient_norm"]
+        norm = engine.step()["grad_norm"]
     with engine.whole_parameters():
         if rank == 0:
             torch.save((net.weight.detach().clone(), net.frozen.detach().clone(), norm), f"{folder}/weights.pt")

@@ -1,4 +1,4 @@
-"""Ray Train around a training: killed right after a report, resumed by fewer workers, begun with fewer than wanted."""
+"""Training on Ray Train: killed right after a report, resumed by fewer workers, started with fewer than configured."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 
 from afmrl_ray import storage
 from afmrl_ray.errors import CheckpointError, UserError
+from afmrl_ray.training.metrics_log import read_metrics
 from tests.training.toy import EVERY, STEPS, final_weights, relative_to_update, steps_done, train
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -27,6 +28,17 @@ def calm(ray_local, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("calm")
     train(str(folder), num_workers=2)
     return folder
+
+
+def test_every_metric_has_a_name_space(calm):
+    records = read_metrics(str(calm / "log"))
+    assert [record["step"] for record in records] == list(range(STEPS))
+    for record in records:
+        names = record.keys() - {"step", "time"}
+        assert names == {
+            *(f"train/{name}" for name in ("loss", "learning_rate", "grad_norm")),
+            *(f"time/{name}" for name in ("step", "optimizer", "peak_memory_mb")),
+        }
 
 
 def assert_one_interval_lost_at_most(folder: Path, calm: Path) -> None:
@@ -64,12 +76,12 @@ def test_a_driver_killed_right_after_a_report_costs_one_interval_at_most(calm, t
 
 
 @pytest.mark.slow
-def test_an_elastic_training_goes_on_without_a_lost_node(calm, tmp_path):
+def test_an_elastic_training_continues_without_a_lost_node(calm, tmp_path):
     assert start("lose_a_node", tmp_path).wait() == 0
     done = steps_done(tmp_path)
     assert done[0] == (0, 2)
     assert done[-1] == (STEPS - 1, 1)
-    assert (0, 1) not in done, "it began afresh"
+    assert (0, 1) not in done, "it restarted from the first step"
     assert len(done) - STEPS <= EVERY
     assert relative_to_update(final_weights(tmp_path), final_weights(calm)) < 1e-5
 
@@ -85,33 +97,35 @@ def start(scenario: str, folder: Path) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize("zero_stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2)), 3])
-def test_one_worker_goes_on_where_two_stopped(calm, tmp_path, zero_stage):
+def test_one_worker_resumes_where_two_stopped(calm, tmp_path, zero_stage):
     with pytest.raises(UserError, match="stopped as asked"):
         train(str(tmp_path), at=2 * EVERY, event="stop", num_workers=2, zero_stage=zero_stage, max_failures=0)
     train(str(tmp_path), num_workers=1, zero_stage=zero_stage)
     done = steps_done(tmp_path)
     assert [step for step, _ in done[-EVERY:]] == [STEPS - 2, STEPS - 1]
-    assert (0, 1) not in done, "one worker began afresh"
+    assert (0, 1) not in done, "one worker restarted from the first step"
     assert relative_to_update(final_weights(tmp_path), final_weights(calm)) < 1e-5
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_named_and_without_it_the_training_begins_anew(calm, tmp_path):
+def test_a_damaged_checkpoint_is_named_and_once_removed_the_training_restarts(calm, tmp_path):
     with pytest.raises(UserError, match="stopped as asked"):
         train(str(tmp_path), at=2 * EVERY, event="stop", num_workers=1, max_failures=0)
     for shard in (tmp_path / "train/toy").glob("step_*/engine/engine/*model_states.pt"):
         shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"step_\d+/engine: engine/mp_rank_00_model_states.pt is not") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"step_\d+/engine: engine/mp_rank_00_model_states.pt is damaged"
+    ) as caught:
         train(str(tmp_path), num_workers=1, max_failures=0)
     assert "\n" not in str(caught.value)
-    assert f"remove {tmp_path}/train/toy to begin" in str(caught.value)
+    assert f"remove {tmp_path}/train/toy to restart" in str(caught.value)
     shutil.rmtree(tmp_path / "train/toy")
     train(str(tmp_path), num_workers=1)
     assert relative_to_update(final_weights(tmp_path), final_weights(calm)) < 1e-5
 
 
-def test_an_elastic_training_begins_with_the_workers_that_there_are(calm, tmp_path):
-    # Two of three CPUs each do not fit into the four that there are.
+def test_an_elastic_training_starts_with_the_workers_that_fit(calm, tmp_path):
+    # Two workers of three CPUs each do not fit into the four available ones.
     train(str(tmp_path), num_workers=2, min_workers=1, cpus_per_worker=3)
     assert {world for _, world in steps_done(tmp_path)} == {1}
     progress = storage.read_json(str(tmp_path / f"train/toy/step_{STEPS:07d}/progress.json"))

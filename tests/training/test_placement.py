@@ -1,4 +1,4 @@
-"""Room for a pool: taken at once, given back, and told of when there is none."""
+"""Placement groups of pools: reserved at once, removed, and an error if resources are missing."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ def groups() -> list[str]:
     return [group["name"] for group in placement_group_table().values() if group["state"] == "CREATED"]
 
 
-def test_actors_run_in_the_room_and_it_is_given_back(ray_local: None) -> None:
+def test_actors_run_in_one_placement_group_which_close_removes(ray_local: None) -> None:
     import ray
 
     class Actor:
-        def room(self) -> str:
+        def group(self) -> str:
             return ray.util.get_current_placement_group().id.hex()
 
-    room = ActorPlacement("rar.reward.pool", pool(2, strategy="pack"))
+    placement = ActorPlacement("rar.reward.pool", pool(2, strategy="pack"))
     assert groups() == ["rar.reward.pool"]
-    actors = [ray.remote(**room.options(index))(Actor).remote() for index in range(2)]
-    assert len(set(ray.get([actor.room.remote() for actor in actors]))) == 1
+    actors = [ray.remote(**placement.options(index))(Actor).remote() for index in range(2)]
+    assert len(set(ray.get([actor.group.remote() for actor in actors]))) == 1
     for actor in actors:
         ray.kill(actor)
-    room.close()
+    placement.close()
     assert groups() == []
 
 
-def test_too_little_room_is_told_with_what_is_there(ray_local: None) -> None:
+def test_missing_resources_are_an_error_that_lists_the_available_ones(ray_local: None) -> None:
     with pytest.raises(ResourceError) as error:
         ActorPlacement("rar.reward.pool", pool(2, strategy="strict_spread", labels={"afmrl/role": "reward"}))
-    told = str(error.value)
-    assert "rar.reward.pool: no room for 2 actors with 0.2 CPU each on nodes labelled afmrl/role=reward" in told
-    assert "strict_spread, within placement.timeout_s 2 s" in told
-    assert "The cluster has 1 nodes: " in told
+    message = str(error.value)
+    assert "rar.reward.pool: no resources for 2 actors with 0.2 CPU each on nodes labelled afmrl/role=reward" in message
+    assert "strict_spread, within placement.timeout_s 2 s" in message
+    assert "The cluster has 1 nodes: " in message
     assert groups() == []
 
 
-def test_without_a_strategy_labels_and_resources_go_to_ray_as_they_are() -> None:
+def test_without_a_strategy_labels_and_resources_are_passed_to_ray() -> None:
     options = ActorPlacement("pool", pool(1, labels={"afmrl/role": "data"}, resources={"reward_slot": 1})).options(0)
     assert options == {
         "num_cpus": 0.2,

@@ -54,7 +54,7 @@ def two_steps(rank: int, world: int, first: int, folder: str) -> None:
         net = model(kind)
         engine = Engine(net, OPTIMIZER, steps=STEPS, zero_stage=stage)
         if first:
-            engine.load(f"{folder}/{stage}-{kind}-{first}", location="here", remedy="begin anew")
+            engine.load(f"{folder}/{stage}-{kind}-{first}", location="here", remedy="start again")
         own = data().chunk(world)[rank]
         for _ in range(2):
             engine.backward(engine(own).square().mean())
@@ -67,16 +67,16 @@ def two_steps(rank: int, world: int, first: int, folder: str) -> None:
         engine.close()
 
 
-def refusals(rank: int, world: int, asked: list[tuple[str, int]], told: str) -> None:
-    """Ask one worker to load every folder under a ZeRO stage, and write down what it says."""
+def refusals(rank: int, world: int, asked: list[tuple[str, int]], out: str) -> None:
+    """Load every folder under a ZeRO stage with one worker, and write the error messages to `out`."""
     messages = []
     for folder, stage in asked:
         engine = Engine(model("full"), OPTIMIZER, steps=STEPS, zero_stage=stage)
         with pytest.raises(CheckpointError) as caught:
-            engine.load(folder, location="here", remedy="begin anew")
+            engine.load(folder, location="here", remedy="start again")
         messages.append(str(caught.value))
         engine.close()
-    storage.write_json(told, messages)
+    storage.write_json(out, messages)
 
 
 @pytest.fixture(scope="module")
@@ -96,19 +96,19 @@ def relative_to_update(ours: list[torch.Tensor], theirs: list[torch.Tensor], kin
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("stage", "kind"), CASES)
-def test_workers_that_come_and_go_change_no_weight(trained, stage, kind):
+def test_a_change_of_the_number_of_workers_changes_no_weight(trained, stage, kind):
     weights = torch.load(f"{trained}/{stage}-{kind}.pt")
     assert relative_to_update(weights, undisturbed(kind), kind) < 1e-5
     assert relative_to_update(undisturbed(kind, forget=True), undisturbed(kind), kind) > 1e-2, "moments do not matter"
 
 
 @pytest.mark.timeout(300)
-def test_a_checkpoint_tells_who_wrote_it(trained):
+def test_a_checkpoint_holds_the_layout_it_was_written_with(trained):
     assert storage.read_json(f"{trained}/2-full-2/layout.json") == {"world_size": 3, "zero_stage": 2}
 
 
 @pytest.mark.timeout(300)
-def test_what_cannot_be_loaded_is_told_in_one_line_and_costs_nothing(trained, tmp_path):
+def test_a_checkpoint_that_cannot_be_loaded_is_an_error_of_one_line_and_stays_unchanged(trained, tmp_path):
     damaged = {stage: tmp_path / f"damaged-{stage}" for stage in (2, 3)}
     for stage, folder in damaged.items():
         storage.copy_dir(f"{trained}/{stage}-full-2", str(folder))
@@ -116,13 +116,13 @@ def test_what_cannot_be_loaded_is_told_in_one_line_and_costs_nothing(trained, tm
         write_checksums(str(folder), rank=1)
     files = [list(storage.list_files(str(folder))) for folder in damaged.values()]
     asked = [(f"{trained}/1-full-2", 2), *((str(folder), stage) for stage, folder in damaged.items())]
-    told = str(tmp_path / "told.json")
-    run_workers(refusals, asked, told, world=1)
-    stage, *shards = storage.read_json(told)
+    out = str(tmp_path / "messages.json")
+    run_workers(refusals, asked, out, world=1)
+    stage, *shards = storage.read_json(out)
     assert "written with ZeRO 1" in stage
     assert "set zero_stage=1" in stage
     for message in shards:
         assert "written by 3 workers, cannot be converted for 1" in message
-        assert "go back to 3 workers" in message
+        assert "use 3 workers again" in message
         assert "\n" not in message
     assert [list(storage.list_files(str(folder))) for folder in damaged.values()] == files

@@ -1,4 +1,4 @@
-"""A training of seconds on Ray Train that can be killed at a chosen step, and that writes down which steps it did."""
+"""A training of seconds on Ray Train that can be killed at a chosen step and records the steps that it ran."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def train(folder: str, *, at: int = -1, event: str = "", **workers: Any) -> Any:
 
     Args:
         at: step before whose work `event` happens, once per folder. After `EVERY` steps a report has just returned.
-        event: `stop`, the name of what is killed (`worker` or `controller`), or `wait` for somebody else to kill.
+        event: `stop`, the name of what is killed (`worker` or `controller`), or `wait` to be killed from outside.
         workers: `WorkersConfig`.
     """
     payload = {"folder": folder, "at": at, "event": event}
@@ -60,11 +60,11 @@ def train_loop(payload: dict[str, Any]) -> None:
         batch = torch.randn(12, 6, generator=torch.Generator().manual_seed(step)).chunk(world)[rank]
         loss = engine(batch).square().mean()
         engine.backward(loss)
-        # Everybody has given a gradient, so this step is done.
+        # All ranks have contributed their gradients, so this step is done.
         if rank == 0:
             with (folder / "steps").open("a") as file:
                 file.write(f"{step} {world}\n")
-        return {"loss": float(loss)}
+        return {"train/loss": float(loss)}
 
     def save_model(path: str) -> None:
         with engine.whole_parameters():
@@ -101,19 +101,19 @@ def final_weights(folder: Path) -> list[torch.Tensor]:
 
 
 def steps_done(folder: Path) -> list[tuple[int, int]]:
-    """Step and number of workers of everything that was trained, repeats included, in order."""
+    """Step and number of workers of every training step, repetitions included, in order."""
     return [(int(step), int(world)) for step, world in (line.split() for line in (folder / "steps").open())]
 
 
 def relative_to_update(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
-    """Distance of the weights as a share of the way that they have gone."""
+    """Distance of the weights relative to that from the initial ones."""
     start = nn.utils.parameters_to_vector(toy_model().parameters()).detach()
     ours_flat, theirs_flat = (torch.cat([tensor.flatten() for tensor in found]) for found in (ours, theirs))
     return float((ours_flat - theirs_flat).norm() / (theirs_flat - start).norm())
 
 
 def own_session(folder: str) -> None:
-    """Train on a Ray of this process, which somebody kills after the second report."""
+    """Train on a Ray of this process, which the test kills after the second report."""
     from afmrl_ray.config.cluster import RayConfig
     from afmrl_ray.training.cluster import ray_session
 
@@ -122,7 +122,7 @@ def own_session(folder: str) -> None:
 
 
 def lose_a_node(folder: str) -> None:
-    """Train on two nodes, one worker each, and take one away after the second report."""
+    """Train on two nodes, one worker each, and remove one after the second report."""
     import ray
     from ray.cluster_utils import Cluster
 

@@ -23,11 +23,11 @@ from ray.util.metrics import Counter
 from afmrl_ray.concurrency import BackgroundLoop
 from afmrl_ray.config.train import RewardConfig
 from afmrl_ray.errors import GalleryVersionError, RewardServiceError, UserError
+from afmrl_ray.models.threads import torch_threads
 from afmrl_ray.rar.reward.actor import RewardActor, alive, restarted
 from afmrl_ray.rar.reward.batching import Request, split_requests
 from afmrl_ray.rar.reward.metrics import ServiceStats
 from afmrl_ray.rar.reward.spec import METRICS, Query, Reply, RewardSpec, Scores
-from afmrl_ray.training.cluster import torch_threads
 from afmrl_ray.training.placement import ActorPlacement
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Texts with one attribute changed, and regions where they belong."""
+"""Texts with one attribute changed, and regions with their phrases."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afmrl_ray.agcl.dual_batches import changed_texts, crop, parse_boxes, regions, values_by_name
+from afmrl_ray.agcl.dual_inputs import changed_texts, crop, parse_boxes, regions, values_by_name
 from afmrl_ray.attributes.text import format_attributes, parse_attributes
 from afmrl_ray.catalogue.synthetic.products import COLORS
 
@@ -17,7 +17,7 @@ PAIRS = st.dictionaries(NAMES, st.sampled_from(["a", "b", "c", "d e"]), min_size
 
 
 @given(PAIRS, st.lists(PAIRS, min_size=1), st.integers(1, 6), st.integers(0, 99))
-def test_exactly_one_value_is_another_that_the_catalogue_has(attributes, others, count, seed):
+def test_changed_texts_replace_exactly_one_value_by_a_known_one(attributes, others, count, seed):
     values = values_by_name([attributes, *others])
     found = changed_texts(attributes, values, count=count, draw=np.random.default_rng(seed))
     possible = sum(len(set(values[name]) - {value}) for name, value in attributes)
@@ -30,7 +30,7 @@ def test_exactly_one_value_is_another_that_the_catalogue_has(attributes, others,
         assert differing[0][1] in values[differing[0][0]]
 
 
-def test_regions_speak_of_what_they_show(tiny_catalogue_ref):
+def test_the_phrase_of_a_region_describes_its_crop(tiny_catalogue_ref):
     """The crop of a logo has the logo's colour; its phrase names it."""
     catalogue = tiny_catalogue_ref.open()
     parts = {"body": ("color", "pattern")}

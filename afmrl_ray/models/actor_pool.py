@@ -1,4 +1,4 @@
-"""Catalogue rows through a pool of Ray Data actors."""
+"""Catalogue rows mapped through a pool of Ray Data actors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from afmrl_ray.config.cluster import PoolConfig
+from afmrl_ray.models.threads import torch_threads
 
 
 def map_rows(actor: type, columns: Mapping[str, np.ndarray], *, pool: PoolConfig, arguments: dict[str, Any]) -> Any:
@@ -15,8 +16,10 @@ def map_rows(actor: type, columns: Mapping[str, np.ndarray], *, pool: PoolConfig
 
     Args:
         actor: class whose constructor takes `arguments` and `threads`, and whose call takes a batch of `columns` with
-            `place`, a row's number, and returns columns of the same length, `place` among them.
+            `place`, the position of each row, and returns columns of the same length, `place` among them.
         columns: [N] integers each.
+        pool: size and resources of the pool.
+        arguments: keyword arguments of the actor's constructor.
 
     Returns:
         pandas DataFrame with the columns of the actor, in the order of the rows.
@@ -33,16 +36,16 @@ def map_rows(actor: type, columns: Mapping[str, np.ndarray], *, pool: PoolConfig
         actor,
         batch_size=pool.batch_size,
         compute=ray.data.ActorPoolStrategy(size=pool.num_workers),
-        fn_constructor_kwargs={**arguments, "threads": max(1, int(pool.cpus_per_worker))},
+        fn_constructor_kwargs={**arguments, "threads": torch_threads(pool.cpus_per_worker)},
         num_cpus=pool.cpus_per_worker,
         num_gpus=pool.gpus_per_worker or None,
-        **_placed(pool),
+        **_placement_options(pool),
     ).to_pandas()
     return table.sort_values("place", ignore_index=True)
 
 
-def _placed(pool: PoolConfig) -> dict[str, Any]:
-    """What Ray Data is told of `pool.placement`; its pools grow one by one, so both ways to spread are one."""
+def _placement_options(pool: PoolConfig) -> dict[str, Any]:
+    """`pool.placement` as options of Ray Data, which places actors one by one: both ways to spread are the same."""
     placement = pool.placement
     options: dict[str, Any] = {}
     if placement.resources:
