@@ -36,11 +36,11 @@ def collect(run: RunDirectory) -> RunSummary:
     """
     if not storage.exists(storage.join(run.path, "run.json")):
         raise StorageError(f"{run.path}: no run.json, so no run to report on; check run.storage_path and run.name")
-    written = run.read_run()
+    recorded = run.read_run()
     found = {stage.name: stage for stage in run.stages()}
     # Fingerprints were computed with the credentials in place.
-    stale = stale_stages(list(found.values()), written.get("config", {}))
-    record = without_credentials(written)
+    stale = stale_stages(list(found.values()), recorded.get("config", {}))
+    record = without_credentials(recorded)
     config = record.get("config", {})
     numbers = sorted({int(match[1]) for name in found if (match := _ROUND.search(name))})
     # The attributes written after the last RAR are not a round of their own.
@@ -67,7 +67,7 @@ def collect(run: RunDirectory) -> RunSummary:
         distill_log=_log(found.get("distill")),
         examples=examples,
         failures=failures,
-        written=attributes_by_round(found, shown, refused),
+        generated=attributes_by_round(found, shown, refused),
         attachments=read_attachments(run),
         stages=[StageCost(name, stage.seconds, stage.peak_memory_mb, name in stale) for name, stage in found.items()],
     )
