@@ -132,7 +132,7 @@ def bad_images(folder: Path) -> str:
         (lambda at, models: ["rar.grup_size=3"], "rar.group_size"),
         (lambda at, models: ["rar.group_size=x"], "rar.group_size"),
         (lambda at, models: ["catalogue.path=/nowhere.parquet"], "/nowhere.parquet does not exist"),
-        (lambda at, models: [f"catalogue.path={catalogue_without_positives(at)}"], "nothing is positive"),
+        (lambda at, models: [f"catalogue.path={catalogue_without_positives(at)}"], "so there are no positives"),
         (lambda at, models: [f"catalogue.path={bad_images(at)}"], "undecodable_image"),
         (lambda at, models: [f"catalogue.path={without_split(at)}"], "lacks the columns split"),
         (lambda at, models: [f"catalogue.path={catalogue_of(at, split='test')}"], "split train"),
