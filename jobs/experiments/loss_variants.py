@@ -124,7 +124,7 @@ def synthetic(folder: Path) -> Dataset:
         "evaluation": {
             "primary_protocol": "with_attributes",
             "protocols": [
-                {"kind": "retrieval", "name": "with_attributes"},
+                {"kind": "retrieval", "name": "with attributes"},
                 {"kind": "retrieval", "name": "without attributes", "with_attributes": "none"},
             ],
         },
