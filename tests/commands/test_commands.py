@@ -86,6 +86,7 @@ def test_an_installed_wheel_imports_and_lists_its_commands(tmp_path: Path) -> No
     tracked = {str(path.relative_to(ROOT)) for path in (ROOT / "afmrl_ray").rglob("*.py")}
     assert tracked <= packaged
     assert {"afmrl_ray/py.typed", "afmrl_ray/report/template.html"} <= packaged
+    assert "afmrl_ray/assets/small-encoder/model.safetensors" in packaged
     assert not any(name.startswith(("jobs/", "tests/")) for name in names)
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=False)
