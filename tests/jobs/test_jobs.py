@@ -85,7 +85,7 @@ def test_a_dry_run_compares_required_with_available_resources(capsys, monkeypatc
     shown = capsys.readouterr().out
     assert re.search(r"agcl +4 CPU  MORE THAN AVAILABLE \(CPU\)", shown)
     assert re.search(r"distill +1 CPU$", shown, re.MULTILINE)
-    assert "resources there\n  3 CPU, " in shown
+    assert "resources available\n  3 CPU, " in shown
 
 
 @pytest.mark.parametrize("given", ["-1", "one", "1.5"])
