@@ -55,7 +55,7 @@ class Preparer(Generic[Input]):
         self._catalogue, self._encoder, self._store = catalogue, encoder, store
         self._rank, self._world = rank, world
         self._items = catalogue.column("item_id")
-        self._sampler = PairSampler(catalogue, config.agcl, seed=config.run.seed)
+        self._sampler = PairSampler(catalogue, config.agcl, seed=config.run.seed, store=store)
         by_attributes = self._agcl.mask.enabled and self._agcl.mask.kind == "attributes"
         self._scored = store is not None and (self._agcl.lexical.enabled or by_attributes)
         self._bm25 = self._fit_bm25() if self._scored and self._agcl.lexical.idf == "corpus" else None

@@ -81,9 +81,19 @@ class BatchGroupingConfig(Section):
     """Batches with whole groups of similar products, whose items are hard negatives of one another."""
 
     fraction: float = Field(0.0, ge=0, le=1)
-    """Fraction of a batch made of whole groups of products that agree in `column`; 0 = batches are uniform."""
+    """Fraction of a batch made of whole groups; 0 = batches are uniform."""
+    by: Literal["column", "attributes"] = "column"
+    """What makes products similar: an equal value of `column`, or attribute pairs in common, by BM25 of what most items
+    of a product are described by. Groups by attributes are formed again in every epoch."""
     column: str = "category"
-    """Column whose equal values put products into one group."""
+    """For `column`: column whose equal values put products into one group."""
+    group_size: int = Field(8, gt=1)
+    """For `attributes`: products in a group, a random one and those most similar to it."""
+    max_similarity: float = Field(0.95, gt=0, le=1)
+    """For `attributes`: a product is not grouped with the group's first one if their common pairs score above this
+    fraction of the first one's own, since it is probably the same product under another id; 1 = no limit."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps with uniform batches before grouping starts, since uniform negatives teach enough at first."""
 
 
 class AttributeDropoutConfig(Section):
