@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
+from afmrl_ray.agcl.grouping import AttributeGroups, ColumnGroups, ProductGroups, epoch_order
+from afmrl_ray.attributes.store import AttributeStore
 from afmrl_ray.catalogue import StagedCatalogue
 from afmrl_ray.config.catalogue import ItemSelector
 from afmrl_ray.config.train import AGCLConfig
@@ -58,13 +59,17 @@ class PairSampler:
         catalogue: where rows and product ids come from.
         config: `agcl`.
         seed: of order and draws.
+        store: attributes, which `agcl.batch_grouping.by: attributes` needs; none = there are none.
 
     Raises:
-        CatalogueError: a selector matches nothing, no product has a pair, or a configured column does not exist.
-        ConfigError: there are fewer products than a batch needs.
+        CatalogueError: a selector matches nothing, no product has a pair, a configured column does not exist, or no two
+            products are similar enough for a group.
+        ConfigError: there are fewer products than a batch needs, or groups need attributes and there are none.
     """
 
-    def __init__(self, catalogue: StagedCatalogue, config: AGCLConfig, *, seed: int) -> None:
+    def __init__(
+        self, catalogue: StagedCatalogue, config: AGCLConfig, *, seed: int, store: AttributeStore | None = None
+    ) -> None:
         products = catalogue.column("product_id")
         self._config, self._seed = config, seed
         self._weights = np.array([source.weight for source in config.pairs])
@@ -91,7 +96,7 @@ class PairSampler:
         codes = {product: code for code, product in enumerate([*self._products, *others])}
         self._code_of_row = [codes[product] if product is not None else -1 for product in products]
         self._negatives = _hard_negatives(catalogue, self._code_of_row) if config.hard_negatives else {}
-        self._groups = self._product_groups(catalogue) if config.batch_grouping.fraction else []
+        self._groups = self._product_groups(catalogue, store) if config.batch_grouping.fraction else None
         self._epoch_order = lru_cache(maxsize=2)(self._make_epoch_order)
 
     @property
@@ -133,53 +138,30 @@ class PairSampler:
         shown += [sampled(row, selectors.positive, dropout.positive) for row in (*picked, *negatives)]
         return Pair(shown[0], tuple(shown[1 : 1 + count]), tuple(shown[1 + count :]))
 
-    def _product_groups(self, catalogue: StagedCatalogue) -> list[list[int]]:
-        """Groups of at least two products with an equal value of `batch_grouping.column`, as their codes."""
-        values = catalogue.column(self._config.batch_grouping.column)
-        group_of: dict[int, str] = {}
-        for row, code in enumerate(self._code_of_row):
-            if 0 <= code < len(self._products) and values[row] is not None:
-                group_of.setdefault(code, str(values[row]))
-        groups: dict[str, list[int]] = {}
-        for code in sorted(group_of):
-            groups.setdefault(group_of[code], []).append(code)
-        found = [codes for _, codes in sorted(groups.items()) if len(codes) > 1]
-        if not found:
-            raise CatalogueError(
-                f"agcl.batch_grouping.column {self._config.batch_grouping.column!r}: no two products share a value; "
-                "set agcl.batch_grouping.fraction=0"
+    def _product_groups(self, catalogue: StagedCatalogue, store: AttributeStore | None) -> ProductGroups:
+        grouping = self._config.batch_grouping
+        count = len(self._products)
+        if grouping.by == "column":
+            return ColumnGroups(catalogue, grouping.column, self._code_of_row, count)
+        if store is None:
+            raise ConfigError(
+                "agcl.batch_grouping.by attributes needs attributes, and this training has none; train with an "
+                "attribute table, or set agcl.batch_grouping.fraction=0"
             )
-        return found
+        items, texts = catalogue.column("item_id"), [""] * len(self._code_of_row)
+        for row in catalogue.rows_of_any(self._config.selectors).tolist():
+            texts[row] = store.text(items[row])
+        return AttributeGroups(texts, self._code_of_row, count, grouping)
 
     def _make_epoch_order(self, epoch: int) -> np.ndarray:
-        """Codes of all products, batch after batch; `batch_grouping.fraction` of each batch is made of whole groups."""
+        """Codes of all products, batch after batch; after the warm-up a fraction of each batch is of whole groups."""
         draw = np.random.default_rng([self._seed, epoch])
-        order = draw.permutation(len(self._products))
-        if not self._groups:
-            return order
-        queues = [deque(draw.permutation(group).tolist()) for group in self._groups]
-        waiting = deque(draw.permutation(len(queues)).tolist())
-        rest, taken, made = deque(order.tolist()), np.zeros(len(order), dtype=bool), []
-        size = self._config.batch_size
-        grouped = round(self._config.batch_grouping.fraction * size)
-        for _ in range(self.steps_per_epoch):
-            batch: list[int] = []
-            while len(batch) < grouped and waiting:
-                queue = queues[waiting[0]]
-                while queue and len(batch) < grouped:
-                    code = queue.popleft()
-                    if not taken[code]:
-                        taken[code] = True
-                        batch.append(code)
-                if not queue:
-                    waiting.popleft()
-            while len(batch) < size:
-                code = rest.popleft()
-                if not taken[code]:
-                    taken[code] = True
-                    batch.append(code)
-            made.extend(batch)
-        return np.array(made)
+        count, size, grouping = len(self._products), self._config.batch_size, self._config.batch_grouping
+        steps = range(epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch)
+        if self._groups is None or steps[-1] < grouping.warmup_steps:
+            return draw.permutation(count)
+        grouped = [round(grouping.fraction * size) if step >= grouping.warmup_steps else 0 for step in steps]
+        return epoch_order(count, size, self._groups, draw, grouped=grouped)
 
 
 def _subset(products: list[str], fraction: float, seed: int) -> list[str]:

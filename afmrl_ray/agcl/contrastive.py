@@ -10,14 +10,15 @@ from torch import Tensor
 from afmrl_ray.agcl.directions import RetrievalDirection
 from afmrl_ray.agcl.encoder import StepInputs
 from afmrl_ray.agcl.gather import gather_with_gradient
-from afmrl_ray.agcl.loss import (
+from afmrl_ray.agcl.loss import scale_lexical, weighted_info_nce
+from afmrl_ray.agcl.masks import (
     finish_mask,
     mask_by_attributes,
     mask_by_candidate,
+    mask_by_candidate_and_attributes,
     mask_by_margin,
-    scale_lexical,
-    weighted_info_nce,
 )
+from afmrl_ray.agcl.statistics import KnownRelations, known_relations
 from afmrl_ray.config.train import AGCLConfig
 from afmrl_ray.training.stopwatch import Stopwatch
 
@@ -42,7 +43,8 @@ def contrastive_loss(
         temperature: scalar, if it is learned.
 
     Returns:
-        The scalar loss, and the statistics of `weighted_info_nce` for the queries, with `temperature`.
+        The scalar loss, and the statistics of `weighted_info_nce` for the queries, with `temperature`; means over the
+        workers are those of the batch, see `statistics.fractions_of`.
     """
     if temperature is None:
         temperature = embeddings.new_tensor(config.temperature)
@@ -87,10 +89,26 @@ def _direction_loss(
                     config, step, direction, similarity.detach(), candidates.detach(), raw, positives
                 ),
                 positive_weight=config.lexical.positive_weight,
+                beta=config.lexical.beta,
+                known=_known(config, direction, positives),
             )
         )
     loss = torch.stack([value for value, _ in found]).mean()
     return loss, {name: sum(stats[name] for _, stats in found) / len(found) for name in found[0][1]}
+
+
+def _known(config: AGCLConfig, direction: RetrievalDirection, positives: Tensor) -> KnownRelations | None:
+    """What the catalogue knows of siblings, and of duplicates if a mask looks for them."""
+    true_products = direction.true_products if config.mask.enabled else None
+    if direction.families is None and true_products is None:
+        return None
+    return known_relations(
+        positives,
+        torch.tensor(direction.products, device=positives.device),
+        families=direction.families,
+        true_products=true_products,
+        valid=direction.valid,
+    )
 
 
 def _negative_mask(
@@ -118,7 +136,13 @@ def _negative_mask(
             negatives = mask_by_margin(similarity, positives, margin=mask.margin, **shared)
         else:
             assert lexical_scores is not None, "scored by Preparer for this mask"
-            negatives = mask_by_attributes(lexical_scores, positives, threshold=mask.attribute_threshold, **shared)
+            least = mask.attribute_threshold
+            if mask.kind == "attributes":
+                negatives = mask_by_attributes(lexical_scores, positives, threshold=least, **shared)
+            else:
+                negatives = mask_by_candidate_and_attributes(
+                    candidates, lexical_scores, positives, threshold=mask.threshold, attribute_threshold=least, **shared
+                )
     elif len(direction.positives) == 1 and direction.valid is None:
         return None  # a batch holds each product once, so no candidate is of the positive's product
     else:

@@ -20,6 +20,19 @@ LexicalScores = Callable[[Sequence[int], Sequence[int]], Tensor]
 
 
 @dataclass(frozen=True)
+class TrueCodes:
+    """What is known of every catalogue row; statistics alone use it.
+
+    Attributes:
+        families: codes of their families, -1 = unknown; none = the catalogue has no families.
+        true_products: codes of their true products, -1 = unknown; none = the catalogue does not have them.
+    """
+
+    families: Sequence[int] | None = None
+    true_products: Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
 class RetrievalDirection:
     """R local rows that retrieve their positives among the C candidates of all workers.
 
@@ -29,6 +42,8 @@ class RetrievalDirection:
         lexical_scores: [R, C] float32, BM25 of a row's attributes against the candidates'; none = not used.
         hard_negatives: [R, C] bool, hard negatives of the row; none = no row has any.
         valid: [C] bool, False for padding, which is no candidate; none = all are valid.
+        families: [C] codes of the candidates' families, -1 = unknown; none = not known of any.
+        true_products: [C] codes of the candidates' true products, -1 = unknown; none = not known of any.
     """
 
     positives: list[list[int]]
@@ -36,6 +51,8 @@ class RetrievalDirection:
     lexical_scores: Tensor | None = None
     hard_negatives: Tensor | None = None
     valid: Tensor | None = None
+    families: list[int] | None = None
+    true_products: list[int] | None = None
 
 
 def local_items(pairs: Sequence[Pair], *, rank: int = 0, world: int = 1) -> tuple[list[SampledItem], list[int]]:
@@ -52,7 +69,12 @@ def local_items(pairs: Sequence[Pair], *, rank: int = 0, world: int = 1) -> tupl
 
 
 def query_to_positive(
-    pairs: Sequence[Pair], *, rank: int = 0, world: int = 1, lexical: LexicalScores | None = None
+    pairs: Sequence[Pair],
+    *,
+    rank: int = 0,
+    world: int = 1,
+    lexical: LexicalScores | None = None,
+    true_codes: TrueCodes | None = None,
 ) -> RetrievalDirection:
     """Local queries retrieve their positives among the positives and hard negatives of all workers."""
     local, per_query, negatives = _local(pairs, rank, world), len(pairs[0].positives), _negatives(pairs, world)
@@ -68,6 +90,8 @@ def query_to_positive(
         lexical_scores=_scores(lexical, [pairs[index].query for index in local], columns),
         hard_negatives=chosen,
         valid=valid,
+        families=_codes(true_codes.families, columns) if true_codes else None,
+        true_products=_codes(true_codes.true_products, columns) if true_codes else None,
     )
 
 
@@ -100,3 +124,7 @@ def _scores(
     lexical: LexicalScores | None, rows: Sequence[SampledItem], columns: Sequence[SampledItem]
 ) -> Tensor | None:
     return lexical([item.row for item in rows], [item.row for item in columns]) if lexical is not None else None
+
+
+def _codes(of_rows: Sequence[int] | None, columns: Sequence[SampledItem]) -> list[int] | None:
+    return [of_rows[item.row] for item in columns] if of_rows is not None else None

@@ -7,7 +7,7 @@ dense retrieval (Karpukhin et al. 2020, arXiv 2004.04906), without extra encoder
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from scipy import sparse
@@ -65,24 +65,29 @@ class AttributeNeighbours:
         counts.eliminate_zeros()
         return cls(counts, max_similarity=max_similarity)
 
-    def groups(self, size: int, draw: np.random.Generator) -> list[np.ndarray]:
-        """Disjoint groups of at most `size` products, the seed first and its best neighbours by BM25 after it.
+    @property
+    def any_shared(self) -> bool:
+        """Whether any pair describes two products."""
+        return bool((np.diff(self._postings.indptr) > 1).any())
 
-        Every product is in at most one group; one without a free neighbour is in none. A function of the index and the
-        state of `draw`. Costs O(pairs of a product x `MAX_POSTINGS`) for each group.
+    def groups(self, size: int, draw: np.random.Generator, free: np.ndarray) -> Iterator[np.ndarray]:
+        """Disjoint groups of at most `size` free products, a seed first and its best neighbours by BM25 after it.
+
+        A seed without a free neighbour makes no group. A function of the index, the state of `draw` and `free`. Costs
+        O(pairs of a product x `MAX_POSTINGS`) for each group, when it is taken.
+
+        Args:
+            size: of a group, seed included.
+            draw: random numbers: seeds are visited in random order, equally similar neighbours are chosen at random.
+            free: [P] bool, products that may be grouped; whoever takes a group clears it before taking the next.
         """
-        free = np.ones(len(self), dtype=bool)
         scores = np.zeros(len(self), dtype=np.float32)
-        found = []
         for seed in draw.permutation(len(self)).tolist():
             if not free[seed]:
                 continue
-            free[seed] = False
             neighbours = self._nearest(seed, size - 1, free, scores, draw)
             if len(neighbours):
-                free[neighbours] = False
-                found.append(np.concatenate([[seed], neighbours]))
-        return found
+                yield np.concatenate([[seed], neighbours])
 
     def _nearest(
         self, seed: int, count: int, free: np.ndarray, scores: np.ndarray, draw: np.random.Generator
@@ -95,7 +100,7 @@ class AttributeNeighbours:
         for column, products in zip(self._pairs.indices[start:stop].tolist(), touched, strict=True):
             scores[products] += self._idf[column]  # a product is in a posting list once
         candidates = np.concatenate(touched)
-        candidates = candidates[free[candidates]]
+        candidates = candidates[free[candidates] & (candidates != seed)]
         values = scores[candidates]
         for products in touched:
             scores[products] = 0

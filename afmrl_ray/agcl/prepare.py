@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from afmrl_ray.agcl.batches import PairSampler
-from afmrl_ray.agcl.directions import local_items, positive_to_query, query_to_positive
+from afmrl_ray.agcl.directions import TrueCodes, local_items, positive_to_query, query_to_positive
 from afmrl_ray.agcl.encoder import Input, StepInputs, TrainableEncoder
 from afmrl_ray.attributes.lexical import BM25
 from afmrl_ray.attributes.store import AttributeStore
 from afmrl_ray.catalogue import StagedCatalogue
 from afmrl_ray.config import Config
+from afmrl_ray.errors import ConfigError
 from afmrl_ray.models.microbatches import cut_by_tokens
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,8 @@ class Preparer(Generic[Input]):
         world: number of workers.
 
     Raises:
-        CatalogueError, ConfigError: see `PairSampler`.
+        CatalogueError: see `PairSampler`.
+        ConfigError: see `PairSampler`; or the mask needs attributes, and there are none.
     """
 
     def __init__(
@@ -55,15 +57,33 @@ class Preparer(Generic[Input]):
         self._catalogue, self._encoder, self._store = catalogue, encoder, store
         self._rank, self._world = rank, world
         self._items = catalogue.column("item_id")
-        self._sampler = PairSampler(catalogue, config.agcl, seed=config.run.seed)
-        by_attributes = self._agcl.mask.enabled and self._agcl.mask.kind == "attributes"
+        self._sampler = PairSampler(catalogue, config.agcl, seed=config.run.seed, store=store)
+        by_attributes = self._agcl.mask.enabled and self._agcl.mask.kind in ("attributes", "both")
+        if by_attributes and store is None:
+            raise ConfigError(
+                f"agcl.mask.kind {self._agcl.mask.kind} needs attributes, and this training has none; train with an "
+                "attribute table, or set agcl.mask.kind=candidate"
+            )
+        self._true_codes = TrueCodes(self._codes("family_id"), self._codes("true_product_id"))
         self._scored = store is not None and (self._agcl.lexical.enabled or by_attributes)
         self._bm25 = self._fit_bm25() if self._scored and self._agcl.lexical.idf == "corpus" else None
         if self._scored and rank == 0:
             self._warn_of_missing_attributes()
 
+    def _codes(self, column: str) -> list[int] | None:
+        """A code for each value of a column, -1 for null; none if the catalogue has no such column."""
+        if column not in self._catalogue.table.column_names:
+            return None
+        codes: dict[str, int] = {}
+        return [
+            -1 if value is None else codes.setdefault(value, len(codes)) for value in self._catalogue.column(column)
+        ]
+
+    def _new_bm25(self) -> BM25:
+        return BM25(terms=self._agcl.lexical.terms, idf_formula=self._agcl.lexical.idf_formula)
+
     def _fit_bm25(self) -> BM25:
-        return BM25().fit(self._texts(self._catalogue.rows_of_any(self._agcl.selectors).tolist()))
+        return self._new_bm25().fit(self._texts(self._catalogue.rows_of_any(self._agcl.selectors).tolist()))
 
     def _warn_of_missing_attributes(self) -> None:
         """Items without attributes have BM25 scores of zero, although nothing is known of their similarity."""
@@ -94,7 +114,7 @@ class Preparer(Generic[Input]):
         parts = cut_by_tokens([len(each) for each in inputs], budget) if budget else [list(range(len(inputs)))]
         scoring = time.perf_counter()
         lexical = self._lexical_scores if self._scored else None
-        queries = query_to_positive(pairs, **place, lexical=lexical)
+        queries = query_to_positive(pairs, **place, lexical=lexical, true_codes=self._true_codes)
         positives = positive_to_query(pairs, **place, lexical=lexical) if self._agcl.bidirectional else None
         ended = time.perf_counter()
         metrics = {**metrics, "time/prepare": ended - began, "time/bm25": ended - scoring}
@@ -103,7 +123,7 @@ class Preparer(Generic[Input]):
     def _lexical_scores(self, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
         candidates = self._texts(columns)
         # The candidates are those of all workers, so all workers fit the same document frequencies.
-        bm25 = self._bm25 or BM25().fit(candidates)
+        bm25 = self._bm25 or self._new_bm25().fit(candidates)
         return torch.from_numpy(bm25.scores(self._texts(rows), candidates))
 
 

@@ -13,6 +13,7 @@ from afmrl_ray.agcl.encoder import StepInputs, TrainableEncoder
 from afmrl_ray.agcl.gather import gather_plain
 from afmrl_ray.agcl.gradcache import backward_in_parts
 from afmrl_ray.agcl.prepare import Prefetcher, Preparer
+from afmrl_ray.agcl.statistics import fractions_of
 from afmrl_ray.config.train import AGCLConfig
 from afmrl_ray.training.engine import Engine
 from afmrl_ray.training.stopwatch import Stopwatch
@@ -82,10 +83,11 @@ class AGCLStep:
         }
 
     def _averaged(self, stats: dict[str, float], watch: Stopwatch) -> dict[str, float]:
-        """Means over the workers."""
+        """Means over the workers, and fractions of these means."""
         values = torch.tensor([*stats.values()], dtype=torch.float64, device=self._engine.device)
         with watch("gather"):
-            return dict(zip(stats, gather_plain(values[None]).mean(0).tolist(), strict=True))
+            means = gather_plain(values[None]).mean(0).tolist()
+        return fractions_of(dict(zip(stats, means, strict=True)))
 
     def _max_parts(self, parts: int) -> int:
         """The largest number of parts of any worker; without a collective call if nothing is cut."""

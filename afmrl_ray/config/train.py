@@ -30,7 +30,7 @@ class DistillConfig(Section):
 
 
 class LexicalConfig(Section):
-    """BM25 weights of negatives, `w_ij = exp(1 + tanh(B_ij))`."""
+    """BM25 weights of negatives, `w_ij = exp(beta * (1 + tanh(B_ij)))`."""
 
     enabled: bool = True
     """Whether negatives are weighted; false = all weights are one (InfoNCE)."""
@@ -42,6 +42,14 @@ class LexicalConfig(Section):
     """Divisor of B_ij for scale `temperature`."""
     idf: Literal["corpus", "batch"] = "corpus"
     """Texts that document frequencies are counted over: all items of `agcl.pairs`, or the candidates of the step."""
+    idf_formula: Literal["rank_bm25", "lucene"] = "rank_bm25"
+    """Weight of a term that n of N texts contain: `rank_bm25` = log((N - n + 0.5) / (n + 0.5)), a negative one replaced
+    by a quarter of the mean; `lucene` = log(1 + (N - n + 0.5) / (n + 0.5)), which is never negative."""
+    terms: Literal["words", "values", "pairs"] = "words"
+    """Terms of an attribute text that BM25 counts: `words` of names and values, words of `values` only, or `pairs`,
+    each of which, `name: value`, is one term."""
+    beta: float = Field(1.0, ge=0)
+    """Strength of the weights: exponent of w_ij; 1 = as printed in the paper, 0 = all weights are one."""
 
 
 class MaskConfig(Section):
@@ -50,14 +58,17 @@ class MaskConfig(Section):
     enabled: bool = False
     """Whether probable false negatives are masked; false = only items of the positive's product are, which retrieved
     best wherever it was measured."""
-    kind: Literal["candidate", "margin", "attributes"] = "candidate"
-    """What a candidate is masked by: its similarity to the positive, its similarity to the query, or its attributes."""
+    kind: Literal["candidate", "margin", "attributes", "both"] = "candidate"
+    """What a candidate is masked by: its similarity to the positive, its similarity to the query, its attributes, or
+    `both` its similarity to the positive and its attributes, each above its threshold."""
     threshold: float = Field(0.9, ge=-1, le=1)
-    """For kind `candidate` (delta in the paper): cosine to the positive above which a candidate is masked."""
+    """For kinds `candidate` (delta in the paper) and `both`: cosine to the positive above which a candidate is
+    masked."""
     margin: float = 0.1
     """For kind `margin`: a candidate is masked if its cosine to the query exceeds the positive's by more than this."""
     attribute_threshold: float = Field(0.9, gt=0)
-    """For kind `attributes`: a candidate is masked if its BM25 score exceeds this fraction of the positive's own."""
+    """For kinds `attributes` and `both`: a candidate is masked if its BM25 score exceeds this fraction of the
+    positive's own."""
     min_negatives: int = Field(8, ge=0)
     """Negatives that every query keeps; the least similar candidates are unmasked first."""
     warmup_steps: int = Field(0, ge=0)
@@ -79,9 +90,19 @@ class BatchGroupingConfig(Section):
     """Batches with whole groups of similar products, whose items are hard negatives of one another."""
 
     fraction: float = Field(0.0, ge=0, le=1)
-    """Fraction of a batch made of whole groups of products that agree in `column`; 0 = batches are uniform."""
+    """Fraction of a batch made of whole groups; 0 = batches are uniform."""
+    by: Literal["column", "attributes"] = "column"
+    """What makes products similar: an equal value of `column`, or attribute pairs in common, by BM25 of what most items
+    of a product are described by. Groups by attributes are formed again in every epoch."""
     column: str = "category"
-    """Column whose equal values put products into one group."""
+    """For `column`: column whose equal values put products into one group."""
+    group_size: int = Field(8, gt=1)
+    """For `attributes`: products in a group, a random one and those most similar to it."""
+    max_similarity: float = Field(0.95, gt=0, le=1)
+    """For `attributes`: a product is not grouped with the group's first one if their common pairs score above this
+    fraction of the first one's own, since it is probably the same product under another id; 1 = no limit."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps with uniform batches before grouping starts, since uniform negatives teach enough at first."""
 
 
 class AttributeDropoutConfig(Section):

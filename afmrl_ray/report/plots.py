@@ -93,7 +93,10 @@ def agcl_panels(summary: RunSummary) -> list[Panel]:
         ("train/accuracy", "in-batch accuracy"),
         ("train/masked_fraction", "fraction of masked negatives"),
         ("train/positive_similarity", "cosine similarity of positives"),
-        ("train/weight_p50", "median weight of a negative"),
+        ("train/weight_gradient_fraction", "gradient that the lexical weights move, fraction of it"),
+        ("train/sibling_gradient_fraction", "gradient of negatives that comes from siblings, fraction of it"),
+        ("train/mask_precision", "fraction of masked negatives that are duplicates"),
+        ("train/mask_recall", "fraction of duplicates that are masked"),
     )
     return _step_panels([("distillation", summary.distill_log)], (("train/loss", "distillation loss"),)) + _step_panels(
         logs, keys

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from afmrl_ray.agcl.loss import mask_by_candidate, scale_lexical, weighted_info_nce
+from afmrl_ray.agcl.loss import scale_lexical, weighted_info_nce
+from afmrl_ray.agcl.masks import mask_by_candidate
 from jobs.benchmarks.harness import Comparison, compare, seconds
 
 BATCH, DIMENSION, TEMPERATURE = 1024, 1536, 0.02

@@ -20,7 +20,8 @@ def child(pairs: int) -> dict[str, float]:
     from afmrl_ray.agcl.batches import PairSampler
     from afmrl_ray.agcl.directions import local_items
     from afmrl_ray.agcl.gradcache import backward_in_parts
-    from afmrl_ray.agcl.loss import mask_by_candidate, weighted_info_nce
+    from afmrl_ray.agcl.loss import weighted_info_nce
+    from afmrl_ray.agcl.masks import mask_by_candidate
     from afmrl_ray.models.encoder import EmbeddingModel
     from afmrl_ray.models.microbatches import cut_by_tokens
     from afmrl_ray.models.model_input import collate

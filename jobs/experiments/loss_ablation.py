@@ -44,7 +44,7 @@ from jobs.experiments.loss_variants import OFF, Cell, Dataset, grocery, syntheti
 FOLDER = Path("runs/bench/agcl_ablation")
 GROCERY = Path("../shared/data/grocery/products.parquet")
 _ROWS = 256
-_LOGGED = ("masked_fraction", "weight_p10", "weight_p50", "weight_p90", "accuracy", "loss")
+_LOGGED = ("masked_fraction", "weight_gradient_fraction", "accuracy", "loss")
 
 
 class CellRunner:
@@ -111,7 +111,9 @@ class CellRunner:
             engine.step()
         engine.close()
         save_trained(model, out, processor=start)
-        return {name: statistics.fmean(s[f"train/{name}"] for s in found[len(found) // 2 :]) for name in _LOGGED}
+        return {
+            name: statistics.fmean(s.get(f"train/{name}", 0.0) for s in found[len(found) // 2 :]) for name in _LOGGED
+        }
 
     def _evaluate(self, dataset: Dataset, config: Config, trained: str) -> dict[str, Any]:
         encoder = Encoder(EncoderRef(trained, config.encoder), dataset.reference)

@@ -23,7 +23,7 @@ def summary(cells: Cells, protocols: Sequence[str]) -> list[dict[str, Any]]:
     rows = []
     for (batches, variant), by_seed in cells.items():
         row: dict[str, Any] = {"batches": batches, "variant": variant, "seeds": len(by_seed)}
-        for name in ("masked_fraction", "weight_p10", "weight_p50", "weight_p90"):
+        for name in ("masked_fraction", "weight_gradient_fraction"):
             row[name] = statistics.fmean(found["stats"][name] for found in by_seed.values())
         for protocol in protocols:
             for metric in METRICS:
@@ -55,10 +55,11 @@ def table(dataset: str, rows: Sequence[Mapping[str, Any]], protocols: Sequence[s
     for row in rows:
         shown = [_plus_minus(row[f"{p} hit@1"]) for p in protocols]
         gains = [_plus_minus(row[f"{p} hit@1 gain"], signed=True) for p in protocols]
-        weights = " / ".join(f"{row[name]:.2f}" for name in ("weight_p10", "weight_p50", "weight_p90"))
-        cells = [row["batches"], row["variant"], *shown, *gains, f"{100 * row['masked_fraction']:.1f}", weights]
+        fractions = [f"{100 * row[name]:.1f}" for name in ("masked_fraction", "weight_gradient_fraction")]
+        cells = [row["batches"], row["variant"], *shown, *gains, *fractions]
         lines.append(cells)
-    return TextTable(dataset, ["batches", "variant", *head, "masked %", "weight p10 / p50 / p90"], lines, left=2)
+    columns = ["batches", "variant", *head, "masked %", "gradient moved by weights %"]
+    return TextTable(dataset, columns, lines, left=2)
 
 
 def _plus_minus(pair: tuple[float, float], *, signed: bool = False) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 
@@ -14,6 +15,7 @@ from afmrl_ray.agcl.qwen2_vl import TrainableQwen2VL
 from afmrl_ray.attributes.lexical import BM25
 from afmrl_ray.attributes.store import AttributeRow, read_attributes, write_attributes
 from afmrl_ray.config import validate
+from afmrl_ray.errors import ConfigError
 from afmrl_ray.models.adapters import load_for_training
 from afmrl_ray.models.item_processor import ItemProcessor
 
@@ -102,15 +104,46 @@ def test_the_scores_of_two_workers_are_those_of_one(tiny_checkpoints, tiny_catal
         np.testing.assert_array_equal(whole.query_to_positive.lexical_scores.numpy(), expected)
 
 
-def test_lexical_scores_are_computed_only_for_weights_or_mask(tiny_checkpoints, tiny_catalogue_ref, store):
+@pytest.mark.parametrize("kind", ["attributes", "both"])
+def test_lexical_scores_are_computed_only_for_weights_or_mask(tiny_checkpoints, tiny_catalogue_ref, store, kind):
     off = {"lexical": {"enabled": False}, "bidirectional": False}
     prepared = preparer(tiny_checkpoints, tiny_catalogue_ref, store, **off).prepare(0)
     assert prepared.query_to_positive.lexical_scores is None
     assert prepared.positive_to_query is None
-    masked = preparer(
-        tiny_checkpoints, tiny_catalogue_ref, store, **off, mask={"enabled": True, "kind": "attributes"}
-    ).prepare(0)
+    masked = preparer(tiny_checkpoints, tiny_catalogue_ref, store, **off, mask={"enabled": True, "kind": kind}).prepare(
+        0
+    )
     assert masked.query_to_positive.lexical_scores is not None
+
+
+@pytest.mark.parametrize("lexical", [{"terms": "pairs"}, {"terms": "values", "idf_formula": "lucene"}])
+@pytest.mark.parametrize("idf", ["corpus", "batch"])
+def test_scores_are_of_the_configured_terms_and_idf(tiny_checkpoints, tiny_catalogue_ref, store, lexical, idf):
+    prepared = preparer(tiny_checkpoints, tiny_catalogue_ref, store, lexical={**lexical, "idf": idf}).prepare(0)
+    catalogue = tiny_catalogue_ref.open()
+    items, splits = catalogue.column("item_id"), catalogue.column("split")
+    queries, positives = (
+        [store.text(items[item.row]) for item in prepared.items[side]] for side in (slice(6), slice(6, 12))
+    )
+    train = [store.text(item) for item, split in zip(items, splits, strict=True) if split == "train"]
+    expected = BM25(**lexical).fit(train if idf == "corpus" else positives).scores(queries, positives)
+    np.testing.assert_array_equal(prepared.query_to_positive.lexical_scores.numpy(), expected)
+
+
+@pytest.mark.parametrize("kind", ["attributes", "both"])
+def test_a_mask_by_attributes_without_attributes_is_refused(tiny_checkpoints, tiny_catalogue_ref, kind):
+    with pytest.raises(ConfigError, match=f"^agcl.mask.kind {kind} needs attributes"):
+        preparer(tiny_checkpoints, tiny_catalogue_ref, None, mask={"enabled": True, "kind": kind})
+
+
+def test_candidates_have_the_codes_of_their_families_and_true_products(tiny_checkpoints, tiny_catalogue_ref):
+    prepared = preparer(tiny_checkpoints, tiny_catalogue_ref, None).prepare(0)
+    rows = [item.row for item in prepared.items[6:]]
+    direction, catalogue = prepared.query_to_positive, tiny_catalogue_ref.open()
+    for column, codes in (("family_id", direction.families), ("true_product_id", direction.true_products)):
+        values = catalogue.column(column)
+        for one, other in itertools.combinations(range(6), 2):
+            assert (codes[one] == codes[other]) == (values[rows[one]] == values[rows[other]])
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,10 @@ def test_in_bfloat16_gradcache_adds_no_error_beyond_rounding(
         assert cut < 1.25 * whole, (kind, stage)
 
 
+FRACTIONS = {"train/weight_gradient_fraction", "train/sibling_gradient_fraction"}
+MISSING = {"off": {"train/weight_gradient_fraction"}}
+
+
 @pytest.mark.timeout(300)
 def test_the_number_of_workers_changes_neither_loss_nor_gradient(
     tiny_checkpoints, hard_negatives_catalogue_ref, attributes, tmp_path
@@ -181,6 +185,14 @@ def test_the_number_of_workers_changes_neither_loss_nor_gradient(
             "attributes",
             values_of(mask={"enabled": True, "kind": "attributes", "attribute_threshold": 0.5, "min_negatives": 1}),
         ),
+        (
+            "both",
+            values_of(
+                mask={"enabled": True, "kind": "both", "threshold": -1, "attribute_threshold": 0.3, "min_negatives": 1},
+                lexical={"terms": "pairs", "idf_formula": "lucene", "scale": "self", "beta": 4.0},
+                batch_grouping={"fraction": 1.0, "by": "attributes", "group_size": 3, "max_similarity": 1.0},
+            ),
+        ),
         ("off", values_of(mask={"enabled": False}, lexical={"enabled": False}, positives_per_query=2)),
         ("hard negatives", values_of(hard_negatives=2, mask={"enabled": True, "threshold": -1, "min_negatives": 0})),
         # The budget gives some workers more parts than others.
@@ -188,9 +200,13 @@ def test_the_number_of_workers_changes_neither_loss_nor_gradient(
     ]
     given = (hard_negatives_catalogue_ref, tiny_checkpoints["encoder"], attributes)
     expected = {case[0]: plain(case, *given, 1) for case in cases}
+    one_worker: dict[str, dict[str, float]] = {}
     for world in (1, 2, 3):
         run_workers(train, cases, *given, str(tmp_path), world=world)
         for case in cases:
             stats = check(case, tmp_path, world, expected[case[0]])
-            if case[0] in ("margin", "attributes", "off", "hard negatives"):
+            if case[0] in ("margin", "attributes", "both", "off", "hard negatives"):
                 assert stats["train/masked_fraction"] > 0, case[0]
+            fractions = {name: stats[name] for name in FRACTIONS if name in stats}
+            assert set(fractions) >= FRACTIONS - MISSING.get(case[0], set()), case[0]
+            assert fractions == pytest.approx(one_worker.setdefault(case[0], fractions), rel=1e-4), case[0]

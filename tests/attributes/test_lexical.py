@@ -1,6 +1,9 @@
-"""BM25 equals rank_bm25."""
+"""BM25 equals rank_bm25; other terms and Lucene's idf equal a loop over terms."""
 
 from __future__ import annotations
+
+import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -80,3 +83,70 @@ def test_a_thousand_texts_equal_rank_bm25() -> None:
     texts = ["; ".join(f"name{i}: v{i}x{draw.integers(size)}" for i, size in enumerate(sizes)) for _ in range(1024)]
     scores = BM25().fit(texts).scores(texts, texts)
     np.testing.assert_allclose(scores[:5], _peer(texts, texts[:5]), rtol=1e-6, atol=1e-6)
+
+
+def test_terms_of_an_attribute_text() -> None:
+    text = "Color: Dark Red; neck line: V-Neck; size: 10"
+    assert tokenize(text) == ["color", "dark", "red", "neck", "line", "v-neck", "size", "10"]
+    assert tokenize(text, "values") == ["dark", "red", "v-neck", "10"]
+    assert tokenize(text, "pairs") == ["color=dark red", "neck line=v-neck", "size=10"]
+    for terms in ("words", "values", "pairs"):
+        assert tokenize("", terms) == []
+
+
+def _terms(text: str, kind: str) -> list[str]:
+    pairs = [part.split(": ") for part in text.split("; ") if part]
+    if kind == "pairs":
+        return ["=".join(pair) for pair in pairs]
+    return [word for pair in pairs for word in (pair[1] if kind == "values" else " ".join(pair)).split()]
+
+
+def _by_loop(corpus: list[str], query: str, document: str, kind: str, formula: str) -> float:
+    """Okapi BM25 of one query and one document, term after term, as in Robertson and Zaragoza (2009)."""
+    documents = [_terms(text, kind) for text in corpus]
+    count, average = len(documents), sum(map(len, documents)) / len(documents)
+    found = Counter(_terms(document, kind))
+    frequency = {term: sum(term in own for own in documents) for own in documents for term in own}
+    robertson = {term: math.log((count - n + 0.5) / (n + 0.5)) for term, n in frequency.items()}
+    floor = 0.25 * sum(robertson.values()) / len(robertson)
+    total = 0.0
+    for term in _terms(query, kind):
+        if term not in frequency:
+            continue
+        n = frequency[term]
+        if formula == "lucene":
+            idf = math.log(1 + (count - n + 0.5) / (n + 0.5))
+        else:
+            idf = robertson[term] if robertson[term] >= 0 else floor
+        norm = 1.5 * (1 - 0.75 + 0.75 * sum(found.values()) / average)
+        total += idf * found[term] * 2.5 / (found[term] + norm)
+    return total
+
+
+_attributes = st.dictionaries(
+    st.sampled_from(["color", "neck", "logo"]), st.sampled_from(["red", "blue", "dark red", "v"]), max_size=3
+).map(lambda pairs: "; ".join(f"{name}: {value}" for name, value in pairs.items()))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(_attributes, min_size=1, max_size=8).filter(any),
+    _attributes,
+    st.sampled_from(["words", "values", "pairs"]),
+    st.sampled_from(["rank_bm25", "lucene"]),
+)
+def test_scores_equal_a_loop_over_terms(corpus: list[str], query: str, kind: str, formula: str) -> None:
+    model = BM25(terms=kind, idf_formula=formula).fit(corpus)  # type: ignore[arg-type]
+    expected = [_by_loop(corpus, query, document, kind, formula) for document in corpus]
+    np.testing.assert_allclose(model.scores([query], corpus)[0], expected, rtol=1e-5, atol=1e-5)
+    if formula == "lucene":
+        assert min(expected) >= 0
+
+
+def test_pairs_tell_exchanged_values_apart_and_words_do_not() -> None:
+    texts = ["color: red; logo: blue", "color: blue; logo: red", "color: green; logo: red", "neck: v"]
+    own, exchanged = BM25().fit(texts).scores(texts[:1], texts)[0, :2]
+    assert own == pytest.approx(exchanged)
+    own, exchanged = BM25(terms="pairs").fit(texts).scores(texts[:1], texts)[0, :2]
+    assert own > 1
+    assert exchanged == 0

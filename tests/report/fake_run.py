@@ -85,9 +85,9 @@ class FakeRun:
     def round(self, number: int) -> None:
         """All stages of one round."""
         n = number
-        weights = ["train/weight_p10", "train/weight_p50", "train/weight_p90"]
+        gradients = ["train/weight_gradient_fraction", "train/sibling_gradient_fraction"]
         self.stage(f"attributes-r{n}", self.sizes(8.3 - n))
-        agcl_keys = ["train/loss", "train/accuracy", "train/masked_fraction", "train/positive_similarity", *weights]
+        agcl_keys = ["train/loss", "train/accuracy", "train/masked_fraction", "train/positive_similarity", *gradients]
         self.stage(
             f"agcl-r{n}", {"train/loss": 1.9 - 0.1 * n, "train/accuracy": 0.4}, f"attributes-r{n}", log=agcl_keys
         )

@@ -91,7 +91,10 @@ def declare_agcl(config: Config, number: int) -> StageSpec:
 
 
 def declare_baseline(config: Config) -> StageSpec:
-    return encoder_spec(config, StageName("baseline"), changes=PLAIN_INFONCE)
+    changes = dict(PLAIN_INFONCE)
+    if config.agcl.batch_grouping.by == "attributes":
+        changes["agcl.batch_grouping"] = {"fraction": 0.0}
+    return encoder_spec(config, StageName("baseline"), changes=changes)
 
 
 def encoder_spec(
