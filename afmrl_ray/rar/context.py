@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -74,6 +75,7 @@ class RARContext:
         collector: samples and scores with both.
         prefetcher: rollouts of training steps.
         metrics: metrics of training steps.
+        gallery_sizes: number of items of the galleries, `train` and `heldout`.
     """
 
     config: Config
@@ -88,10 +90,11 @@ class RARContext:
     collector: Collector
     prefetcher: RolloutPrefetcher
     metrics: MetricsLog
+    gallery_sizes: dict[str, int]
 
     def request(self, gallery: str, group_size: int) -> RolloutRequest:
         """How completions are sampled and scored, with `group_size` of them per prompt."""
-        return _request(self.config, self.policy, gallery, group_size)
+        return _request(self.config, self.policy, gallery, group_size, items=self.gallery_sizes[gallery])
 
 
 @contextmanager
@@ -139,7 +142,7 @@ def open_context(config: Config, job: RARJob) -> Iterator[RARContext]:
             rows,
             count=rar.prompts_per_step,
             seed=config.run.seed,
-            request=_request(config, policy, "train", rar.group_size),
+            request=_request(config, policy, "train", rar.group_size, items=len(galleries["train"][0])),
             dynamic_sampling_rounds=rar.dynamic_sampling_rounds,
         )
         prefetcher = RolloutPrefetcher(collect, lag=rar.max_staleness, steps=rar.steps)
@@ -157,6 +160,7 @@ def open_context(config: Config, job: RARJob) -> Iterator[RARContext]:
             collector=collector,
             prefetcher=stack.enter_context(closing(prefetcher)),
             metrics=stack.enter_context(closing(log)),
+            gallery_sizes={name: len(own) for name, (own, _) in galleries.items()},
         )
 
 
@@ -172,5 +176,8 @@ def _policy(config: Config, job: RARJob) -> PolicySpec:
     )
 
 
-def _request(config: Config, policy: PolicySpec, gallery: str, group_size: int) -> RolloutRequest:
-    return RolloutRequest(gallery, group_size, policy.generator.max_attributes, config.rar.reward.invalid)
+def _request(config: Config, policy: PolicySpec, gallery: str, group_size: int, *, items: int) -> RolloutRequest:
+    """How completions are sampled and scored in a gallery of so many items."""
+    reward = config.rar.reward
+    chance = -math.log(items) if reward.kind == "log_softmax" else None
+    return RolloutRequest(gallery, group_size, policy.generator.max_attributes, reward.invalid, chance)

@@ -155,7 +155,7 @@ class RARTrainer:
         rar = self._rar
         advantages = group_advantages(
             torch.from_numpy(batch.rewards),
-            scale=rar.scale_rewards,
+            scale=rar.advantage_scale,
             eps=rar.advantage_eps,
             baseline=rar.grpo.baseline,
         )

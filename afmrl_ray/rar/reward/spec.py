@@ -16,8 +16,9 @@ from afmrl_ray.retrieval.embed import EncoderRef
 Query = tuple[int, str]
 """Catalogue row of a query item, and the attribute text that is added to it."""
 
-METRICS = ("hit", "recall", "reciprocal_rank", "ndcg")
-"""Retrieval metrics of a query, the columns of every reply; `rar.reward.kind` says which one is the reward."""
+METRICS = ("hit_1", "hit", "recall", "reciprocal_rank", "ndcg", "log_softmax")
+"""Retrieval metrics of a query, the columns of every reply; `rar.reward.kind` says which one is the reward. `hit_1` is
+hit@1, whatever `rar.reward.k`."""
 
 
 @dataclass(frozen=True)
