@@ -368,6 +368,13 @@ class RARConfig(Section):
     """Steps between checkpoints."""
     heldout_samples: int = Field(4, gt=0)
     """Completions per held-out prompt for the reward before and after."""
+    evaluate_every: int = Field(0, ge=0)
+    """Steps between evaluations of greedy completions of the held-out prompts; 0 = only before and after."""
+    keep_best: bool = True
+    """Whether the policy with the highest mean reward of those evaluations is the result, which may be the initial one;
+    false = the last policy is."""
+    patience: int | None = Field(None, gt=0)
+    """Evaluations in a row without a higher reward after which training ends; null = it never ends early."""
 
     @property
     def advantage_scale(self) -> Literal["group", "batch", "none"]:
@@ -381,6 +388,12 @@ class RARConfig(Section):
             raise ValueError(
                 f"grpo.delta {delta:g} is not above 1 + epsilon_high; use more than {1 + self.epsilon_high:g}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _patience_needs_evaluations(self) -> RARConfig:
+        if self.patience is not None and not self.evaluate_every:
+            raise ValueError(f"patience {self.patience} counts evaluations; set evaluate_every to a number of steps")
         return self
 
     @model_validator(mode="after")

@@ -118,7 +118,7 @@ def open_context(config: Config, job: RARJob) -> Iterator[RARContext]:
     attributes = [normalise_attributes(catalogue.item(row).attributes) for row in rows.tolist()]
     policy = _policy(config, job)
     checkpoints = Checkpoints(storage.join(job.directory, "checkpoints"))
-    manifest = {"step": 0, "recent_metrics": [], "next_batch": None, **(checkpoints.latest() or {})}
+    manifest = {"step": 0, "recent_metrics": [], "next_batch": None, "selection": None, **(checkpoints.latest() or {})}
     reward_spec = RewardSpec(
         encoder=job.encoder,
         catalogue=job.catalogue,

@@ -50,7 +50,7 @@ class Rollouts(Protocol):
     """Samples completions, as `rar.rollout.RolloutPool` does."""
 
     def stream(
-        self, rows: Sequence[int], seeds: Sequence[int], *, group_size: int
+        self, rows: Sequence[int], seeds: Sequence[int] | None, *, group_size: int
     ) -> Iterator[tuple[int, list[PromptGroup]]]: ...
 
 
@@ -157,8 +157,9 @@ class Collector:
     def __init__(self, rollouts: Rollouts, rewards: Rewards) -> None:
         self._rollouts, self._rewards = rollouts, rewards
 
-    def collect(self, rows: Sequence[int], seeds: Sequence[int], request: RolloutRequest) -> RolloutBatch:
-        """Sample a group for each row, and score every chunk of groups as soon as it is sampled.
+    def collect(self, rows: Sequence[int], seeds: Sequence[int] | None, request: RolloutRequest) -> RolloutBatch:
+        """Sample a group for each row, or decode it greedily without seeds, and score every chunk as soon as it is
+        sampled.
 
         Raises:
             RewardServiceError: too many rewards failed.

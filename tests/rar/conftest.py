@@ -115,6 +115,7 @@ def small_job(
                 "group_size": 3,
                 "checkpoint_every": 2,
                 "heldout_samples": 1,
+                "keep_best": False,
                 "num_learners": 0,
                 "cpus_per_learner": 0.5,
                 "optimizer": {"learning_rate": 1e-3},
