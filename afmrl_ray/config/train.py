@@ -178,6 +178,9 @@ class RewardConfig(Section):
     """Rank up to which `hit`, `recall` and `ndcg` count, items."""
     temperature: float = Field(0.05, gt=0)
     """For kind `log_softmax`: divisor of the cosines in the softmax; the encoder's, see `agcl.temperature`."""
+    duplicate_threshold: float | None = Field(None, ge=-1, le=1)
+    """Cosine to a positive of the query above which a gallery item of another product, whose attributes in the
+    catalogue equal the query's, is left out of the query's gallery as a known duplicate; null = none is."""
     invalid: float = -0.1
     """Reward of a completion that the parser rejects. For kind `log_softmax`, which has no smallest value, it is added
     to the lowest reward of the group's valid completions, or to that of chance, -log(gallery items), if there are

@@ -92,10 +92,11 @@ def compare_paired(name: str, before: Sequence[float], after: Sequence[float], *
     first, second = np.array(before), np.array(after)
     both = ~np.isnan(first + second)
     values = {"before": first[both], "after": second[both], "gain": (second - first)[both]}
-    return {f"{name}_{key}": asdict(_interval(each, seed)) for key, each in values.items()} if both.any() else {}
+    return {f"{name}_{key}": asdict(interval(each, seed)) for key, each in values.items()} if both.any() else {}
 
 
-def _interval(values: np.ndarray, seed: int) -> Interval:
+def interval(values: np.ndarray, seed: int) -> Interval:
+    """Mean of values [P], P > 0, and its interval."""
     draw = np.random.default_rng(seed)
     means = [values[draw.integers(len(values), size=len(values))].mean() for _ in range(_RESAMPLES)]
     low, high = np.percentile(means, [2.5, 97.5])

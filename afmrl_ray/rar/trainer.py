@@ -22,6 +22,7 @@ from afmrl_ray.config import Config
 from afmrl_ray.errors import WeightsLostError
 from afmrl_ray.rar.context import RARContext, RARJob, open_context
 from afmrl_ray.rar.heldout import HeldOut, compare, summarise
+from afmrl_ray.rar.leverage import measure_leverage
 from afmrl_ray.rar.loss import group_advantages
 from afmrl_ray.rar.prompts import batch_columns, group_seeds
 from afmrl_ray.rar.reward.metrics import ServiceLog
@@ -93,6 +94,14 @@ class RARTrainer:
         self._heldout_before = self._load_heldout_before()
         saved = manifest["selection"]
         self._selection = Selection.from_dict(saved) if saved is not None else Selection.start(self._evaluate())
+        self._leverage = measure_leverage(
+            context.rewards,
+            "heldout",
+            context.prompts["heldout"].rows.tolist(),
+            self._selection.first.rewards,
+            context.job.heldout_truth,
+            seed=context.config.run.seed,
+        )
         self._finished = False
         if manifest["next_batch"] is not None:
             max_attributes = context.policy.generator.max_attributes
@@ -176,10 +185,12 @@ class RARTrainer:
         averaged = ("reward/mean", "rollout/invalid_fraction")
         return {
             **compare(self._heldout_before, self._heldout(), seed=context.config.run.seed),
+            **self._leverage,
             **self._selection.result(kept, seed=context.config.run.seed),
             **{name: float(np.mean([metrics[name] for metrics in self._recent])) for name in averaged},
             "data/prompts": len(prompts.rows),
             "data/dropped_prompts": prompts.dropped,
+            "data/prompts_with_duplicates": len(context.left_out["train"]),
             "rollout/restarts": context.rollouts.restarts,
         }
 

@@ -85,7 +85,9 @@ class Scorer:
             rows = ray.get(gallery.rows[0])
             places = np.array_split(np.arange(len(rows)), len(gallery.parts))[part]
             own = rows[places]
-            self._shards[name] = GalleryShard(ray.get(gallery.parts[part]), own, self._labels[own], places)
+            self._shards[name] = GalleryShard(
+                ray.get(gallery.parts[part]), own, self._labels[own], places, spec.left_out.get(name)
+            )
             self._has_positive[name] = _has_positive(self._labels, rows)
 
     def check(self, gallery: str, queries: Sequence[Query]) -> None:
