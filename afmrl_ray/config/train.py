@@ -189,13 +189,21 @@ class RewardConfig(Section):
         }
     )  # fmt: skip
 
-    kind: Literal["hit", "recall", "reciprocal_rank", "ndcg"] = "recall"
+    kind: Literal["hit", "recall", "reciprocal_rank", "ndcg", "log_softmax"] = "recall"
     """Retrieval metric of the query with its attributes that is the reward: hit@k, recall@k, reciprocal rank of the
-    first positive (at any depth), or nDCG@k."""
+    first positive (at any depth), nDCG@k, or the log-probability of the positives under a softmax over the gallery
+    (nats), which distinguishes completions of equal ranks."""
     k: int = Field(50, gt=0)
     """Rank up to which `hit`, `recall` and `ndcg` count, items."""
+    temperature: float = Field(0.05, gt=0)
+    """For kind `log_softmax`: divisor of the cosines in the softmax; the encoder's, see `agcl.temperature`."""
+    duplicate_threshold: float | None = Field(None, ge=-1, le=1)
+    """Cosine to a positive of the query above which a gallery item of another product, whose attributes in the
+    catalogue equal the query's, is left out of the query's gallery as a known duplicate; null = none is."""
     invalid: float = -0.1
-    """Reward of a completion that the parser rejects."""
+    """Reward of a completion that the parser rejects. For kind `log_softmax`, which has no smallest value, it is added
+    to the lowest reward of the group's valid completions, or to that of chance, -log(gallery items), if there are
+    none."""
     pool: PoolConfig = PoolConfig()
     """Reward actors; `batch_size` is the largest number of queries per request, an item's queries in one request."""
     gallery_placement: Literal["shared", "sharded"] = "shared"
@@ -222,6 +230,15 @@ class RewardConfig(Section):
     half times."""
     max_failed_fraction: float = Field(0.1, ge=0, le=1)
     """Fraction of a step's rewards that may fail for reasons of infrastructure; above it the job fails."""
+
+    @model_validator(mode="after")
+    def _invalid_is_worse(self) -> RewardConfig:
+        if self.kind == "log_softmax" and self.invalid >= 0:
+            raise ValueError(
+                f"invalid {self.invalid:g} is added to the lowest reward of a group's valid completions for kind "
+                "log_softmax; use a negative one"
+            )
+        return self
 
 
 class VLLMConfig(Section):
@@ -333,8 +350,9 @@ class RARConfig(Section):
     update per batch of rollouts every ratio is 1."""
     kl_coef: float = Field(0.001, ge=0)
     """Coefficient of the KL to the policy at the round's start; at 0 the reference model is not loaded."""
-    scale_rewards: Literal["group", "batch", "none"] = "group"
-    """Divisor of centred rewards: standard deviation of the group, of the batch, or 1."""
+    scale_rewards: Literal["group", "batch", "none"] | None = None
+    """Divisor of centred rewards: standard deviation of the group, of the batch, or 1 (`none`); null = `batch` for
+    reward.kind `log_softmax`, whose small differences `group` would amplify, and `group` for the others."""
     advantage_eps: float = Field(1e-4, gt=0)
     """Added to that standard deviation."""
     grpo: GRPOConfig = GRPOConfig()
@@ -372,6 +390,18 @@ class RARConfig(Section):
     """Steps between checkpoints."""
     heldout_samples: int = Field(4, gt=0)
     """Completions per held-out prompt for the reward before and after."""
+    evaluate_every: int = Field(0, ge=0)
+    """Steps between evaluations of greedy completions of the held-out prompts; 0 = only before and after."""
+    keep_best: bool = True
+    """Whether the policy with the highest mean reward of those evaluations is the result, which may be the initial one;
+    false = the last policy is."""
+    patience: int | None = Field(None, gt=0)
+    """Evaluations in a row without a higher reward after which training ends; null = it never ends early."""
+
+    @property
+    def advantage_scale(self) -> Literal["group", "batch", "none"]:
+        """`scale_rewards`, or its default for the kind of reward."""
+        return self.scale_rewards or ("batch" if self.reward.kind == "log_softmax" else "group")
 
     @model_validator(mode="after")
     def _delta_above_the_clip(self) -> RARConfig:
@@ -380,6 +410,12 @@ class RARConfig(Section):
             raise ValueError(
                 f"grpo.delta {delta:g} is not above 1 + epsilon_high; use more than {1 + self.epsilon_high:g}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _patience_needs_evaluations(self) -> RARConfig:
+        if self.patience is not None and not self.evaluate_every:
+            raise ValueError(f"patience {self.patience} counts evaluations; set evaluate_every to a number of steps")
         return self
 
     @model_validator(mode="after")

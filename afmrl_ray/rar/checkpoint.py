@@ -7,7 +7,7 @@ from typing import Any
 from afmrl_ray import storage
 
 _KEPT = 2
-"""Checkpoints that are kept."""
+"""Latest checkpoints that are kept."""
 
 
 class Checkpoints:
@@ -20,11 +20,15 @@ class Checkpoints:
         """Where the engine's shards of a checkpoint are."""
         return storage.join(self._path(step), "engine")
 
-    def commit(self, step: int, manifest: dict[str, Any]) -> None:
-        """Complete the checkpoint whose shards are at `engine_path(step)`, and remove all but the latest ones."""
+    def commit(self, step: int, manifest: dict[str, Any], *, keep: int | None = None) -> None:
+        """Complete the checkpoint whose shards are at `engine_path(step)`.
+
+        All checkpoints are removed but the latest ones and that of step `keep`.
+        """
         storage.write_json(storage.join(self._path(step), "manifest.json"), {"step": step, **manifest})
         for old in self.steps()[:-_KEPT]:
-            storage.remove(self._path(old))
+            if old != keep:
+                storage.remove(self._path(old))
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+
+import numpy as np
 
 from afmrl_ray import storage
 from afmrl_ray.attributes.quality import common_names
 from afmrl_ray.attributes.text import normalise_attributes
-from afmrl_ray.catalogue import CatalogueRef
+from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue
 from afmrl_ray.config import Config
 from afmrl_ray.models.annotate import GeneratorRef
 from afmrl_ray.rar.checkpoint import Checkpoints
+from afmrl_ray.rar.duplicates import known_duplicates
 from afmrl_ray.rar.engine import engine_class
 from afmrl_ray.rar.learner_group import FaultTolerantLearnerGroup
 from afmrl_ray.rar.module import PolicySpec
@@ -26,6 +30,7 @@ from afmrl_ray.rar.reward.spec import Gallery, RewardSpec, num_parts
 from afmrl_ray.rar.rollout import RolloutPool
 from afmrl_ray.rar.rollout_batch import Collector, RolloutRequest
 from afmrl_ray.retrieval.embed import EncoderRef, load_embeddings
+from afmrl_ray.retrieval.evaluate import label_codes
 from afmrl_ray.training.metrics_log import MetricsLog
 
 _LOGGED_NAMES = 12
@@ -45,6 +50,7 @@ class RARJob:
         gallery_version: version of both; every reply of the reward service is checked against it.
         directory: attempt directory; the policy is written to `<directory>/model`.
         name: name of the stage, part of the reward actors' names.
+        heldout_truth: true attribute texts of held-out queries by catalogue row, for `eval/leverage`; may lack some.
     """
 
     generator: GeneratorRef
@@ -55,6 +61,7 @@ class RARJob:
     gallery_version: str
     directory: str
     name: str
+    heldout_truth: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,8 @@ class RARContext:
         collector: samples and scores with both.
         prefetcher: rollouts of training steps.
         metrics: metrics of training steps.
+        gallery_sizes: number of items of the galleries, `train` and `heldout`.
+        left_out: known duplicates that are left out of the galleries, see `RewardSpec`.
     """
 
     config: Config
@@ -88,10 +97,12 @@ class RARContext:
     collector: Collector
     prefetcher: RolloutPrefetcher
     metrics: MetricsLog
+    gallery_sizes: dict[str, int]
+    left_out: dict[str, dict[int, np.ndarray]]
 
     def request(self, gallery: str, group_size: int) -> RolloutRequest:
         """How completions are sampled and scored, with `group_size` of them per prompt."""
-        return _request(self.config, self.policy, gallery, group_size)
+        return _request(self.config, self.policy, gallery, group_size, items=self.gallery_sizes[gallery])
 
 
 @contextmanager
@@ -115,7 +126,8 @@ def open_context(config: Config, job: RARJob) -> Iterator[RARContext]:
     attributes = [normalise_attributes(catalogue.item(row).attributes) for row in rows.tolist()]
     policy = _policy(config, job)
     checkpoints = Checkpoints(storage.join(job.directory, "checkpoints"))
-    manifest = {"step": 0, "recent_metrics": [], "next_batch": None, **(checkpoints.latest() or {})}
+    manifest = {"step": 0, "recent_metrics": [], "next_batch": None, "selection": None, **(checkpoints.latest() or {})}
+    left_out = {name: _left_out(config, catalogue, prompts[name].rows, *galleries[name]) for name in galleries}
     reward_spec = RewardSpec(
         encoder=job.encoder,
         catalogue=job.catalogue,
@@ -125,6 +137,7 @@ def open_context(config: Config, job: RARJob) -> Iterator[RARContext]:
             for name, (own, embeddings) in galleries.items()
         },
         version=job.gallery_version,
+        left_out=left_out,
     )
     # Unique, since another run, or the actors of a killed one, may still hold the plain name.
     actor_name = f"{config.run.name}-{job.name}-{uuid.uuid4().hex[:8]}"
@@ -139,7 +152,7 @@ def open_context(config: Config, job: RARJob) -> Iterator[RARContext]:
             rows,
             count=rar.prompts_per_step,
             seed=config.run.seed,
-            request=_request(config, policy, "train", rar.group_size),
+            request=_request(config, policy, "train", rar.group_size, items=len(galleries["train"][0])),
             dynamic_sampling_rounds=rar.dynamic_sampling_rounds,
         )
         prefetcher = RolloutPrefetcher(collect, lag=rar.max_staleness, steps=rar.steps)
@@ -157,7 +170,27 @@ def open_context(config: Config, job: RARJob) -> Iterator[RARContext]:
             collector=collector,
             prefetcher=stack.enter_context(closing(prefetcher)),
             metrics=stack.enter_context(closing(log)),
+            left_out=left_out,
+            gallery_sizes={name: len(own) for name, (own, _) in galleries.items()},
         )
+
+
+def _left_out(
+    config: Config, catalogue: StagedCatalogue, queries: np.ndarray, rows: np.ndarray, embeddings: np.ndarray
+) -> dict[int, np.ndarray]:
+    """Known duplicates of the queries in a gallery; none without a threshold."""
+    threshold = config.rar.reward.duplicate_threshold
+    if threshold is None:
+        return {}
+    wanted = np.union1d(queries, rows).tolist()
+    return known_duplicates(
+        queries.tolist(),
+        rows,
+        embeddings,
+        labels=label_codes(catalogue.column("product_id")),
+        attributes={row: normalise_attributes(catalogue.item(row).attributes) for row in wanted},
+        threshold=threshold,
+    )
 
 
 def _policy(config: Config, job: RARJob) -> PolicySpec:
@@ -172,5 +205,8 @@ def _policy(config: Config, job: RARJob) -> PolicySpec:
     )
 
 
-def _request(config: Config, policy: PolicySpec, gallery: str, group_size: int) -> RolloutRequest:
-    return RolloutRequest(gallery, group_size, policy.generator.max_attributes, config.rar.reward.invalid)
+def _request(config: Config, policy: PolicySpec, gallery: str, group_size: int, *, items: int) -> RolloutRequest:
+    """How completions are sampled and scored in a gallery of so many items."""
+    reward = config.rar.reward
+    chance = -math.log(items) if reward.kind == "log_softmax" else None
+    return RolloutRequest(gallery, group_size, policy.generator.max_attributes, reward.invalid, chance)

@@ -25,8 +25,13 @@ class RolloutEngine(Protocol):
     def set_weights(self, weights: Weights) -> tuple[int, str]:
         """Load weights; returns version and fingerprint of what the engine now holds."""
 
-    def sample(self, rows: Sequence[int], seeds: Sequence[int], *, group_size: int, version: int) -> list[PromptGroup]:
+    def sample(
+        self, rows: Sequence[int], seeds: Sequence[int] | None, *, group_size: int, version: int
+    ) -> list[PromptGroup]:
         """Sample one group per row; a group is a function of weights, row and seed.
+
+        Without seeds, decode greedily; `group_size` must then be 1. Log-probabilities that engines return with greedy
+        completions are not comparable.
 
         Raises:
             WeightSyncError: the engine holds another version of the weights.
@@ -79,7 +84,9 @@ class TransformersEngine:
         self._version = weights.version
         return self._version, weights_fingerprint(trained_tensors(self._policy))
 
-    def sample(self, rows: Sequence[int], seeds: Sequence[int], *, group_size: int, version: int) -> list[PromptGroup]:
+    def sample(
+        self, rows: Sequence[int], seeds: Sequence[int] | None, *, group_size: int, version: int
+    ) -> list[PromptGroup]:
         if version != self._version:
             raise WeightSyncError(f"asked for rollouts of version {version}, the worker holds {self._version}")
         prompts = [generator_input(self._processor, self._catalogue, row, config=self._spec.generator) for row in rows]

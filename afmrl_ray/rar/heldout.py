@@ -29,11 +29,13 @@ class HeldOut:
 
     Attributes:
         rewards: [P] mean reward of each prompt's completions, NaN where all failed.
+        valid_rewards: [P] mean reward of each prompt's valid completions, NaN where there are none.
         invalid_fraction: fraction of completions that the parser rejected.
         mean_pairs: mean attribute pairs of valid completions.
     """
 
     rewards: list[float]
+    valid_rewards: list[float]
     invalid_fraction: float
     mean_pairs: float
 
@@ -48,22 +50,29 @@ def summarise(rewards: np.ndarray, parsed: Sequence[Attributes | InvalidAttribut
         rewards: [P, G], NaN where the reward failed.
         parsed: [P * G] parsed completions.
     """
-    known = ~np.isnan(rewards)
-    means = np.where(known, rewards, 0.0).sum(1) / np.where(known.any(1), known.sum(1), np.nan)
+    accepted = np.array([not isinstance(completion, InvalidAttributes) for completion in parsed])
+    of_valid = np.where(accepted.reshape(rewards.shape), rewards, np.nan)
     valid = valid_attributes(parsed)
-    return HeldOut(means.tolist(), 1 - len(valid) / len(parsed), mean_pairs(valid))
+    return HeldOut(_means(rewards), _means(of_valid), 1 - len(valid) / len(parsed), mean_pairs(valid))
+
+
+def _means(rewards: np.ndarray) -> list[float]:
+    """Mean of the known values in each row [P, G], NaN where there are none."""
+    known = ~np.isnan(rewards)
+    found: list[float] = (np.where(known, rewards, 0.0).sum(1) / np.where(known.any(1), known.sum(1), np.nan)).tolist()
+    return found
 
 
 def compare(before: HeldOut, after: HeldOut, *, seed: int) -> dict[str, Any]:
-    """`eval/reward_before`, `_after` and `_gain` (paired by prompt) with intervals, and sizes before and after."""
-    first, second = np.array(before.rewards), np.array(after.rewards)
-    both = ~(np.isnan(first) | np.isnan(second))
-    first, second = first[both], second[both]
+    """`eval/reward` and `eval/reward_valid` as `compare_paired` gives them, and sizes before and after.
+
+    `eval/reward_valid` is over valid completions, so that it leaves out what is gained by keeping the format, and over
+    the prompts with valid ones before and after.
+    """
     return {
-        "eval/reward_before": asdict(_interval(first, seed)),
-        "eval/reward_after": asdict(_interval(second, seed)),
-        "eval/reward_gain": asdict(_interval(second - first, seed)),
-        "eval/prompts": len(first),
+        **compare_paired("eval/reward", before.rewards, after.rewards, seed=seed),
+        **compare_paired("eval/reward_valid", before.valid_rewards, after.valid_rewards, seed=seed),
+        "eval/prompts": int((~np.isnan(np.array(before.rewards) + after.rewards)).sum()),
         "eval/invalid_fraction_before": before.invalid_fraction,
         "eval/invalid_fraction_after": after.invalid_fraction,
         "eval/attribute_pairs_before": before.mean_pairs,
@@ -71,7 +80,23 @@ def compare(before: HeldOut, after: HeldOut, *, seed: int) -> dict[str, Any]:
     }
 
 
-def _interval(values: np.ndarray, seed: int) -> Interval:
+def compare_paired(name: str, before: Sequence[float], after: Sequence[float], *, seed: int) -> dict[str, Any]:
+    """`<name>_before`, `_after` and `_gain`, paired by prompt, with intervals; empty if no prompt is known in both.
+
+    Args:
+        name: of the metric.
+        before: [P], NaN where unknown.
+        after: the same of the same prompts.
+        seed: of the bootstrap.
+    """
+    first, second = np.array(before), np.array(after)
+    both = ~np.isnan(first + second)
+    values = {"before": first[both], "after": second[both], "gain": (second - first)[both]}
+    return {f"{name}_{key}": asdict(interval(each, seed)) for key, each in values.items()} if both.any() else {}
+
+
+def interval(values: np.ndarray, seed: int) -> Interval:
+    """Mean of values [P], P > 0, and its interval."""
     draw = np.random.default_rng(seed)
     means = [values[draw.integers(len(values), size=len(values))].mean() for _ in range(_RESAMPLES)]
     low, high = np.percentile(means, [2.5, 97.5])

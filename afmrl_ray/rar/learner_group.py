@@ -58,6 +58,13 @@ class FaultTolerantLearnerGroup:
         self._saved = step
         self._surviving(self._load, on_rebuilt=_nothing)
 
+    def revert(self, step: int) -> None:
+        """Go back to the checkpoint taken after update number `step`, which may be any that is kept; 0 = the initial
+        policy.
+        """
+        self._saved, self._since_checkpoint = step, []
+        self._surviving(lambda: self._rebuilt(_nothing), on_rebuilt=_nothing)
+
     def update(self, columns: dict[str, np.ndarray]) -> dict[str, float]:
         """One optimizer step of all learners; returns its `actor/*` metrics."""
         metrics = self._surviving(lambda: self._update(columns))
@@ -69,11 +76,13 @@ class FaultTolerantLearnerGroup:
         exported = self._surviving(lambda: self._call(lambda learner: learner.export_weights()))
         return Weights(*next(found for found in exported if found))
 
-    def save(self, step: int, manifest: dict[str, Any]) -> None:
-        """Write a checkpoint after update number `step`, with `manifest` beside the engine's shards."""
+    def save(self, step: int, manifest: dict[str, Any], *, keep: int | None = None) -> None:
+        """Write a checkpoint after update number `step`, with `manifest` beside the engine's shards; older ones but
+        that of step `keep` are removed.
+        """
         path = self._checkpoints.engine_path(step)
         self._surviving(lambda: self._call(lambda learner: learner.save_engine(path)))
-        self._checkpoints.commit(step, manifest)
+        self._checkpoints.commit(step, manifest, keep=keep)
         self._saved, self._since_checkpoint = step, []
 
     def save_model(self, path: str) -> None:

@@ -101,13 +101,13 @@ class RolloutPool:
             except RayActorError:
                 continue
 
-    def sample(self, rows: Sequence[int], seeds: Sequence[int], *, group_size: int) -> list[PromptGroup]:
+    def sample(self, rows: Sequence[int], seeds: Sequence[int] | None, *, group_size: int) -> list[PromptGroup]:
         """One group per row, in order; see `stream`."""
         chunks = dict(self.stream(rows, seeds, group_size=group_size))
         return [group for place in sorted(chunks) for group in chunks[place]]
 
     def stream(
-        self, rows: Sequence[int], seeds: Sequence[int], *, group_size: int
+        self, rows: Sequence[int], seeds: Sequence[int] | None, *, group_size: int
     ) -> Iterator[tuple[int, list[PromptGroup]]]:
         """Groups as they are sampled: index of the first row of a chunk, and one group per row of the chunk.
 
@@ -115,7 +115,8 @@ class RolloutPool:
 
         Args:
             rows: catalogue rows of the prompts.
-            seeds: one per prompt; a group is a function of weights, prompt and seed.
+            seeds: one per prompt; a group is a function of weights, prompt and seed. None = greedy decoding, with
+                `group_size` 1.
             group_size: completions per prompt.
 
         Raises:
@@ -136,7 +137,7 @@ class RolloutPool:
                 chunk, actor = waiting.pop(0), free.pop(0)
                 call = self.actors[actor].sample.remote(
                     list(rows[chunks[chunk]]),
-                    list(seeds[chunks[chunk]]),
+                    list(seeds[chunks[chunk]]) if seeds is not None else None,
                     group_size=group_size,
                     version=weights.version,
                 )

@@ -1,6 +1,6 @@
 """Rollouts of a step with their rewards; a chunk is scored while later ones are still being sampled.
 
-Only the parser gives `rar.reward.invalid`. A failure of the infrastructure gives NaN, never a bad reward.
+Only the parser makes a completion invalid. A failure of the infrastructure gives NaN, never a bad reward.
 """
 
 from __future__ import annotations
@@ -25,11 +25,32 @@ def parse_completions(
     return [parse_attributes(text, max_attributes=max_attributes, complete=complete) for text, complete in texts]
 
 
+def with_invalid(rewards: np.ndarray, invalid: np.ndarray, *, penalty: float, chance: float | None) -> np.ndarray:
+    """Fill in the rewards of completions that the parser rejected.
+
+    Args:
+        rewards: [groups, G] rewards of valid completions, NaN where scoring failed.
+        invalid: [groups, G] bool, which completions were rejected.
+        penalty: `rar.reward.invalid`.
+        chance: none = `penalty` is the reward, for metrics of which 0 is the smallest value. Else `penalty` is added to
+            the lowest known reward of the group's valid completions, so that no valid one is worse, and to `chance` if
+            there are none.
+
+    Returns:
+        [groups, G] float64.
+    """
+    if chance is None:
+        return np.where(invalid, penalty, rewards)
+    known = ~invalid & ~np.isnan(rewards)
+    lowest = np.where(known, rewards, np.inf).min(1)
+    return np.where(invalid, np.where(known.any(1), lowest, chance)[:, None] + penalty, rewards)
+
+
 class Rollouts(Protocol):
     """Samples completions, as `rar.rollout.RolloutPool` does."""
 
     def stream(
-        self, rows: Sequence[int], seeds: Sequence[int], *, group_size: int
+        self, rows: Sequence[int], seeds: Sequence[int] | None, *, group_size: int
     ) -> Iterator[tuple[int, list[PromptGroup]]]: ...
 
 
@@ -104,13 +125,15 @@ class RolloutRequest:
         gallery: name of the gallery that rewards search.
         group_size: completions per prompt.
         max_attributes: most attributes that the parser accepts.
-        invalid_reward: reward of a completion that the parser rejects.
+        invalid_reward: `rar.reward.invalid`.
+        chance: see `with_invalid`.
     """
 
     gallery: str
     group_size: int
     max_attributes: int
     invalid_reward: float
+    chance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -134,8 +157,9 @@ class Collector:
     def __init__(self, rollouts: Rollouts, rewards: Rewards) -> None:
         self._rollouts, self._rewards = rollouts, rewards
 
-    def collect(self, rows: Sequence[int], seeds: Sequence[int], request: RolloutRequest) -> RolloutBatch:
-        """Sample a group for each row, and score every chunk of groups as soon as it is sampled.
+    def collect(self, rows: Sequence[int], seeds: Sequence[int] | None, request: RolloutRequest) -> RolloutBatch:
+        """Sample a group for each row, or decode it greedily without seeds, and score every chunk as soon as it is
+        sampled.
 
         Raises:
             RewardServiceError: too many rewards failed.
@@ -145,22 +169,30 @@ class Collector:
         chunks = {place: self._submit(groups, request) for place, groups in stream}
         sampled = time.monotonic()
         in_order = [chunks[place] for place in sorted(chunks)]
-        rewards, scores = [], []
+        rewards, invalid, scores = [], [], []
         for chunk in in_order:
-            own = np.full(len(chunk.parsed), request.invalid_reward, dtype=np.float64)
+            own = np.full(len(chunk.parsed), np.nan)
+            rejected = np.ones(len(chunk.parsed), dtype=bool)
             if chunk.pending is not None:
                 scores.append(chunk.pending.result())
-                own[chunk.valid] = scores[-1].rewards
+                own[chunk.valid], rejected[chunk.valid] = scores[-1].rewards, False
             rewards.append(own)
+            invalid.append(rejected)
         scored = Scores(
             np.concatenate([np.empty(0), *(each.rewards for each in scores)]),
             {name: np.concatenate([np.empty(0), *(each.metrics[name] for each in scores)]) for name in METRICS},
         )
         self._rewards.check(scored.rewards)
         groups = [group for chunk in in_order for group in chunk.groups]
+        shape = len(groups), request.group_size
         return RolloutBatch(
             groups=groups,
-            rewards=np.concatenate(rewards).reshape(len(groups), request.group_size),
+            rewards=with_invalid(
+                np.concatenate(rewards).reshape(shape),
+                np.concatenate(invalid).reshape(shape),
+                penalty=request.invalid_reward,
+                chance=request.chance,
+            ),
             parsed=[completion for chunk in in_order for completion in chunk.parsed],
             metrics={
                 "time/rollout": sampled - start,

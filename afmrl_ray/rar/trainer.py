@@ -22,11 +22,13 @@ from afmrl_ray.config import Config
 from afmrl_ray.errors import WeightsLostError
 from afmrl_ray.rar.context import RARContext, RARJob, open_context
 from afmrl_ray.rar.heldout import HeldOut, compare, summarise
+from afmrl_ray.rar.leverage import measure_leverage
 from afmrl_ray.rar.loss import group_advantages
 from afmrl_ray.rar.prompts import batch_columns, group_seeds
 from afmrl_ray.rar.reward.metrics import ServiceLog
 from afmrl_ray.rar.rollout_batch import RolloutBatch
 from afmrl_ray.rar.rollout_metrics import rollout_metrics
+from afmrl_ray.rar.selection import Evaluation, Selection
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ def train_rar(config: Config, job: RARJob, on_step: OnStep | None = None) -> dic
 
     Returns:
         Held-out reward before, after and gained, with intervals (`eval/*`), means over the last steps and counts.
+        "After" is the policy that was written, which is the best one with `rar.keep_best`.
 
     Raises:
         CatalogueError: no query can be used.
@@ -77,6 +80,7 @@ class RARTrainer:
 
     Attributes:
         step: steps done.
+        done: whether training has ended, after the last step or early.
     """
 
     def __init__(self, context: RARContext) -> None:
@@ -88,6 +92,17 @@ class RARTrainer:
         self._sync_weights()
         context.rewards.wait_until_ready()
         self._heldout_before = self._load_heldout_before()
+        saved = manifest["selection"]
+        self._selection = Selection.from_dict(saved) if saved is not None else Selection.start(self._evaluate())
+        self._leverage = measure_leverage(
+            context.rewards,
+            "heldout",
+            context.prompts["heldout"].rows.tolist(),
+            self._selection.first.rewards,
+            context.job.heldout_truth,
+            seed=context.config.run.seed,
+        )
+        self._finished = False
         if manifest["next_batch"] is not None:
             max_attributes = context.policy.generator.max_attributes
             context.prefetcher.put(RolloutBatch.from_dict(manifest["next_batch"], max_attributes=max_attributes))
@@ -96,10 +111,16 @@ class RARTrainer:
         """Train up to the last step; see `train_rar`."""
         steps, name = self._rar.steps, self._context.job.name
         for step in tqdm(range(self.step, steps), desc=name, initial=self.step, total=steps):
+            if self.done:
+                break
             metrics = self.train_step()
             if on_step is not None:
                 on_step(step, metrics)
         return self.finish()
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self._rar.steps or self._selection.exhausted(self._rar.patience)
 
     def train_step(self) -> dict[str, float]:
         """One step: rollouts, rewards, update, weights to the rollout actors. Returns its metrics."""
@@ -116,37 +137,60 @@ class RARTrainer:
         with _timed(seconds, "sync_weights"):
             self._sync_weights()
         self.step += 1
+        evaluated, improved = {}, False
+        if self.step == self._rar.steps or (self._rar.evaluate_every and self.step % self._rar.evaluate_every == 0):
+            with _timed(seconds, "evaluate"):
+                evaluation = self._evaluate()
+            self._selection = self._selection.add(evaluation)
+            evaluated, improved = evaluation.metrics(), self._selection.best is evaluation
         metrics = {
             **rollout_metrics(batch, context.attribute_names),
             **self._service_log.step(context.rewards.stats(), context.rewards.failures),
             **actor,
+            **evaluated,
             "rollout/staleness": float(step - batch.groups[0].version),
             "actor/restarts": float(context.learners.restarts),
             **{f"time/{name}": value for name, value in seconds.items()},
         }
         context.metrics.log(step, metrics)
         self._recent = [*self._recent, metrics][-_RECENT_STEPS:]
-        if self.step % self._rar.checkpoint_every == 0 or self.step == self._rar.steps:
+        if self.done or self.step % self._rar.checkpoint_every == 0 or (improved and self._rar.keep_best):
             self.save()
         return metrics
 
     def save(self) -> None:
-        """Write a checkpoint from which training continues as it would have."""
+        """Write a checkpoint from which training continues as it would have; after `finish` there is none to write."""
+        if self._finished:
+            return
         self._context.metrics.flush()
         following = self._context.prefetcher.wait()
         next_batch = following.as_dict() if following is not None else None
-        self._context.learners.save(self.step, {"recent_metrics": self._recent, "next_batch": next_batch})
+        manifest = {"recent_metrics": self._recent, "next_batch": next_batch, "selection": self._selection.as_dict()}
+        keep = self._selection.best.step if self._rar.keep_best else None
+        self._context.learners.save(self.step, manifest, keep=keep)
 
     def finish(self) -> dict[str, Any]:
-        """Write the policy and measure it on the held-out prompts; see `train_rar` for the result."""
+        """Write the policy that is kept and measure it on the held-out prompts; see `train_rar` for the result.
+
+        The learners hold that policy afterwards, so no step may follow.
+        """
         context, prompts = self._context, self._context.prompts["train"]
+        self._finished = True
+        kept = self._selection.best if self._rar.keep_best else self._selection.last
+        if kept.step != self.step:
+            log.info("the policy after step %d is kept, whose greedy held-out reward is the highest", kept.step)
+            context.learners.revert(kept.step)
+            self._sync_weights()
         context.learners.save_model(storage.join(context.job.directory, "model"))
         averaged = ("reward/mean", "rollout/invalid_fraction")
         return {
             **compare(self._heldout_before, self._heldout(), seed=context.config.run.seed),
+            **self._leverage,
+            **self._selection.result(kept, seed=context.config.run.seed),
             **{name: float(np.mean([metrics[name] for metrics in self._recent])) for name in averaged},
             "data/prompts": len(prompts.rows),
             "data/dropped_prompts": prompts.dropped,
+            "data/prompts_with_duplicates": len(context.left_out["train"]),
             "rollout/restarts": context.rollouts.restarts,
         }
 
@@ -155,7 +199,7 @@ class RARTrainer:
         rar = self._rar
         advantages = group_advantages(
             torch.from_numpy(batch.rewards),
-            scale=rar.scale_rewards,
+            scale=rar.advantage_scale,
             eps=rar.advantage_eps,
             baseline=rar.grpo.baseline,
         )
@@ -192,6 +236,16 @@ class RARTrainer:
         if self.step == 0 or not storage.exists(path):
             storage.write_json(path, self._heldout().as_dict())
         return HeldOut(**storage.read_json(path))
+
+    def _evaluate(self) -> Evaluation:
+        """Greedy completions of the held-out prompts by the policy of the rollout actors."""
+        context = self._context
+        rows = context.prompts["heldout"].rows.tolist()
+        evaluation = Evaluation.of(context.collector.collect(rows, None, context.request("heldout", 1)), self.step)
+        log.info(
+            "step %d: %s", self.step, ", ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics().items())
+        )
+        return evaluation
 
     def _heldout(self) -> HeldOut:
         """Sample and score the held-out prompts, with the same seeds before and after."""

@@ -14,7 +14,9 @@ from afmrl_ray.config import Config, with_values
 from afmrl_ray.rar.context import RARJob
 from afmrl_ray.rar.trainer import open_trainer
 
-_HELDOUT = ("eval/reward_before", "eval/reward_after", "eval/reward_gain")
+_HELDOUT = tuple(
+    f"{name}_{when}" for name in ("eval/reward", "eval/greedy_reward") for when in ("before", "after", "gain")
+)
 
 
 class RARTrainable(Trainable):
@@ -33,15 +35,13 @@ class RARTrainable(Trainable):
             job: inputs of all trials.
         """
         own = replace(job, directory=storage.join(job.directory, self.trial_id), name=f"{job.name}-{self.trial_id}")
-        settings = with_values(base, config)
-        self._steps = settings.rar.steps
         self._resources = ExitStack()
-        self._trainer = self._resources.enter_context(open_trainer(settings, own))
+        self._trainer = self._resources.enter_context(open_trainer(with_values(base, config), own))
 
     def step(self) -> dict[str, Any]:
         """One step of the training."""
         metrics: dict[str, Any] = dict(self._trainer.train_step())
-        if self._trainer.step == self._steps:
+        if self._trainer.done:
             result = self._trainer.finish()
             metrics |= {name: result[name]["mean"] for name in _HELDOUT}
             metrics["done"] = True

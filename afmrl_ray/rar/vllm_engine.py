@@ -107,20 +107,24 @@ class VLLMEngine:
         self._adapter = adapter
         return weights_fingerprint(tensors)
 
-    def sample(self, rows: Sequence[int], seeds: Sequence[int], *, group_size: int, version: int) -> list[PromptGroup]:
+    def sample(
+        self, rows: Sequence[int], seeds: Sequence[int] | None, *, group_size: int, version: int
+    ) -> list[PromptGroup]:
         if version != self._version:
             raise WeightSyncError(f"asked for rollouts of version {version}, the worker holds {self._version}")
         prompts = [generator_input(self._processor, self._catalogue, row, config=self._spec.generator) for row in rows]
+        greedy: list[int | None] = [None] * len(rows)
+        each_seed = greedy if seeds is None else [one for seed in seeds for one in completion_seeds(seed, group_size)]
         requests = [prompt_of(prompt, self._processor.merge_size) for prompt in prompts]
         outputs = self._llm.generate(
             [prompt for prompt in requests for _ in range(group_size)],
-            [self._sampling(one) for seed in seeds for one in completion_seeds(seed, group_size)],
+            [self._sampling(seed) for seed in each_seed],
             lora_request=self._adapter,
             use_tqdm=False,
         )
         return groups_of(rows, prompts, outputs, self._processor, group_size=group_size, version=version)
 
-    def _sampling(self, seed: int) -> SamplingParams:
+    def _sampling(self, seed: int | None) -> SamplingParams:
         return SamplingParams(
             **sampling_options(
                 self._processor,

@@ -51,15 +51,18 @@ def completion_seeds(seed: int, group_size: int) -> list[int]:
     return (np.random.SeedSequence(seed).generate_state(group_size, np.uint64) >> np.uint64(1)).tolist()
 
 
-def sampling_options(processor: ItemProcessor, *, seed: int, max_new_tokens: int, temperature: float) -> dict[str, Any]:
+def sampling_options(
+    processor: ItemProcessor, *, seed: int | None, max_new_tokens: int, temperature: float
+) -> dict[str, Any]:
     """Arguments of vLLM's `SamplingParams` for one completion, with the sampling rules of `models.generation`.
 
+    Without a seed, decoding is greedy, which vLLM does at temperature 0.
     The end of turn is the only stop token. Forbidden tokens get a bias of -inf, since vLLM limits the length of a list
     of allowed tokens.
     """
     return {
         "seed": seed,
-        "temperature": temperature,
+        "temperature": 0.0 if seed is None else temperature,
         "max_tokens": max_new_tokens,
         "stop_token_ids": [processor.end_id],
         "ignore_eos": True,

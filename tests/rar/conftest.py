@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from afmrl_ray.attributes.text import parse_attributes
 from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue
@@ -50,14 +51,21 @@ class RewardFixture:
         put = Gallery.put(self.catalogue, self.rows, self.embeddings, parts=parts)
         return replace(self.spec, galleries={"train": put})
 
-    def by_hand(self, queries: list[tuple[int, str]], k: int) -> dict[str, list[float]]:
-        """Every metric by sorting the whole gallery, without the query's own item, ties by item id."""
+    def by_hand(self, queries: list[tuple[int, str]], k: int, left_out=()) -> dict[str, list[float]]:
+        """Every metric by sorting the whole gallery, without the query's own item, ties by item id.
+
+        `left_out` are gallery rows that are removed; the temperature is the default one.
+        """
         products, items = self.catalogue.column("product_id"), self.catalogue.column("item_id")
         found: dict[str, list[float]] = {name: [] for name in METRICS}
         for row, text in queries:
             scores = (self.encoder.embed([row], [text], inputs="both") @ self.embeddings.T)[0]
             order = np.lexsort(([items[r] for r in self.rows], -scores))
-            right = np.array([products[r] == products[row] for r in self.rows[order] if r != row])
+            order = np.array([i for i in order if self.rows[i] != row and self.rows[i] not in left_out])
+            right = np.array([products[r] == products[row] for r in self.rows[order]])
+            probabilities = torch.softmax(torch.from_numpy(scores[order]).double() / 0.05, 0).numpy()
+            found["log_softmax"].append(float(np.log(probabilities[right].sum())))
+            found["hit_1"].append(float(right[0]))
             gains = 1 / np.log2(np.arange(len(right)) + 2)
             found["hit"].append(float(right[:k].any()))
             found["recall"].append(right[:k].sum() / right.sum())
@@ -107,6 +115,7 @@ def small_job(
                 "group_size": 3,
                 "checkpoint_every": 2,
                 "heldout_samples": 1,
+                "keep_best": False,
                 "num_learners": 0,
                 "cpus_per_learner": 0.5,
                 "optimizer": {"learning_rate": 1e-3},

@@ -23,7 +23,7 @@ SCRIPT: dict[int, list[int]] = {}
 
 @dataclass
 class SamplingParams:
-    seed: int
+    seed: int | None
     temperature: float
     max_tokens: int
     stop_token_ids: list[int]
@@ -117,19 +117,25 @@ class LLM:
     def _one(self, model: Any, prompt: dict[str, Any], params: SamplingParams) -> Any:
         assert params.ignore_eos
         assert not params.detokenize
+        ids, images = self._expanded(prompt)
+
+        def next_logits(tokens: list[int]) -> torch.Tensor:
+            """[len(tokens) + 1, V] logits of each token and of the one that follows."""
+            full = torch.tensor([[*ids, *tokens]])
+            types = (full == model.config.image_token_id).long()
+            logits = model(input_ids=full, mm_token_type_ids=types, **images).logits[0, len(ids) - 1 :].float()
+            for token, bias in params.logit_bias.items():
+                logits[:, token] += bias
+            return logits
+
         tokens, reason = [], "length"
-        for token in SCRIPT[params.seed][: params.max_tokens]:
-            tokens.append(token)
-            if token in params.stop_token_ids:
+        script = None if params.temperature == 0 else SCRIPT[params.seed]
+        for place in range(params.max_tokens if script is None else min(params.max_tokens, len(script))):
+            tokens.append(int(next_logits(tokens)[-1].argmax()) if script is None else script[place])
+            if tokens[-1] in params.stop_token_ids:
                 reason = "stop"
                 break
-        ids, images = self._expanded(prompt)
-        full = torch.tensor([[*ids, *tokens]])
-        types = (full == model.config.image_token_id).long()
-        logits = model(input_ids=full, mm_token_type_ids=types, **images).logits[0, len(ids) - 1 : -1].float()
-        for token, bias in params.logit_bias.items():
-            logits[:, token] += bias
-        logp = torch.log_softmax(logits / params.temperature, -1)
+        logp = torch.log_softmax(next_logits(tokens)[:-1] / (params.temperature or 1), -1)
         steps = [{token: SimpleNamespace(logprob=float(row[token]))} for token, row in zip(tokens, logp, strict=True)]
         completion = SimpleNamespace(token_ids=tokens, logprobs=steps, finish_reason=reason)
         return SimpleNamespace(prompt_token_ids=ids, outputs=[completion])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
+from afmrl_ray.attributes.text import normalise_attributes
 from afmrl_ray.rar import context
 from afmrl_ray.rar.context import open_context
 from tests.rar.conftest import small_job
@@ -20,7 +22,8 @@ def events(monkeypatch) -> list[str]:
 
     def replaced(name: str) -> type:
         class Part:
-            def __init__(self, *_: Any, **__: Any) -> None:
+            def __init__(self, *arguments: Any, **_: Any) -> None:
+                self.arguments = arguments
                 found.append(f"open {name}")
 
             def close(self) -> None:
@@ -69,3 +72,30 @@ def test_a_part_that_fails_to_open_closes_those_before_it(events, job, monkeypat
         "close RewardPool",
         "close FaultTolerantLearnerGroup",
     ]
+
+
+def test_known_duplicates_reach_the_reward_service_only_with_a_threshold(
+    events, monkeypatch, tiny_checkpoints, tmp_path, tiny_catalogue_ref
+):
+    """The first attribute alone counts here, since no two items of the tiny catalogue have all in common."""
+    monkeypatch.setattr(context, "normalise_attributes", lambda attributes: normalise_attributes(attributes)[:1])
+    for threshold in (None, -1.0):
+        reward = {"duplicate_threshold": threshold}
+        config, job = small_job(tiny_checkpoints, tiny_catalogue_ref, tmp_path / str(threshold), reward=reward)
+        with open_context(config, job) as opened:
+            left_out = opened.rewards.arguments[0].left_out
+        assert left_out == opened.left_out
+        if threshold is None:
+            assert left_out == {"train": {}, "heldout": {}}
+            continue
+        catalogue = tiny_catalogue_ref.open()
+        items = [catalogue.item(row) for row in range(len(catalogue))]
+        pairs = [normalise_attributes(item.attributes)[:1] for item in items]
+        assert left_out["train"]
+        for query in opened.prompts["train"].rows.tolist():
+            expected = [
+                row
+                for row, item in enumerate(items)
+                if item.product_id != items[query].product_id and pairs[row] == pairs[query] and pairs[query]
+            ]
+            assert left_out["train"].get(query, np.array([])).tolist() == expected

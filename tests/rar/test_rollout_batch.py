@@ -8,7 +8,7 @@ import pytest
 from afmrl_ray.rar.messages import PromptGroup
 from afmrl_ray.rar.prompts import group_seeds, prompts_of_step
 from afmrl_ray.rar.reward.spec import METRICS, Scores
-from afmrl_ray.rar.rollout_batch import Collector, RolloutRequest
+from afmrl_ray.rar.rollout_batch import Collector, RolloutRequest, with_invalid
 
 REQUEST = RolloutRequest(gallery="train", group_size=3, max_attributes=4, invalid_reward=-0.1)
 ROWS = np.arange(100, 140)
@@ -100,6 +100,24 @@ def test_only_rejected_completions_get_the_invalid_reward_and_they_are_not_score
     texts[:] = [("", True)] * 4
     rewards.submit = lambda *_: pytest.fail("scored")
     np.testing.assert_array_equal(Collector(Sampled(), rewards).collect([5], [1], request).rewards, [[-0.1] * 4])
+
+
+def test_an_invalid_completion_is_worse_than_any_valid_one_of_its_group_in_log_probabilities():
+    """Whatever the log-probabilities of other groups; failed rewards say nothing; without any valid one, chance."""
+    rewards = np.array([[-3.0, -5.0, NAN, NAN], [-0.2, -0.1, -0.3, NAN], [NAN] * 4, [NAN] * 4])
+    invalid = np.array([[0, 0, 0, 1], [0, 0, 0, 1], [1, 1, 1, 1], [0, 1, 1, 1]], dtype=bool)
+    found = with_invalid(rewards, invalid, penalty=-0.1, chance=-7.0)
+    expected = [[-3, -5, NAN, -5.1], [-0.2, -0.1, -0.3, -0.4], [-7.1] * 4, [NAN, -7.1, -7.1, -7.1]]
+    np.testing.assert_allclose(found, expected)
+    fixed = with_invalid(rewards, invalid, penalty=-0.1, chance=None)
+    np.testing.assert_array_equal(fixed[invalid], -0.1)
+    np.testing.assert_array_equal(fixed[~invalid], rewards[~invalid])
+
+
+def test_the_collector_applies_the_rule_of_its_request():
+    request = RolloutRequest(gallery="train", group_size=3, max_attributes=4, invalid_reward=-0.5, chance=-9.0)
+    found = Collector(Rollouts([]), Rewards([])).collect([103, 104, 105], [1, 2, 3], request)
+    assert found.rewards.tolist() == [[3, 4, 2.5], [4, 5, 3.5], [5, 6, 4.5]]
 
 
 def step(varies, rounds: int, number: int = 5):

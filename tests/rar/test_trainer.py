@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from afmrl_ray.rar import context, rollout_batch
 from afmrl_ray.rar.context import RARJob
 from afmrl_ray.rar.reward.spec import METRICS, Scores
 from afmrl_ray.rar.rollout import RolloutPool
+from afmrl_ray.rar.selection import Evaluation
 from afmrl_ray.rar.trainer import open_trainer
 from afmrl_ray.training.metrics_log import read_metrics
 from tests.rar.conftest import every_text_counts, small_job
@@ -117,3 +119,84 @@ def test_stale_rollouts_are_one_update_old_and_get_importance_weights(make, tmp_
     assert late[0]["actor/tis_weight"] == pytest.approx(1, abs=1e-4)
     assert any(abs(values["actor/tis_weight"] - 1) > 1e-4 for values in late[1:])
     assert weights(str(tmp_path / "0")) != weights(str(tmp_path / "1"))
+
+
+class Policies:
+    """Weights, held-out rewards and metrics of the policies of an undisturbed run that evaluates none of them."""
+
+    def __init__(self, job: tuple[Config, RARJob], steps: int) -> None:
+        self.weights, self.heldout, self.metrics = [], [], []
+        folder = job[1].directory
+        with open_trainer(*job) as trainer:
+            for step in range(steps + 1):
+                trainer._context.learners.save_model(f"{folder}/{step}/model")
+                self.weights.append(weights(f"{folder}/{step}"))
+                self.heldout.append(np.nanmean(trainer._heldout().rewards))
+                if step < steps:
+                    self.metrics.append(trainer.train_step())
+        assert len(set(self.weights)) == steps + 1
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Sets the greedy reward of the policy after each step."""
+
+    def set_rewards(rewards: list[float]) -> None:
+        of = Evaluation.of.__func__
+
+        def found(cls, batch, step):
+            assert batch.rewards.shape[1] == 1
+            return replace(of(cls, batch, step), rewards=[rewards[step]] * len(batch.groups))
+
+        monkeypatch.setattr(Evaluation, "of", classmethod(found))
+
+    return set_rewards
+
+
+def finished(job: tuple[Config, RARJob]) -> dict:
+    with open_trainer(*job) as trainer:
+        return trainer.run()
+
+
+def test_the_best_policy_is_written_and_measured_also_by_a_resumed_run(make, tmp_path, scripted):
+    policies = Policies(make("reference"), 2)
+    scripted([0.0, 0.2, 0.5, 0.1, 0.3])
+    settings = {"evaluate_every": 1, "keep_best": True, "checkpoint_every": 3}
+    result = finished(make("whole", **settings))
+    assert result["eval/kept_step"] == 2
+    assert weights(str(tmp_path / "whole")) == policies.weights[2]
+    assert result["eval/reward_after"]["mean"] == pytest.approx(policies.heldout[2])
+    logged = read_metrics(str(tmp_path / "whole" / "log"))
+    assert [row["eval/greedy_reward"] for row in logged] == [0.2, 0.5, 0.1, 0.3]
+    for row, expected in zip(logged, policies.metrics, strict=False):
+        assert row["actor/loss"] == expected["actor/loss"], "an evaluation changed the training"
+    # The checkpoint of step 3 knows that step 2 was the best, whose checkpoint outlives those of steps 3 and 4.
+    run(make("stopped", **settings), stop_after=3)
+    again = finished(make("stopped", **settings))
+    assert weights(str(tmp_path / "stopped")) == policies.weights[2]
+    for name in ("eval/reward_after", "eval/greedy_reward_gain", "eval/kept_step"):
+        assert again[name] == result[name], name
+
+
+def test_training_ends_early_and_the_initial_policy_may_be_the_best(make, tmp_path, scripted):
+    policies = Policies(make("reference"), 0)
+    scripted([0.5, 0.4, 0.3, 0.2, 0.1])
+    settings = {"evaluate_every": 1, "patience": 2, "keep_best": True, "checkpoint_every": 3}
+    for _ in ("trained", "resumed"):
+        result = finished(make("early", **settings))
+        assert result["eval/kept_step"] == 0
+        assert result["eval/reward_after"] == result["eval/reward_before"]
+        assert weights(str(tmp_path / "early")) == policies.weights[0]
+        assert [row["step"] for row in read_metrics(str(tmp_path / "early" / "log"))] == [0, 1]
+
+
+def test_without_evaluations_during_training_the_last_policy_is_compared_with_the_first(make, tmp_path, scripted):
+    scripted([0.5, 0, 0, 0, 0.4])
+    settings = {"max_staleness": 1}
+    result = finished(make("last", keep_best=False, **settings))
+    assert result["eval/kept_step"] == STEPS
+    assert result["eval/greedy_reward_gain"]["mean"] == pytest.approx(-0.1)
+    logged = read_metrics(str(tmp_path / "last" / "log"))
+    assert ["eval/greedy_reward" in row for row in logged] == [False] * (STEPS - 1) + [True]
+    assert finished(make("first", keep_best=True, **settings))["eval/kept_step"] == 0
+    assert weights(str(tmp_path / "first")) != weights(str(tmp_path / "last"))

@@ -48,11 +48,11 @@ def spec(request, policy_spec):
     return replace(policy_spec, adapter=adapter, generator=generator, temperature=0.8)
 
 
-def moved(spec, version: int, seed: int = 0) -> Weights:
+def moved(spec, version: int, seed: int = 0, size: float = 0.02) -> Weights:
     """Weights some way from the start."""
     torch.manual_seed(seed)
     start = trained_tensors(spec.load_policy())
-    tensors = {name: tensor + 0.02 * torch.randn_like(tensor) for name, tensor in start.items()}
+    tensors = {name: tensor + size * torch.randn_like(tensor) for name, tensor in start.items()}
     return Weights(version, weights_fingerprint(tensors), [ray.put(tensors)])
 
 
@@ -82,6 +82,20 @@ def test_groups_are_those_of_the_transformers_engine(ray_local, spec, vllm_engin
             np.testing.assert_array_equal(group.ids, other.ids)
             np.testing.assert_array_equal(group.mask, other.mask)
             np.testing.assert_allclose(group.logp, other.logp, atol=5e-5, rtol=1e-4)
+
+
+@pytest.mark.ray
+def test_greedy_completions_are_those_of_the_transformers_engine(ray_local, policy_spec, vllm_engine):
+    generator = policy_spec.generator.model_copy(update={"max_new_tokens": 12})
+    spec = replace(policy_spec, generator=generator, temperature=0.8)
+    plain, engine = TransformersEngine(spec, CONFIG, 1), vllm_engine(spec, CONFIG, 1)
+    weights = moved(spec, 0, size=0.3)
+    for one in (plain, engine):
+        one.set_weights(weights)
+    expected = plain.sample(ROWS, None, group_size=1, version=0)
+    groups = engine.sample(ROWS, None, group_size=1, version=0)
+    assert [group.texts for group in groups] == [group.texts for group in expected]
+    assert len({text for group in groups for text, _ in group.texts}) > 1
 
 
 @pytest.mark.ray

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from afmrl_ray.agcl.train import AGCLJob, train_agcl
+from afmrl_ray.attributes.text import format_attributes, normalise_attributes
+from afmrl_ray.catalogue.schema import parse_source_attributes
 from afmrl_ray.cit.spec import CATALOGUE, MODELS, StageContext, StageSpec
 from afmrl_ray.cit.stages.attributes import generator_before
 from afmrl_ray.cit.stages.data import missing_checkpoints
@@ -182,7 +184,7 @@ def declare_rar(config: Config, number: int) -> StageSpec:
     return StageSpec(
         StageName("rar", number),
         rar_stage,
-        reads=("run", "encoder", "generator", "rar"),
+        reads=("run", "encoder", "generator", "rar", "annotate.ground_truth_column"),
         upstream={
             "catalogue": CATALOGUE,
             "generator": generator_before(number),
@@ -213,4 +215,16 @@ def rar_job(context: StageContext) -> RARJob:
         gallery_version=gallery.fingerprint,
         directory=context.directory,
         name=context.name,
+        heldout_truth=_heldout_truth(context),
     )
+
+
+def _heldout_truth(context: StageContext) -> dict[int, str]:
+    """True attribute texts of the held-out queries that have some, by catalogue row."""
+    catalogue = context.catalogue.open()
+    truth = catalogue.column(context.config.annotate.ground_truth_column)
+    pairs = {
+        row: normalise_attributes(parse_source_attributes(truth[row]))
+        for row in catalogue.rows(context.config.rar.task.heldout_query).tolist()
+    }
+    return {row: format_attributes(found) for row, found in pairs.items() if found}

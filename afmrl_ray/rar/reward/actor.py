@@ -1,4 +1,4 @@
-"""The Ray actor of the reward service: batches requests, runs the scorer, adds up the counts of all shards."""
+"""The Ray actor of the reward service: batches requests, runs the scorer, adds up the comparisons of all shards."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from afmrl_ray.errors import GalleryVersionError, RewardServiceError
 from afmrl_ray.rar.reward.metrics import Meter, ServiceStats
 from afmrl_ray.rar.reward.scoring import EncodedQueries, PreparedQueries, Scorer
 from afmrl_ray.rar.reward.spec import Query, Reply, RewardSpec
-from afmrl_ray.retrieval.shards import Positives, merged
+from afmrl_ray.retrieval.shards import Comparison, Positives, merged
 
 _PAUSE_S = 0.25
 
@@ -91,13 +91,11 @@ class RewardActor:
         return self._spec.version, await self._on(self._compute, self._scorer.positives, gallery, *queries)
 
     @ray.method(concurrency_group="count")
-    async def count_before(
+    async def compare(
         self, gallery: str, queries: tuple[np.ndarray, np.ndarray], positives: Positives
-    ) -> tuple[str, np.ndarray]:
-        """Gallery version, and how many items of this actor's shard rank before each positive."""
-        return self._spec.version, await self._on(
-            self._compute, self._scorer.count_before, gallery, *queries, positives
-        )
+    ) -> tuple[str, Comparison]:
+        """Gallery version, and how the items of this actor's shard compare with the positives."""
+        return self._spec.version, await self._on(self._compute, self._scorer.compare, gallery, *queries, positives)
 
     @ray.method(concurrency_group="about")
     async def stats(self) -> ServiceStats:
@@ -148,11 +146,11 @@ class RewardActor:
                 *(self._call(name, "positives", gallery, sent) for name in self._others),
             )
         )
-        counts = await asyncio.gather(
-            self._on(self._compute, self._scorer.count_before, gallery, *queries, positives),
-            *(self._call(name, "count_before", gallery, sent, positives) for name in self._others),
+        comparisons = await asyncio.gather(
+            self._on(self._compute, self._scorer.compare, gallery, *queries, positives),
+            *(self._call(name, "compare", gallery, sent, positives) for name in self._others),
         )
-        return self._scorer.metrics(encoded.rows, positives, counts)
+        return self._scorer.metrics(encoded.rows, positives, comparisons)
 
     async def _call(self, name: str, method: str, *arguments: Any) -> Any:
         """Call the actor of another shard; one that Ray restarts is waited for."""

@@ -17,7 +17,14 @@ from afmrl_ray.rar.reward.spec import METRICS, Query, RewardSpec
 from afmrl_ray.retrieval import metrics
 from afmrl_ray.retrieval.embed import Encoder
 from afmrl_ray.retrieval.evaluate import label_codes
-from afmrl_ray.retrieval.shards import GalleryShard, Positives, merged, ranking_of
+from afmrl_ray.retrieval.shards import (
+    Comparison,
+    GalleryShard,
+    Positives,
+    merged,
+    positive_log_probabilities,
+    ranking_of,
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,9 @@ class Scorer:
             rows = ray.get(gallery.rows[0])
             places = np.array_split(np.arange(len(rows)), len(gallery.parts))[part]
             own = rows[places]
-            self._shards[name] = GalleryShard(ray.get(gallery.parts[part]), own, self._labels[own], places)
+            self._shards[name] = GalleryShard(
+                ray.get(gallery.parts[part]), own, self._labels[own], places, spec.left_out.get(name)
+            )
             self._has_positive[name] = _has_positive(self._labels, rows)
 
     def check(self, gallery: str, queries: Sequence[Query]) -> None:
@@ -125,18 +134,20 @@ class Scorer:
         """Similarities of the queries' positives in this part; `rows` [Q], `embeddings` [Q, D]."""
         return self._shards[gallery].positives(embeddings, rows, self._labels[rows])
 
-    def count_before(self, gallery: str, rows: np.ndarray, embeddings: np.ndarray, positives: Positives) -> np.ndarray:
-        """How many items of this part rank before each positive of all parts."""
-        return self._shards[gallery].count_before(embeddings, rows, positives)
+    def compare(self, gallery: str, rows: np.ndarray, embeddings: np.ndarray, positives: Positives) -> Comparison:
+        """How the items of this part compare with the positives of all parts."""
+        return self._shards[gallery].compare(embeddings, rows, positives, temperature=self._config.temperature)
 
-    def metrics(self, rows: np.ndarray, positives: Positives, counts: Sequence[np.ndarray]) -> np.ndarray:
-        """[Q, len(METRICS)] of queries that passed `check`, from the counts of all parts."""
-        ranking, k = ranking_of(rows, positives, counts), self._config.k
+    def metrics(self, rows: np.ndarray, positives: Positives, comparisons: Sequence[Comparison]) -> np.ndarray:
+        """[Q, len(METRICS)] of queries that passed `check`, from the comparisons of all parts."""
+        ranking, k = ranking_of(rows, positives, comparisons), self._config.k
         values = {
+            "hit_1": metrics.hit_at_k(ranking, 1),
             "hit": metrics.hit_at_k(ranking, k),
             "recall": metrics.recall_at_k(ranking, k),
             "reciprocal_rank": metrics.reciprocal_rank(ranking),
             "ndcg": metrics.ndcg_at_k(ranking, k),
+            "log_softmax": positive_log_probabilities(positives, comparisons, temperature=self._config.temperature),
         }
         return np.stack([values[name] for name in METRICS], axis=1)
 
@@ -144,7 +155,7 @@ class Scorer:
         """[Q, len(METRICS)] when this part is the whole gallery."""
         arguments = encoded.gallery, encoded.rows, encoded.embeddings
         positives = merged([self.positives(*arguments)])
-        return self.metrics(encoded.rows, positives, [self.count_before(*arguments, positives)])
+        return self.metrics(encoded.rows, positives, [self.compare(*arguments, positives)])
 
     def score(self, gallery: str, queries: Sequence[Query]) -> np.ndarray:
         """[Q, len(METRICS)] when this part is the whole gallery: all phases of a request in one call."""

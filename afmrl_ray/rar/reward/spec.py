@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from afmrl_ray.retrieval.embed import EncoderRef
 Query = tuple[int, str]
 """Catalogue row of a query item, and the attribute text that is added to it."""
 
-METRICS = ("hit", "recall", "reciprocal_rank", "ndcg")
-"""Retrieval metrics of a query, the columns of every reply; `rar.reward.kind` says which one is the reward."""
+METRICS = ("hit_1", "hit", "recall", "reciprocal_rank", "ndcg", "log_softmax")
+"""Retrieval metrics of a query, the columns of every reply; `rar.reward.kind` says which one is the reward. `hit_1` is
+hit@1, whatever `rar.reward.k`."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class RewardSpec:
         queries: which inputs of a query item the encoder gets, by gallery name.
         galleries: by name.
         version: version of the galleries; every reply carries it.
+        left_out: by gallery name, catalogue rows of the items that are left out for a query, by the query's row.
     """
 
     encoder: EncoderRef
@@ -70,6 +73,7 @@ class RewardSpec:
     queries: dict[str, ItemSelector]
     galleries: dict[str, Gallery]
     version: str
+    left_out: Mapping[str, Mapping[int, np.ndarray]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

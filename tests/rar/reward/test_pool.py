@@ -65,7 +65,7 @@ def test_scores_equal_a_full_sort_also_after_an_actor_was_killed(reward, pool):
     expected = reward.by_hand(queries, 4)
     scores = pool.submit("train", queries).result()
     for name in METRICS:
-        np.testing.assert_allclose(scores.metrics[name], expected[name], err_msg=name)
+        np.testing.assert_allclose(scores.metrics[name], expected[name], rtol=1e-5, err_msg=name)
     np.testing.assert_array_equal(scores.rewards, scores.metrics[KIND])
     assert len(set(expected[KIND])) > 1
     os.kill(pids(pool)[0], signal.SIGKILL)
@@ -129,7 +129,9 @@ def test_sharded_galleries_give_the_same_scores_also_after_an_actor_was_killed(r
             os.kill(pids(sharded)[1], signal.SIGKILL)
         parts = sharded.submit("train", queries).result()
         for name in METRICS:
-            np.testing.assert_array_equal(parts.metrics[name], whole.metrics[name], err_msg=name)
+            # Counts are exact, sums of exponentials are those of other groups of items.
+            rtol = 1e-13 if name == "log_softmax" else 0
+            np.testing.assert_allclose(parts.metrics[name], whole.metrics[name], rtol=rtol, err_msg=name)
     sharded.close()
 
 
