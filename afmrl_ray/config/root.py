@@ -13,9 +13,10 @@ from afmrl_ray.config.cluster import RayConfig, RunConfig
 from afmrl_ray.config.evaluation import EvaluationConfig
 from afmrl_ray.config.index import IndexConfig
 from afmrl_ray.config.models import EncoderConfig, GeneratorConfig, TinyConfig
+from afmrl_ray.config.rar import RARConfig
 from afmrl_ray.config.teacher import ColumnTeacherConfig, TeacherConfig
 from afmrl_ray.config.tracking import TrackingConfig
-from afmrl_ray.config.train import AGCLConfig, DistillConfig, RARConfig
+from afmrl_ray.config.train import AGCLConfig, DistillConfig
 
 
 class Config(Section):

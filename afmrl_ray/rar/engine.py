@@ -9,7 +9,7 @@ from typing import Protocol
 import ray
 import torch
 
-from afmrl_ray.config.train import RolloutConfig
+from afmrl_ray.config.rar import RolloutConfig
 from afmrl_ray.errors import ConfigError, WeightSyncError
 from afmrl_ray.models.generation import generate
 from afmrl_ray.models.prompts import generator_input

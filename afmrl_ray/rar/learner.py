@@ -15,7 +15,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from afmrl_ray import storage
-from afmrl_ray.config.train import RARConfig
+from afmrl_ray.config.rar import RARConfig
 from afmrl_ray.models.adapters import save_trained
 from afmrl_ray.models.microbatches import cut_by_tokens, cut_shared_prefix
 from afmrl_ray.models.threads import torch_threads

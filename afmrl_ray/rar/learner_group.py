@@ -12,7 +12,7 @@ import numpy as np
 from ray.exceptions import RayActorError, RayError
 from ray.rllib.core.learner.learner_group import LearnerGroup
 
-from afmrl_ray.config.train import RARConfig
+from afmrl_ray.config.rar import RARConfig
 from afmrl_ray.errors import UserError
 from afmrl_ray.rar.checkpoint import Checkpoints
 from afmrl_ray.rar.learner import build_learners

@@ -22,7 +22,7 @@ from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from torch import Tensor
 from torch import distributed as dist
 
-from afmrl_ray.config.train import RARConfig
+from afmrl_ray.config.rar import RARConfig
 from afmrl_ray.rar.module import AttributePolicy, PolicySpec
 
 # RLlib requires an observation and an action space; a language model has neither.

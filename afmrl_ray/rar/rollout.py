@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
-from afmrl_ray.config.train import RolloutConfig
+from afmrl_ray.config.rar import RolloutConfig
 from afmrl_ray.errors import WeightsLostError, WeightSyncError
 from afmrl_ray.models.threads import torch_threads
 from afmrl_ray.rar.engine import MakeEngine, engine_class

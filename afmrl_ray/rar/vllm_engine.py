@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
-from afmrl_ray.config.train import RolloutConfig
+from afmrl_ray.config.rar import RolloutConfig
 from afmrl_ray.errors import WeightSyncError
 from afmrl_ray.models.backbones import fetch
 from afmrl_ray.models.prompts import generator_input

@@ -16,7 +16,7 @@ import numpy as np
 import ray
 
 from afmrl_ray.config.models import VisionCacheConfig
-from afmrl_ray.config.train import RewardConfig, RolloutConfig
+from afmrl_ray.config.rar import RewardConfig, RolloutConfig
 from afmrl_ray.rar.messages import Weights
 from afmrl_ray.rar.prefetch import RolloutPrefetcher
 from afmrl_ray.rar.reward.client import RewardPool

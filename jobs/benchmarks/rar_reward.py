@@ -17,7 +17,7 @@ import ray
 from afmrl_ray.attributes.text import format_attributes, normalise_attributes
 from afmrl_ray.config.catalogue import ItemSelector
 from afmrl_ray.config.models import VisionCacheConfig
-from afmrl_ray.config.train import RewardConfig
+from afmrl_ray.config.rar import RewardConfig
 from afmrl_ray.rar.reward.client import RewardClient, RewardPool
 from afmrl_ray.rar.reward.scoring import Scorer
 from afmrl_ray.rar.reward.spec import METRICS, Gallery, Query, RewardSpec

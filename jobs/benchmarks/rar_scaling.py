@@ -48,7 +48,7 @@ class Sleeper:
 
 def measure(runners: int) -> list[tuple[float, float]]:
     """Wall seconds and CPU seconds of the driver, for each repeat of `WAVES` chunks on every runner."""
-    from afmrl_ray.config.train import RolloutConfig
+    from afmrl_ray.config.rar import RolloutConfig
     from afmrl_ray.rar.rollout import RolloutPool
 
     config = RolloutConfig(pool={"num_workers": runners, "cpus_per_worker": 1, "batch_size": CHUNK})

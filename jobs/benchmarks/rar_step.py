@@ -17,7 +17,7 @@ import ray
 import torch
 
 from afmrl_ray.config.models import AdapterConfig, OptimizerConfig
-from afmrl_ray.config.train import RARConfig
+from afmrl_ray.config.rar import RARConfig
 from afmrl_ray.models.shared_prefix import pack, use_shared_prefix
 from afmrl_ray.rar.learner import build_learners
 from afmrl_ray.rar.loss import group_advantages, grpo_loss

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from afmrl_ray.config.rar import RewardConfig
 from afmrl_ray.config.serving import ServingConfig
-from afmrl_ray.config.train import RewardConfig
 from tests.cluster.manifests import CLUSTER, ROOT, documents
 
 

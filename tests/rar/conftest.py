@@ -13,7 +13,7 @@ from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue
 from afmrl_ray.config import Config, validate
 from afmrl_ray.config.catalogue import ItemSelector
 from afmrl_ray.config.models import AdapterConfig, EncoderConfig, GeneratorConfig
-from afmrl_ray.config.train import RewardConfig
+from afmrl_ray.config.rar import RewardConfig
 from afmrl_ray.models.annotate import GeneratorRef
 from afmrl_ray.rar.context import RARJob
 from afmrl_ray.rar.module import PolicySpec

@@ -11,7 +11,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
 from afmrl_ray.config.models import AdapterConfig, OptimizerConfig
-from afmrl_ray.config.train import RARConfig, RolloutConfig
+from afmrl_ray.config.rar import RARConfig, RolloutConfig
 from afmrl_ray.rar.engine import TransformersEngine
 from afmrl_ray.rar.learner import GRPOLearner, build_learners
 from afmrl_ray.rar.loss import group_advantages

@@ -18,7 +18,7 @@ import torch
 from ray.train._internal.worker_group import WorkerGroup
 
 from afmrl_ray.config.models import OptimizerConfig
-from afmrl_ray.config.train import RARConfig
+from afmrl_ray.config.rar import RARConfig
 from afmrl_ray.errors import CheckpointError
 from afmrl_ray.rar.checkpoint import Checkpoints
 from afmrl_ray.rar.learner_group import FaultTolerantLearnerGroup, LearnerLostError

@@ -8,7 +8,7 @@ import pytest
 import ray
 import torch
 
-from afmrl_ray.config.train import RolloutConfig
+from afmrl_ray.config.rar import RolloutConfig
 from afmrl_ray.errors import WeightsLostError, WeightSyncError
 from afmrl_ray.rar.messages import Weights
 from afmrl_ray.rar.rollout import RolloutPool

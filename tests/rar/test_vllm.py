@@ -9,7 +9,7 @@ import ray
 import torch
 
 from afmrl_ray.config.models import AdapterConfig, TinyConfig
-from afmrl_ray.config.train import RolloutConfig
+from afmrl_ray.config.rar import RolloutConfig
 from afmrl_ray.models.logprobs import completion_batch
 from afmrl_ray.models.prompts import generator_input
 from afmrl_ray.models.tiny import build_generator, save_checkpoint, train_tokenizer

@@ -13,7 +13,7 @@ import torch
 
 from afmrl_ray.config import load_config
 from afmrl_ray.config.models import AdapterConfig
-from afmrl_ray.config.train import RolloutConfig
+from afmrl_ray.config.rar import RolloutConfig
 from afmrl_ray.errors import CheckpointError, ConfigError, WeightSyncError
 from afmrl_ray.models.prompts import generator_input
 from afmrl_ray.rar.engine import TransformersEngine, engine_class

@@ -16,7 +16,7 @@ import torch
 from ray.exceptions import ActorDiedError, RayActorError
 
 from afmrl_ray.concurrency import DynamicBatcher, SingleFlightCache
-from afmrl_ray.config.train import RewardConfig
+from afmrl_ray.config.rar import RewardConfig
 from afmrl_ray.errors import GalleryVersionError, RewardServiceError
 from afmrl_ray.rar.reward.metrics import Meter, ServiceStats
 from afmrl_ray.rar.reward.scoring import EncodedQueries, PreparedQueries, Scorer

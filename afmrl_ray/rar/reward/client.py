@@ -21,7 +21,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.util.metrics import Counter
 
 from afmrl_ray.concurrency import BackgroundLoop
-from afmrl_ray.config.train import RewardConfig
+from afmrl_ray.config.rar import RewardConfig
 from afmrl_ray.errors import GalleryVersionError, RewardServiceError, UserError
 from afmrl_ray.models.threads import torch_threads
 from afmrl_ray.rar.reward.actor import RewardActor, alive, restarted

@@ -9,7 +9,7 @@ import numpy as np
 import ray
 import torch
 
-from afmrl_ray.config.train import RewardConfig
+from afmrl_ray.config.rar import RewardConfig
 from afmrl_ray.errors import CatalogueError
 from afmrl_ray.models.model_input import ModelInput
 from afmrl_ray.models.prefix_groups import group_tokens

@@ -11,7 +11,7 @@ import ray
 
 from afmrl_ray.catalogue import CatalogueRef, StagedCatalogue
 from afmrl_ray.config.catalogue import ItemSelector
-from afmrl_ray.config.train import RewardConfig
+from afmrl_ray.config.rar import RewardConfig
 from afmrl_ray.retrieval.embed import EncoderRef
 
 Query = tuple[int, str]
