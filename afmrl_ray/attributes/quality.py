@@ -48,7 +48,7 @@ def pair_scores(written: Sequence[Attributes], source: Sequence[Attributes]) -> 
     return PairScores(precision, recall, f1, names / max(1, generated))
 
 
-def name_shares(written: Iterable[Attributes], names: Sequence[str]) -> dict[str, float]:
+def name_fractions(written: Iterable[Attributes], names: Sequence[str]) -> dict[str, float]:
     """Fraction of items with an attribute of each of `names`; 0 without items."""
     counts: Counter[str] = Counter()
     total = 0
@@ -79,7 +79,7 @@ def quality(written: Sequence[Attributes], source: Sequence[Attributes], *, most
         return {}
     own, truth = [pair[0] for pair in known], [pair[1] for pair in known]
     names = common_names(truth, most=most_names)
-    wrote, has = name_shares(own, names), name_shares(truth, names)
+    wrote, has = name_fractions(own, names), name_fractions(truth, names)
     return {
         **asdict(pair_scores(own, truth)),
         "items": len(known),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import platform
@@ -29,6 +30,8 @@ from afmrl_ray.runs import RunDirectory, StageName
 from afmrl_ray.training.cluster import ray_session, require_resources
 
 log = logging.getLogger(__name__)
+
+_COMMAND = "afmrl"
 
 PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "rank-bm25", "pyarrow")
 
@@ -151,12 +154,20 @@ def own_command() -> str:
     if spec is not None and spec.origin == sys.argv[0]:
         # Started with `python -m`: the file alone would not find the package's other modules.
         program = ["-m", spec.name]
-    words = [os.path.relpath(part) if os.path.exists(part) else part for part in [*program, *arguments]]
-    return shlex.join(["python", *words])
+    words = [os.path.relpath(part) if os.path.exists(part) else part for part in arguments]
+    if os.path.basename(sys.argv[0]) == _COMMAND:
+        return shlex.join([_COMMAND, *words])
+    program = [os.path.relpath(part) if os.path.exists(part) else part for part in program]
+    return shlex.join(["python", *program, *words])
 
 
 def _job() -> str:
-    return os.path.basename(sys.argv[0])
+    """The program's name: a file of `jobs/`, or `afmrl` with its subcommand."""
+    name = os.path.basename(sys.argv[0])
+    if name != _COMMAND:
+        return name
+    subcommand = itertools.takewhile(lambda word: not word.startswith("-") and "=" not in word, sys.argv[1:])
+    return " ".join([name, *subcommand])
 
 
 def _recorded(run: RunDirectory) -> dict[str, Any]:

@@ -49,13 +49,13 @@ class SyntheticConfig(Section):
     duplicate_fraction: float = Field(0.08, ge=0, le=0.5)
     """Fraction of train products with a duplicate under another product_id: the false negatives for the mask."""
     title_mention_rate: float = Field(0.35, ge=0, le=1)
-    """Probability that a title contains a visible attribute."""
+    """Probability that a title contains a given visible attribute."""
     title_hidden_mention_rate: float = Field(0.8, ge=0, le=1)
-    """Probability that a title contains an attribute that images do not show (material, capacity)."""
+    """Probability that a title contains a given attribute that images do not show (material, capacity)."""
     teacher_error_rate: float = Field(0.1, ge=0, le=1)
-    """Probability that the teacher gives an attribute a wrong value."""
+    """Probability that the teacher has a wrong value for a given attribute."""
     teacher_missing_rate: float = Field(0.1, ge=0, le=1)
-    """Probability that the teacher omits an attribute."""
+    """Probability that the teacher omits a given attribute."""
     teacher_irrelevant_rate: float = Field(0.5, ge=0, le=1)
     """Probability of each irrelevant pair of the teacher (background, mood, delivery)."""
     image_px: int = Field(112, ge=32)

@@ -78,7 +78,7 @@ class EvaluationConfig(Section):
         retrieval = [protocol.name for protocol in self.protocols if protocol.kind == "retrieval"]
         if self.primary_protocol not in retrieval:
             raise ValueError(
-                f"evaluation.primary_protocol {self.primary_protocol!r} is not a retrieval protocol; there are: "
-                f"{', '.join(retrieval)}"
+                f"evaluation.primary_protocol {self.primary_protocol!r} is not a retrieval protocol; "
+                f"retrieval protocols: {', '.join(retrieval)}"
             )
         return self

@@ -68,7 +68,8 @@ class EncoderConfig(Section):
     """Architecture: `qwen2_vl`; or `dual_encoder`, a CLIP or SigLIP checkpoint for comparison, trained by the
     objectives of section `dual_encoder`. Image size and text length are then the checkpoint's; RAR cannot use it."""
     path: str | None = None
-    """Local folder, URI or hub name of the checkpoint; none = a tiny one is made by the run."""
+    """Local folder, URI or hub name of the checkpoint, or `package:<name>` for a packaged one; none = a
+    tiny one is made by the run."""
     image: ImageConfig = ImageConfig()
     """Pixel budget."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -101,7 +102,8 @@ class GeneratorConfig(Section):
     """The attribute generator (Qwen2.5-VL): writes attribute text for image and title of an item."""
 
     path: str | None = None
-    """Local folder, URI or hub name of the checkpoint; none = a tiny one is made by the run."""
+    """Local folder, URI or hub name of the checkpoint, or `package:<name>` for a packaged one; none = a
+    tiny one is made by the run."""
     image: ImageConfig = ImageConfig()
     """Pixel budget."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -90,8 +90,8 @@ class Config(Section):
         selection_protocol = self.cit.selection_protocol
         if selection_protocol and selection_protocol not in retrieval:
             raise ValueError(
-                f"cit.selection_protocol {selection_protocol!r} is not a retrieval protocol of evaluation.protocols, "
-                f"which has: {', '.join(retrieval)}"
+                f"cit.selection_protocol {selection_protocol!r} is not a retrieval protocol; "
+                f"retrieval protocols: {', '.join(retrieval)}"
             )
         named = [
             ("evaluation.primary_protocol", self.evaluation.primary_protocol),

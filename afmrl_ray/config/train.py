@@ -11,8 +11,6 @@ from afmrl_ray.config.catalogue import ItemSelector
 from afmrl_ray.config.cluster import PoolConfig, WorkersConfig
 from afmrl_ray.config.models import AdapterConfig, OptimizerConfig
 
-Enriched = Literal["none", "query", "both"]
-
 
 class DistillConfig(Section):
     """Distillation: supervised fine-tuning of the generator on the teacher's attributes."""

@@ -11,6 +11,7 @@ import torch
 
 from afmrl_ray import storage
 from afmrl_ray.errors import CheckpointError
+from afmrl_ray.models.packaged import resolve_checkpoint
 from afmrl_ray.models.vision_attention import use_attention_by_length
 
 ARCHITECTURES = {"encoder": ("qwen2_vl",), "generator": ("qwen2_5_vl",), "dual_encoder": ("clip", "siglip")}
@@ -18,13 +19,13 @@ ARCHITECTURES = {"encoder": ("qwen2_vl",), "generator": ("qwen2_5_vl",), "dual_e
 
 
 def fetch(path: str) -> str:
-    """A local folder for a path or URI, fetched once per node; a hub name is returned unchanged.
+    """A local folder for a path, URI or packaged checkpoint, fetched once per node; a hub name is returned unchanged.
 
     Raises:
         CheckpointError: nothing is at the URI.
     """
     if "://" not in path:
-        return path
+        return resolve_checkpoint(path)
     if not storage.exists(storage.join(path, "config.json")) and not storage.exists(
         storage.join(path, "adapter_config.json")
     ):
@@ -46,6 +47,10 @@ def check_checkpoint(path: str, role: str, *, setting: str | None = None) -> Non
     from transformers import AutoConfig
 
     setting = setting or f"{role}.path"
+    try:
+        path = resolve_checkpoint(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{setting}: {error}") from error
     if "://" in path:
         file = storage.join(path, "config.json")
         if not storage.exists(file):
@@ -79,6 +84,7 @@ def load_backbone(path: str, role: str, *, dtype: str = "float32", device: torch
     Raises:
         CheckpointError: see `check_checkpoint`.
     """
+    path = resolve_checkpoint(path)
     local = fetch(path)
     check_checkpoint(local, role)
     model = _model_class(local, role).from_pretrained(local, dtype=getattr(torch, dtype), attn_implementation="sdpa")

@@ -105,11 +105,9 @@ class GRPOLearner(EngineLearner):
             for name, value in stats.items():
                 combine = torch.maximum if name.endswith("_max") else torch.add
                 sums[name] = combine(sums[name], value) if name in sums else value
-        learning_rate, grad_norm = self._engine.step().values()
         metrics = {
+            **self._engine.step(),
             **_over_learners(sums),
-            "learning_rate": learning_rate,
-            "grad_norm": grad_norm,
             "microbatches": float(len(microbatches)),
             "shared_prompt": float(self._policy.shared_prompt),
         }

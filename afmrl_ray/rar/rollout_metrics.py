@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from afmrl_ray.attributes.quality import NAME_FRACTION, name_shares
+from afmrl_ray.attributes.quality import NAME_FRACTION, name_fractions
 from afmrl_ray.attributes.text import Attributes, InvalidAttributes, format_attributes
 from afmrl_ray.rar.rollout_batch import RolloutBatch
 
@@ -26,7 +26,7 @@ def rollout_metrics(batch: RolloutBatch, names: Sequence[str] = ()) -> dict[str,
     valid = valid_attributes(batch.parsed)
     complete = ~np.isnan(batch.rewards).any(1)
     zero_variance = batch.zero_variance_groups()[complete]
-    fractions = name_shares(valid, names)
+    fractions = name_fractions(valid, names)
     return {
         "reward/mean": float(np.nanmean(batch.rewards)),
         "reward/failed_fraction": float(np.isnan(batch.rewards).mean()),

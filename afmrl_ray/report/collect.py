@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from typing import Any
 
 from afmrl_ray import storage
@@ -22,10 +22,8 @@ from afmrl_ray.report.summary import (
     StageCost,
     Variant,
 )
-from afmrl_ray.runs import RunDirectory, Stage
+from afmrl_ray.runs import RunDirectory, Stage, StageName
 from afmrl_ray.training.metrics_log import read_metrics
-
-_ROUND = re.compile(r"-r(\d+)$")
 
 
 def collect(run: RunDirectory) -> RunSummary:
@@ -36,17 +34,17 @@ def collect(run: RunDirectory) -> RunSummary:
     """
     if not storage.exists(storage.join(run.path, "run.json")):
         raise StorageError(f"{run.path}: no run.json, so no run to report on; check run.storage_path and run.name")
-    written = run.read_run()
-    found = {stage.name: stage for stage in run.stages()}
+    recorded = run.read_run()
+    found = {StageName.parse(stage.name): stage for stage in run.stages()}
     # Fingerprints were computed with the credentials in place.
-    stale = stale_stages(list(found.values()), written.get("config", {}))
-    record = without_credentials(written)
+    stale = stale_stages(list(found.values()), recorded.get("config", {}))
+    record = without_credentials(recorded)
     config = record.get("config", {})
-    numbers = sorted({int(match[1]) for name in found if (match := _ROUND.search(name))})
+    numbers = sorted({name.round for name in found if name.round is not None})
     # The attributes written after the last RAR are not a round of their own.
     rounds = [each for each in (_round(found, number) for number in numbers) if each.number == 0 or each.agcl]
-    evaluated = {n: found[f"evaluate-r{n}"] for n in numbers if f"evaluate-r{n}" in found}
-    refused = {n for n in numbers if (each := _promotion(found.get(f"promotion-r{n}"))) and not each.promoted}
+    evaluated = {n: stage for n in numbers if (stage := found.get(StageName("evaluate", n))) is not None}
+    refused = {n for n in numbers if (each := _promotion(found.get(StageName("promotion", n)))) and not each.promoted}
     result = max(evaluated.keys() - refused, default=None)
     examples = {n: read_examples(stage, "examples") for n, stage in evaluated.items()}
     failures = read_examples(evaluated[result], "failures") if result is not None else []
@@ -63,31 +61,31 @@ def collect(run: RunDirectory) -> RunSummary:
         rounds=rounds,
         refused=refused,
         result=result,
-        baseline_log=_log(found.get("baseline")),
-        distill_log=_log(found.get("distill")),
+        baseline_log=_log(found.get(StageName("baseline"))),
+        distill_log=_log(found.get(StageName("distill"))),
         examples=examples,
         failures=failures,
-        written=attributes_by_round(found, shown, refused),
+        generated=attributes_by_round(found, shown, refused),
         attachments=read_attachments(run),
-        stages=[StageCost(name, stage.seconds, stage.peak_memory_mb, name in stale) for name, stage in found.items()],
+        stages=[StageCost(s.name, s.seconds, s.peak_memory_mb, s.name in stale) for s in found.values()],
     )
 
 
-def _variants(found: dict[str, Stage], numbers: list[int]) -> list[Variant]:
+def _variants(found: Mapping[StageName, Stage], numbers: list[int]) -> list[Variant]:
     variants = []
-    if "baselines" in found:
-        untrained = found["baselines"].metrics
+    if (baselines := found.get(StageName("baselines"))) is not None:
+        untrained = baselines.metrics
         variants = [
-            Variant(name, None, "baselines", False, _protocols(untrained.get(name, {})))
+            Variant(name, None, baselines.name, False, _protocols(untrained.get(name, {})))
             for name in ("chance", "pixels")
         ]
-    measured: list[tuple[str, int | None, str]] = [(f"round {n}", n, f"evaluate-r{n}") for n in numbers]
-    if "evaluate-baseline" in found:
-        measured.insert(0, ("baseline", None, "evaluate-baseline"))
-    for name, number, stage in measured:
+    measured = [(f"round {n}", StageName("evaluate", n)) for n in numbers]
+    if (baseline := StageName("evaluate-baseline")) in found:
+        measured.insert(0, ("baseline", baseline))
+    for name, stage in measured:
         metrics = found[stage].metrics if stage in found else {}
         protocols = _protocols(metrics.get("protocols", {}))
-        variants.append(Variant(name, number, stage, True, protocols, _sizes(metrics.get("attributes"))))
+        variants.append(Variant(name, stage.round, str(stage), True, protocols, _sizes(metrics.get("attributes"))))
     return variants
 
 
@@ -103,8 +101,8 @@ def _protocols(records: dict[str, Any]) -> dict[str, ProtocolResult]:
     }
 
 
-def _round(found: dict[str, Stage], number: int) -> Round:
-    attributes, agcl, rar = (found.get(f"{kind}-r{number}") for kind in ("attributes", "agcl", "rar"))
+def _round(found: Mapping[StageName, Stage], number: int) -> Round:
+    attributes, agcl, rar = (found.get(StageName(kind, number)) for kind in ("attributes", "agcl", "rar"))
     return Round(
         number=number,
         attributes=_sizes(attributes.metrics) if attributes is not None else None,
@@ -112,7 +110,7 @@ def _round(found: dict[str, Stage], number: int) -> Round:
         rar=rar.metrics if rar is not None else {},
         agcl_log=_log(agcl),
         rar_log=_log(rar),
-        promotion=_promotion(found.get(f"promotion-r{number}")),
+        promotion=_promotion(found.get(StageName("promotion", number))),
     )
 
 

@@ -26,7 +26,7 @@ _WIDTH_IN = 4.6
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a chart. Series also differ in marker or dash, so that they can be told apart without colour."""
+    """Colours of a chart. Series also differ in marker or dash, so that they can be distinguished without colour."""
 
     background: str
     text: str

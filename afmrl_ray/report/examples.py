@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from afmrl_ray import storage
 from afmrl_ray.attributes.store import read_attributes
-from afmrl_ray.runs import Stage
+from afmrl_ray.runs import Stage, StageName
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ GeneratedAttributes = dict[str, list[tuple[str, str]]]
 
 
 def attributes_by_round(
-    found: Mapping[str, Stage], items: Iterable[str], refused: Collection[int]
+    found: Mapping[StageName, Stage], items: Iterable[str], refused: Collection[int]
 ) -> GeneratedAttributes:
     """Attribute texts of all generators for some items: the distilled one first, then those after each round's RAR.
 
@@ -78,7 +78,7 @@ def attributes_by_round(
     items = list(items)
     texts: GeneratedAttributes = {item: [] for item in items}
     number = 0
-    while (stage := found.get(f"attributes-r{number}")) is not None:
+    while (stage := found.get(StageName("attributes", number))) is not None:
         if "attributes" in stage.outputs and storage.exists(stage.output("attributes")):
             store = read_attributes(stage.output("attributes"))
             label = "distilled" if number == 0 else f"after RAR, round {number - 1}"

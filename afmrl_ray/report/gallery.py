@@ -75,7 +75,7 @@ def make_gallery(summary: RunSummary, items: Items | None) -> Gallery | None:
     thumbnails = _Thumbnails(items)
 
     def shown(examples: Sequence[Example]) -> list[ShownExample]:
-        return [_shown(example, summary.written, thumbnails, last) for example in examples]
+        return [_shown(example, summary.generated, thumbnails, last) for example in examples]
 
     return Gallery(last, shown(summary.examples[last]), shown(summary.failures))
 
@@ -95,8 +95,8 @@ class _Thumbnails:
         return self._made[row]
 
 
-def _shown(example: Example, written: GeneratedAttributes, thumbnails: _Thumbnails, last: int) -> ShownExample:
-    texts = written.get(example.item_id) or [(f"round {last}", example.attributes)]
+def _shown(example: Example, generated: GeneratedAttributes, thumbnails: _Thumbnails, last: int) -> ShownExample:
+    texts = generated.get(example.item_id) or [(f"round {last}", example.attributes)]
     before: list[str | None] = [None, *[text for _, text in texts[:-1]]]
     missed = example.missed
     return ShownExample(

@@ -123,7 +123,7 @@ class RunSummary:
         result: the last evaluated round that was not refused, or None.
         examples: example queries by round.
         failures: queries of `result` whose first positive has the worst rank.
-        written: attribute texts of the shown queries, by item and generator.
+        generated: attribute texts of the shown queries, by item and generator.
         attachments: results that experiments attached to the run.
     """
 
@@ -142,7 +142,7 @@ class RunSummary:
     distill_log: Log
     examples: dict[int, list[Example]]
     failures: list[Example]
-    written: GeneratedAttributes
+    generated: GeneratedAttributes
     attachments: list[Attachment]
     stages: list[StageCost]
 

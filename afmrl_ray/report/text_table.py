@@ -23,11 +23,13 @@ class TextTable:
         title: heading, printed above the table.
         columns: [C] headers.
         rows: [R] rows of C cells; the first cell is the name of the row.
+        left: number of first columns that are aligned to the left; the others are aligned to the right.
     """
 
     title: str
     columns: list[str]
     rows: list[list[str]]
+    left: int = 1
 
     def plain(self) -> str:
         """Title and aligned columns without rules, for terminals and logs; ASCII if the cells are."""
@@ -56,10 +58,9 @@ def print_tables(tables: Sequence[TextTable], *, notes: Sequence[str] = ()) -> N
 
 
 def _table(table: TextTable, *, markdown: bool = False) -> Table:
-    """The first column is aligned to the left, the others to the right."""
     drawn = Table(box=box.MARKDOWN) if markdown else Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for index, column in enumerate(table.columns):
-        drawn.add_column(_cell(column, markdown), justify="right" if index else "left", no_wrap=True)
+        drawn.add_column(_cell(column, markdown), justify="left" if index < table.left else "right", no_wrap=True)
     for row in table.rows:
         drawn.add_row(*(_cell(cell, markdown) for cell in row))
     return drawn

@@ -13,7 +13,7 @@ import numpy as np
 from afmrl_ray.retrieval.scores import best_columns, count_before, for_each_row
 
 QUERY_TILE = 128
-"""Queries of one product; their scores, [QUERY_TILE, N] float32, are what a ranking holds in memory."""
+"""Queries of one product; their scores, [QUERY_TILE, N] float32, are held in memory."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def rank_gallery(
     own = own_columns(query_rows, rows, np.argsort(rows))
     starts, columns = positive_columns(np.asarray(query_labels), labels, np.argsort(labels, kind="stable"), own=own)
     counts = np.diff(starts)
-    asked = counts > 0
-    own, counts = own[asked], counts[asked]
+    has_positive = counts > 0
+    own, counts = own[has_positive], counts[has_positive]
     offsets = np.concatenate([[0], np.cumsum(counts)])
     ranks = np.empty(len(columns), dtype=np.int64)
     top = np.full((len(own), depth), -1)
@@ -86,17 +86,17 @@ def rank_gallery(
         best = best_columns(row, gallery_order, depth)
         top[query, : len(best)], top_scores[query, : len(best)] = best, row[best]
 
-    for_each_row(queries[asked], np.asarray(gallery, dtype=np.float32), own, rank_row, query_tile=QUERY_TILE)
+    for_each_row(queries[has_positive], np.asarray(gallery, dtype=np.float32), own, rank_row, query_tile=QUERY_TILE)
     return Ranking(
-        query_rows=np.asarray(query_rows)[asked],
-        excluded=int((~asked).sum()),
+        query_rows=np.asarray(query_rows)[has_positive],
+        excluded=int((~has_positive).sum()),
         positives=counts,
         candidates=len(rows) - (own >= 0),
         ranks=ranks,
         offsets=offsets,
         top_rows=np.where(top >= 0, rows[top], -1),
         top_scores=top_scores,
-        top_right=(top >= 0) & (labels[top] == np.asarray(query_labels)[asked][:, None]),
+        top_right=(top >= 0) & (labels[top] == np.asarray(query_labels)[has_positive][:, None]),
     )
 
 

@@ -95,8 +95,8 @@ class GalleryShard:
             span = slice(offsets[query], offsets[query + 1])
             scores[span] = row[places[span]]
 
-        nobody = np.full(len(queries), -1)
-        for_each_row(queries, self._embeddings[needed], nobody, take, query_tile=QUERY_TILE)
+        no_own = np.full(len(queries), -1)
+        for_each_row(queries, self._embeddings[needed], no_own, take, query_tile=QUERY_TILE)
         left_out = np.array([len(self._left_out.get(query, ())) for query in query_rows.tolist()], dtype=np.int64)
         return Positives(offsets, scores, self._order[columns], len(self) - (own >= 0) - left_out)
 
@@ -183,18 +183,18 @@ def ranking_of(query_rows: np.ndarray, positives: Positives, comparisons: Sequen
         comparisons: of every shard, from `GalleryShard.compare`.
     """
     found = np.diff(positives.offsets)
-    asked = found > 0
+    has_positive = found > 0
     query = np.repeat(np.arange(len(found)), found)
     ranks = np.sum([each.before for each in comparisons], axis=0)
-    nothing = np.empty((int(asked.sum()), 0))
+    empty = np.empty((int(has_positive.sum()), 0))
     return Ranking(
-        query_rows=query_rows[asked],
-        excluded=int((~asked).sum()),
-        positives=found[asked],
-        candidates=positives.candidates[asked],
+        query_rows=query_rows[has_positive],
+        excluded=int((~has_positive).sum()),
+        positives=found[has_positive],
+        candidates=positives.candidates[has_positive],
         ranks=ranks[np.lexsort((ranks, query))],
-        offsets=np.concatenate([[0], np.cumsum(found[asked])]),
-        top_rows=nothing.astype(np.int64),
-        top_scores=nothing.astype(np.float32),
-        top_right=nothing.astype(bool),
+        offsets=np.concatenate([[0], np.cumsum(found[has_positive])]),
+        top_rows=empty.astype(np.int64),
+        top_scores=empty.astype(np.float32),
+        top_right=empty.astype(bool),
     )

@@ -162,14 +162,14 @@ def show(comparisons: Sequence[Comparison]) -> None:
     columns = ["", "against", "ours", "peer", "ratio", "target", "reached"]
     print_tables(
         [
-            TextTable("comparisons", columns, ratios),
-            TextTable("samples", ["", "against", "ours", "peer", "repeats", "equality check"], samples),
+            TextTable("comparisons", columns, ratios, left=2),
+            TextTable("samples", ["", "against", "equality check", "repeats", "ours", "peer"], samples, left=3),
         ]
     )
 
 
 def rows(comparisons: Sequence[Comparison]) -> tuple[list[list[str]], list[list[str]]]:
-    """Cells of the two tables: medians with ratio and target; ranges with number of repeats and equality check."""
+    """Cells of the two tables: medians with ratio and target; equality check, number of repeats and ranges."""
     ratios, samples = [], []
     for c in comparisons:
         medians = [_amount(c.ours, c.unit), _amount(c.peer, c.unit)]
@@ -178,7 +178,7 @@ def rows(comparisons: Sequence[Comparison]) -> tuple[list[list[str]], list[list[
         ranges = [
             f"{_amount(min(side), c.unit)} to {_amount(max(side), c.unit)}" for side in zip(*c.samples, strict=True)
         ]
-        samples.append([c.name, c.against, *ranges, f"{len(c.samples)}", c.equality])
+        samples.append([c.name, c.against, c.equality, f"{len(c.samples)}", *ranges])
     return ratios, samples
 
 

@@ -66,10 +66,10 @@ def by_parts(rollouts: RolloutPool, rewards: RewardPool, rows: list[int], draw: 
 
 def piped(collector: Collector, rows: list[int], lag: int) -> list[float]:
     """Seconds of every step with overlapping parts, except the first one; `lag` = steps that rollouts run ahead."""
-    ask = RolloutRequest(gallery="train", group_size=GROUP_SIZE, max_attributes=64, invalid_reward=-0.1)
+    request = RolloutRequest(gallery="train", group_size=GROUP_SIZE, max_attributes=64, invalid_reward=-0.1)
 
     def collect(step: int) -> Any:
-        return collector.collect(rows, seeds_of(rows, lag, step), ask)
+        return collector.collect(rows, seeds_of(rows, lag, step), request)
 
     ahead = RolloutPrefetcher(collect, lag=lag, steps=STEPS + 2)
     found = []

@@ -58,7 +58,7 @@ def table(dataset: str, rows: Sequence[Mapping[str, Any]], protocols: Sequence[s
         weights = " / ".join(f"{row[name]:.2f}" for name in ("weight_p10", "weight_p50", "weight_p90"))
         cells = [row["batches"], row["variant"], *shown, *gains, f"{100 * row['masked_fraction']:.1f}", weights]
         lines.append(cells)
-    return TextTable(dataset, ["batches", "variant", *head, "masked %", "weight p10 / p50 / p90"], lines)
+    return TextTable(dataset, ["batches", "variant", *head, "masked %", "weight p10 / p50 / p90"], lines, left=2)
 
 
 def _plus_minus(pair: tuple[float, float], *, signed: bool = False) -> str:

@@ -18,7 +18,7 @@ from afmrl_ray.catalogue.staging import stage
 from afmrl_ray.cit.stages.attributes import attribute_rows
 from afmrl_ray.config import Config, validate
 
-PICTURE = {"min_pixels": 3136, "max_pixels": 3136}
+IMAGE = {"min_pixels": 3136, "max_pixels": 3136}
 TINY = {"hidden_size": 64, "num_layers": 2, "encoder_pretrain_steps": 0, "pretrain_products": 1}
 OFF = {"lexical": {"enabled": False}, "mask": {"enabled": False}}
 TEMPERATURE = 4.0
@@ -119,12 +119,12 @@ def synthetic(folder: Path) -> Dataset:
     values = {
         "synthetic": {"preset": "bench", "duplicate_fraction": 0.25},
         "tiny": TINY,
-        "encoder": {"image": PICTURE},
+        "encoder": {"image": IMAGE},
         "agcl": {"batch_size": 96, "temperature": 0.05},
         "evaluation": {
             "primary_protocol": "with_attributes",
             "protocols": [
-                {"kind": "retrieval", "name": "with_attributes"},
+                {"kind": "retrieval", "name": "with attributes"},
                 {"kind": "retrieval", "name": "without attributes", "with_attributes": "none"},
             ],
         },
@@ -140,7 +140,7 @@ def grocery(folder: Path, catalogue: Path) -> Dataset:
     train = {"split": ["train"], "inputs": "image"}
     values = {
         "tiny": TINY,
-        "encoder": {"image": PICTURE},
+        "encoder": {"image": IMAGE},
         "agcl": {
             "batch_size": 64,
             "temperature": 0.05,

@@ -15,7 +15,7 @@ from afmrl_ray.config import Config
 from afmrl_ray.errors import ConfigError
 from afmrl_ray.retrieval.per_query import read_per_query
 from afmrl_ray.retrieval.seeds import over_seeds, paired_gain_over_seeds
-from afmrl_ray.runs import STAGE_RECORD, RunDirectory, Stage
+from afmrl_ray.runs import STAGE_RECORD, RunDirectory, Stage, StageName
 from jobs.experiments.variants import VARIANTS, Variant
 
 log = logging.getLogger(__name__)
@@ -183,7 +183,7 @@ def _gains(reference: Sequence[Stage], stages: Sequence[Stage], protocol: str, c
 
 def _reinforcement(number: int, runs: Sequence[RunDirectory]) -> dict[str, Any]:
     """Held-out reward of a round's RAR, over seeds; empty if a seed does not have it."""
-    stages = [run.committed(f"rar-r{number}") for run in runs]
+    stages = [run.committed(StageName("rar", number)) for run in runs]
     if any(stage is None for stage in stages):
         return {}
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afmrl_ray.attributes.quality import common_names, name_shares, pair_scores, quality
+from afmrl_ray.attributes.quality import common_names, name_fractions, pair_scores, quality
 
 RED, BLUE, LARGE, ROUND = ("color", "red"), ("color", "blue"), ("size", "large"), ("neckline", "round")
 
@@ -44,9 +44,9 @@ def test_f1_equals_that_of_the_set_of_all_pairs(items):
 
 def test_names_are_counted_by_item_and_the_most_frequent_come_first():
     source = [(RED, LARGE), (BLUE, ROUND), (RED,)]
-    assert name_shares(source, ["size", "color", "fit"]) == {"size": 1 / 3, "color": 1.0, "fit": 0.0}
+    assert name_fractions(source, ["size", "color", "fit"]) == {"size": 1 / 3, "color": 1.0, "fit": 0.0}
     assert common_names(source, most=2) == ["color", "neckline"]
-    fractions = [name_shares(source, [name])[name] for name in common_names(source, most=9)]
+    fractions = [name_fractions(source, [name])[name] for name in common_names(source, most=9)]
     assert all(one >= other for one, other in pairwise(fractions))
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from afmrl_ray.config import Config, validate
 
-PICTURE = {"min_pixels": 3136, "max_pixels": 3136}
+IMAGE = {"min_pixels": 3136, "max_pixels": 3136}
 
 
 def run_values(storage_path: Path, **changes: Any) -> dict[str, Any]:
@@ -28,8 +28,8 @@ def run_values(storage_path: Path, **changes: Any) -> dict[str, Any]:
             "pretrain_products": 30,
             "pretrain_batch_size": 16,
         },
-        "encoder": {"image": PICTURE, "vision_cache": {"enabled": True, "folder": str(storage_path / "vision")}},
-        "generator": {"image": PICTURE, "max_new_tokens": 64, "max_attributes": 12},
+        "encoder": {"image": IMAGE, "vision_cache": {"enabled": True, "folder": str(storage_path / "vision")}},
+        "generator": {"image": IMAGE, "max_new_tokens": 64, "max_attributes": 12},
         "distill": {
             "steps": 160,
             "batch_size": 16,

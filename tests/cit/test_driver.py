@@ -99,3 +99,9 @@ def test_a_module_is_run_by_its_name(monkeypatch):
     assert driver.own_command() == "python -m jobs.experiments.ladder --seeds 0 'run.name=my mugs'"
     monkeypatch.setattr(sys, "argv", ["jobs/run_cit.py"])
     assert driver.own_command() == "python jobs/run_cit.py"
+
+
+def test_the_installed_command_is_recorded_by_its_subcommand(run, monkeypatch):
+    record = job(monkeypatch, run, "/env/bin/afmrl", "train", "encoder", "--round", "0", "run.name=t")
+    assert record["command"] == "afmrl train encoder --round 0 run.name=t"
+    assert record["jobs"] == {"afmrl train encoder": "afmrl train encoder --round 0 run.name=t"}

@@ -24,7 +24,7 @@ def searched(tiny_catalogue_ref):
 
     def embed(side: ItemSelector, with_attributes: bool) -> tuple[np.ndarray, np.ndarray]:
         rows = catalogue.rows(side)
-        # Enriched items stand elsewhere, so that a mixed-up side is found out.
+        # Items with attributes are embedded elsewhere, so that a mixed-up selection is detected.
         return rows, vectors[rows] if with_attributes else vectors[rows][:, ::-1]
 
     queries, gallery = embed(PROTOCOL.query, True), embed(PROTOCOL.gallery, True)

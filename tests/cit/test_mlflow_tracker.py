@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
 
 from afmrl_ray import storage
 from afmrl_ray.cit import driver
 from afmrl_ray.cit.mlflow_tracker import MLflowTracker, key_of
+from afmrl_ray.commands import run as commands_run
 from afmrl_ray.config import validate, with_values
 from afmrl_ray.errors import CatalogueError, ConfigError
 from afmrl_ray.runs import RunDirectory, StageOutcome
@@ -210,12 +209,9 @@ def test_a_job_that_fails_anywhere_has_failed_in_mlflow(world, monkeypatch, wher
 
 def test_the_job_of_the_whole_run_adds_its_report(world, monkeypatch):
     config, run, client = world
-    spec = importlib.util.spec_from_file_location("job", Path(__file__).parents[2] / "jobs/run_cit.py")
-    job = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(job)
     monkeypatch.setattr(driver, "Pipeline", Stubbed)
-    monkeypatch.setattr(job, "open_run", lambda config: opened(config, run))
-    job.body(config, None)
+    monkeypatch.setattr(driver, "open_run", lambda config: opened(config, run))
+    commands_run.body(config, None)
     assert [each.path for each in client.list_artifacts(mlflow_run(client, run).info.run_id, "report")] == [
         "report/index.html"
     ]

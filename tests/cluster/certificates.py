@@ -42,7 +42,7 @@ def write_certificates(folder: Path) -> dict[str, str]:
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(authority, hashes.SHA256())
     )
-    # A node calls itself by the address of its network, whatever it was told to listen on.
+    # A node calls itself by the address of its network, whatever address it listens on.
     ips = dict.fromkeys(("127.0.0.1", get_node_ip_address()))
     addresses = [*(x509.IPAddress(ipaddress.ip_address(ip)) for ip in ips), x509.DNSName("localhost")]
     signed = (

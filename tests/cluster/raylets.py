@@ -92,8 +92,8 @@ class Cluster:
         deadline = time.monotonic() + 400
         while sum(node["state"] == "ALIVE" for node in self.listed("nodes")) < nodes:
             if time.monotonic() > deadline or any(raylet.poll() is not None for raylet in self.raylets):
-                told = [log.read_text()[-2000:] for log in self._logs[:nodes]]
-                raise AssertionError(f"{nodes} nodes never came up; they told: {told}")
+                output = [log.read_text()[-2000:] for log in self._logs[:nodes]]
+                raise AssertionError(f"{nodes} nodes never came up: {output}")
             time.sleep(1)
 
     def ray(self, *words: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

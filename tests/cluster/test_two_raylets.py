@@ -72,9 +72,9 @@ def test_without_the_token_nothing_is_told_and_nothing_starts(cluster: Cluster) 
         urllib.request.urlopen(f"{cluster.address}/api/jobs/", timeout=60)
     assert refused.value.code == 401
     stranger = {**cluster.environment, "RAY_AUTH_MODE": "disabled"}
-    told = cluster.ray("job", "list", "--address", cluster.address, environment=stranger)
-    assert told.returncode != 0
-    assert "token authentication is enabled" in told.stderr
+    output = cluster.ray("job", "list", "--address", cluster.address, environment=stranger)
+    assert output.returncode != 0
+    assert "token authentication is enabled" in output.stderr
     assert cluster.ray("job", "list", "--address", cluster.address).returncode == 0
 
 
@@ -84,8 +84,8 @@ def test_a_run_is_stopped_and_goes_on_by_the_same_submission(cluster: Cluster, s
     assert begun.returncode == 0, begun.stdout + begun.stderr
     deadline = time.monotonic() + _PATIENCE_S
     while not any(name.startswith("attributes") for name in committed(s3)):
-        told = cluster.ray("job", "status", "--address", cluster.address, "first")
-        assert "FAILED" not in told.stdout + told.stderr, cluster.ray(
+        output = cluster.ray("job", "status", "--address", cluster.address, "first")
+        assert "FAILED" not in output.stdout + output.stderr, cluster.ray(
             "job", "logs", "--address", cluster.address, "first"
         ).stdout[-3000:]
         assert time.monotonic() < deadline, "nothing was committed"

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from afmrl_ray.commands.export import main
 from afmrl_ray.config.models import EncoderConfig, GeneratorConfig, ImageConfig
 from afmrl_ray.models.model_settings import ModelSettings, encoder_settings, generator_settings
-from jobs.export import main
 
 OTHER = ["encoder.instruction=Other.", "encoder.image.max_pixels=60000", "encoder.dtype=bfloat16"]
 """A config that the encoder was not trained with."""

@@ -83,9 +83,9 @@ def test_a_dry_run_compares_required_with_available_resources(capsys, monkeypatc
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert main_of("run_cit")(["--dry-run", "ray.num_cpus=3", "agcl.workers.num_workers=4"]) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"agcl +4 CPU  MORE THAN THERE IS \(CPU\)", shown)
+    assert re.search(r"agcl +4 CPU  MORE THAN AVAILABLE \(CPU\)", shown)
     assert re.search(r"distill +1 CPU$", shown, re.MULTILINE)
-    assert "resources there\n  3 CPU, " in shown
+    assert "resources available\n  3 CPU, " in shown
 
 
 @pytest.mark.parametrize("given", ["-1", "one", "1.5"])
@@ -93,7 +93,7 @@ def test_an_invalid_round_is_refused(given, capsys):
     with pytest.raises(SystemExit) as ended:
         main_of("evaluate")([f"--round={given}"])
     assert ended.value.code == 2
-    assert f"{given!r} is no round" in capsys.readouterr().err
+    assert f"{given!r} is not a round number" in capsys.readouterr().err
 
 
 def catalogue_without_positives(folder: Path) -> str:
@@ -132,7 +132,7 @@ def bad_images(folder: Path) -> str:
         (lambda at, models: ["rar.grup_size=3"], "rar.group_size"),
         (lambda at, models: ["rar.group_size=x"], "rar.group_size"),
         (lambda at, models: ["catalogue.path=/nowhere.parquet"], "/nowhere.parquet does not exist"),
-        (lambda at, models: [f"catalogue.path={catalogue_without_positives(at)}"], "nothing is positive"),
+        (lambda at, models: [f"catalogue.path={catalogue_without_positives(at)}"], "so there are no positives"),
         (lambda at, models: [f"catalogue.path={bad_images(at)}"], "undecodable_image"),
         (lambda at, models: [f"catalogue.path={without_split(at)}"], "lacks the columns split"),
         (lambda at, models: [f"catalogue.path={catalogue_of(at, split='test')}"], "split train"),
@@ -142,7 +142,7 @@ def bad_images(folder: Path) -> str:
                 synthetic(at),
                 "evaluation.protocols=[{kind: retrieval, name: fine},{kind: labels, name: x, label: item_id}]",
             ],
-            "evaluation protocol 'x': no class of column 'item_id' is on both sides",
+            "evaluation protocol 'x': fit and test share no class of column 'item_id'",
         ),
         (lambda at, models: ["teacher={kind: model, path: /no/teacher}"], "teacher.path: /no/teacher does not exist"),
         (lambda at, models: ["encoder.path=/no/such/model"], "encoder.path: /no/such/model does not exist"),
@@ -163,22 +163,6 @@ def test_a_user_error_is_one_line_with_exit_code_2_and_writes_nothing(
     assert error.startswith("error: ")
     assert named in error
     assert not storage.exists()
-
-
-def test_only_an_encoder_is_exported_for_sentence_transformers(tiny_checkpoints, tmp_path, capsys):
-    def export(role, out):
-        arguments = ["--model", tiny_checkpoints[role], "--role", role, "--out", str(out), "--sentence-transformers"]
-        return main_of("export")([*arguments, "encoder.image.max_pixels=50000", "encoder.instruction=Look."])
-
-    assert export("encoder", tmp_path / "encoder") == 0
-    assert capsys.readouterr().out.strip().endswith(str(tmp_path / "encoder"))
-    assert json.loads((tmp_path / "encoder" / "preprocessor_config.json").read_text())["size"]["longest_edge"] == 50000
-    card = (tmp_path / "encoder" / "README.md").read_text()
-    assert '"Look."' in card
-    assert export("generator", tmp_path / "generator") == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error == "error: --sentence-transformers: a generator gives no embeddings; use --role encoder"
-    assert not (tmp_path / "generator").exists()
 
 
 def test_an_internal_error_says_how_to_resume(monkeypatch, capsys):

@@ -11,12 +11,12 @@ import pytest
 from safetensors.numpy import save
 
 from afmrl_ray import storage
+from afmrl_ray.commands.report import main
 from afmrl_ray.errors import StorageError
 from afmrl_ray.report import compare, comparison_text, write_comparison
 from afmrl_ray.report.compare import Comparison
 from afmrl_ray.report.compare_tables import comparison_notes, comparison_tables
 from afmrl_ray.runs import RunDirectory, StageOutcome
-from jobs.report import main
 from tests.report.fake_run import FakeRun
 from tests.report.page import Element, read_page
 from tests.report.test_write import ADDRESS

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from afmrl_ray.commands.report import directory, main
 from afmrl_ray.runs import RunDirectory
-from jobs.report import directory, main
 from tests.report.fake_run import FakeRun
 from tests.report.test_compare import HITS, measured
 

@@ -28,6 +28,11 @@ def test_columns_are_aligned_and_cells_are_printed_as_they_are() -> None:
     assert TABLE.plain() == PLAIN
 
 
+def test_several_first_columns_can_be_aligned_to_the_left() -> None:
+    table = TextTable("", ["a", "b", "c"], [["1", "22", "333"], ["4444", "5", "6"]], left=2)
+    assert table.plain().splitlines() == ["a     b     c", "1     22  333", "4444  5     6"]
+
+
 def test_the_markdown_has_one_line_per_row_and_escapes_pipes() -> None:
     assert TABLE.markdown() == MARKDOWN
 

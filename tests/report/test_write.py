@@ -70,7 +70,7 @@ def test_there_is_a_panel_per_logged_key_with_a_line_per_round(report: dict[str,
     summary = collect(report["run"])
     panels = plot_panels(summary)
     first = summary.rounds[0]
-    names = [key for key in first.rar_log[0] if key.startswith("name_share/")]
+    names = [key for key in first.rar_log[0] if key.startswith("rollout/name_fraction/")]
     others = [key for key in first.rar_log[0] if key not in ("step", *names)]
     # One panel for the attribute names of each round, one for every other key with both rounds.
     assert len(panels["rar"]) == len(others) + 2

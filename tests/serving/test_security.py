@@ -81,7 +81,7 @@ def test_serving_without_keys_must_be_allowed_explicitly(monkeypatch, keys_file)
 
 
 def test_the_job_prints_a_key_and_stores_its_digest(tmp_path, capsys) -> None:
-    from jobs.api_key import main
+    from afmrl_ray.commands.keys import main
 
     path = tmp_path / "keys"
     assert main(["shop", "--role", "admin", "--file", str(path)]) == 0

@@ -17,6 +17,7 @@ from afmrl_ray.config import Config
 from afmrl_ray.distill.train import DistillJob, train_distill
 from afmrl_ray.models.annotate import GeneratorRef
 from afmrl_ray.models.model_settings import encoder_settings, generator_settings
+from afmrl_ray.models.packaged import resolve_checkpoint
 from afmrl_ray.rar.trainer import RARJob, train_rar
 from afmrl_ray.retrieval.embed import EncoderRef, View, embed_rows, save_embeddings
 from afmrl_ray.runs import Stage, StageName, StageOutcome
@@ -43,6 +44,7 @@ def base_checkpoint(path: str | None, models: Stage | None, role: str) -> str:
     if path is None:
         assert models is not None, f"there is neither a path of the {role} nor a stage that made it"
         return models.output(role)
+    path = resolve_checkpoint(path)
     # A folder's name is written into adapters, which are read from any working directory; hub names stay as they are.
     return absolute(path) if is_dir(path) else path
 
