@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import cached_property
 from typing import Any, cast
 
 from afmrl_ray.catalogue import Catalogue, CatalogueRef, StagedCatalogue
 from afmrl_ray.cit.mlflow_tracker import MLflowTracker
 from afmrl_ray.cit.projection import ConfigProjection, fingerprinted_values
-from afmrl_ray.cit.spec import CATALOGUE, MODELS, StageContext, StageSpec, catalogue_ref
+from afmrl_ray.cit.spec import CATALOGUE, MODELS, StageContext, StageSpec, catalogue_ref, upstream_first
 from afmrl_ray.cit.stages import declare
 from afmrl_ray.cit.stages.training import base_checkpoint
 from afmrl_ray.config import Config, with_values
@@ -37,6 +36,7 @@ class Pipeline:
     ) -> None:
         self.config, self.run, self.given, self.tracker = config, run, given, tracker
         self._specs: dict[StageName, StageSpec] = {}
+        self._inputs: dict[StageName, dict[str, Any]] = {}
         self._fingerprints: dict[StageName, str] = {}
         self._stages: dict[StageName, Stage] = {}
 
@@ -56,30 +56,16 @@ class Pipeline:
             self._specs[name] = declare(name, self.config, self.given)
         return self._specs[name]
 
-    def order(self, names: Iterable[StageName]) -> list[StageName]:
-        """The named stages and all their upstream stages, each once, upstream first."""
-        found: dict[StageName, None] = {}
-        waiting = [(name, False) for name in reversed(list(names))]
-        while waiting:
-            name, upstream_done = waiting.pop()
-            if name in found:
-                continue
-            if upstream_done:
-                found[name] = None
-            else:
-                waiting.append((name, True))
-                waiting += [(upstream, False) for upstream in self.spec(name).upstream.values()]
-        return list(found)
-
     def fingerprint(self, name: StageName) -> str:
         """Digest of everything that determines a stage's outputs; nothing is run for it."""
         if name not in self._fingerprints:
-            for each in self.order([name]):
+            for each in upstream_first([name], self.spec):
                 if each not in self._fingerprints:
-                    self._fingerprints[each] = stage_fingerprint(str(each), self._inputs(self.spec(each)))
+                    self._inputs[each] = self._inputs_of(self.spec(each))
+                    self._fingerprints[each] = stage_fingerprint(str(each), self._inputs[each])
         return self._fingerprints[name]
 
-    def _inputs(self, spec: StageSpec) -> dict[str, Any]:
+    def _inputs_of(self, spec: StageSpec) -> dict[str, Any]:
         """What determines the outputs of a stage, as JSON values; fingerprints of its upstream stages are known."""
         inputs: dict[str, Any] = {
             "config": fingerprinted_values(self._config_of(spec), spec.reads),
@@ -97,7 +83,7 @@ class Pipeline:
     def stage(self, name: StageName) -> Stage:
         """The committed stage; it and its upstream stages are run unless they are committed with the same inputs."""
         if name not in self._stages:
-            for each in self.order([name]):
+            for each in upstream_first([name], self.spec):
                 if each not in self._stages:
                     self._stages[each] = self._run(self.spec(each))
         return self._stages[name]
@@ -110,7 +96,7 @@ class Pipeline:
                 require_resources(str(spec.name), list(spec.resources), wait_s=self.config.ray.wait_for_resources_s)
             return spec.function(self.context(spec.name, directory))
 
-        stage = self.run.run_stage(str(spec.name), self._inputs(spec), function, resumable=spec.resumable)
+        stage = self.run.run_stage(str(spec.name), self._inputs[spec.name], function, resumable=spec.resumable)
         if self.tracker is not None:
             self.tracker.stage(stage)
         return stage

@@ -90,13 +90,13 @@ def _check_field(section: Any, name: str, read: str) -> None:
 
 def _values(section: Section, fields: _Fields) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    plain: Mapping[str, Any] = section.model_dump(mode="json", include=set(fields))
-    whole: Mapping[str, Any] = section.fingerprinted()
+    whole: Mapping[str, Any] = section.fingerprinted() if None in fields.values() else {}
     for name, inner in fields.items():
         if name in type(section).runtime_only:
             continue
         if inner is not None:
             found[name] = _values(getattr(section, name), inner)
         else:
-            found[name] = whole.get(name, plain[name])
+            # A section may leave out of its fingerprint what its other fields make irrelevant.
+            found[name] = whole[name] if name in whole else section.model_dump(mode="json", include={name})[name]
     return found

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
-from afmrl_ray.cit.spec import StageSpec
+from afmrl_ray.cit.spec import StageSpec, upstream_first
 from afmrl_ray.cit.stages import declare, run_names
 from afmrl_ray.config import Config
 from afmrl_ray.config.cluster import WorkersConfig
-from afmrl_ray.runs import StageName
 from afmrl_ray.training.cluster import Demand, resources_available, total
 
 
@@ -18,16 +18,8 @@ def declarations(config: Config, *, rounds: int | None = None) -> list[StageSpec
     Args:
         rounds: none = `cit.rounds`.
     """
-    found: dict[StageName, StageSpec] = {}
-    waiting = list(reversed(run_names(config, rounds=rounds)))
-    while waiting:
-        spec = declare(waiting[-1], config)
-        missing = [name for name in spec.upstream.values() if name not in found]
-        if missing:
-            waiting += missing
-        else:
-            found.setdefault(waiting.pop(), spec)
-    return list(found.values())
+    spec_of = cache(lambda name: declare(name, config))
+    return [spec_of(name) for name in upstream_first(run_names(config, rounds=rounds), spec_of)]
 
 
 def resources(config: Config) -> dict[str, list[Demand]]:

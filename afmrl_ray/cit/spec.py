@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,6 +88,26 @@ class StageSpec:
         """One sentence on what the stage does."""
         function = getattr(self.function, "func", self.function)
         return (function.__doc__ or "").strip().split("\n\n")[0].replace("\n    ", " ")
+
+
+def upstream_first(names: Iterable[StageName], spec_of: Callable[[StageName], StageSpec]) -> list[StageName]:
+    """The named stages and all their upstream stages, each once, upstream first; without recursion.
+
+    Args:
+        spec_of: gives the declaration of a stage.
+    """
+    found: dict[StageName, None] = {}
+    waiting = [(name, False) for name in reversed(list(names))]
+    while waiting:
+        name, upstream_done = waiting.pop()
+        if name in found:
+            continue
+        if upstream_done:
+            found[name] = None
+        else:
+            waiting.append((name, True))
+            waiting += [(upstream, False) for upstream in spec_of(name).upstream.values()]
+    return list(found)
 
 
 def catalogue_ref(config: CatalogueConfig, stage: Stage) -> CatalogueRef:

@@ -251,7 +251,7 @@ class RARConfig(Section):
     """Evaluations in a row without a higher reward after which training ends; null = it never ends early."""
 
     @property
-    def advantage_scale(self) -> Literal["group", "batch", "none"]:
+    def reward_scaling(self) -> Literal["group", "batch", "none"]:
         """`scale_rewards`, or its default for the kind of reward."""
         return self.scale_rewards or ("batch" if self.reward.kind == "log_softmax" else "group")
 

@@ -10,17 +10,10 @@ import numpy as np
 
 from afmrl_ray.attributes.text import Attributes, InvalidAttributes
 from afmrl_ray.rar.rollout_metrics import mean_pairs, valid_attributes
+from afmrl_ray.retrieval import bootstrap
+from afmrl_ray.retrieval.bootstrap import Value
 
 _RESAMPLES = 2000
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over prompts and its 95 % percentile bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -95,9 +88,6 @@ def compare_paired(name: str, before: Sequence[float], after: Sequence[float], *
     return {f"{name}_{key}": asdict(interval(each, seed)) for key, each in values.items()} if both.any() else {}
 
 
-def interval(values: np.ndarray, seed: int) -> Interval:
-    """Mean of values [P], P > 0, and its interval."""
-    draw = np.random.default_rng(seed)
-    means = [values[draw.integers(len(values), size=len(values))].mean() for _ in range(_RESAMPLES)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Interval(float(values.mean()), float(low), float(high))
+def interval(values: np.ndarray, seed: int) -> Value:
+    """Mean of values [P], P > 0, and its 95 % percentile bootstrap interval over prompts."""
+    return bootstrap.interval(values, samples=_RESAMPLES, seed=seed)

@@ -150,7 +150,7 @@ class GRPOLearner(EngineLearner):
         dist.all_gather(gathered, rewards)
         advantages = group_advantages(
             torch.cat(gathered).reshape(-1, rar.group_size),
-            scale=rar.advantage_scale,
+            scale=rar.reward_scaling,
             eps=rar.advantage_eps,
             baseline=rar.grpo.baseline,
         )

@@ -57,7 +57,7 @@ def measure_leverage(
     log.info(
         "leverage: true attributes on %d held-out queries instead of generated ones: %s reward", len(gains), summary
     )
-    if found.low <= 0:
+    if found.low is None or found.low <= 0:
         log.warning(
             "leverage %s is not above 0: true attributes would retrieve no better than the generated ones, so RAR can "
             "hardly gain; first train an encoder that depends more on attributes (agcl.steps, agcl.attribute_dropout), "

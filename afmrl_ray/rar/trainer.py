@@ -199,7 +199,7 @@ class RARTrainer:
         rar = self._rar
         advantages = group_advantages(
             torch.from_numpy(batch.rewards),
-            scale=rar.advantage_scale,
+            scale=rar.reward_scaling,
             eps=rar.advantage_eps,
             baseline=rar.grpo.baseline,
         )

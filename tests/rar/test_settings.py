@@ -19,7 +19,7 @@ from afmrl_ray.errors import ConfigError
     ],
 )
 def test_advantages_of_log_probabilities_are_scaled_by_the_batch_unless_set(overrides, scale):
-    assert load_config(None, overrides).rar.advantage_scale == scale
+    assert load_config(None, overrides).rar.reward_scaling == scale
 
 
 def test_a_reward_that_is_added_to_the_worst_must_be_negative():
