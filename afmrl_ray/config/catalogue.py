@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from afmrl_ray.config.base import Section
 
 Inputs = Literal["image", "text", "both"]
+Rate = Annotated[float, Field(ge=0, le=1)]
+ProductField = Literal["color", "pattern", "form", "logo", "trim", "material", "capacity"]
 
 
 class CatalogueConfig(Section):
@@ -56,6 +58,8 @@ class SyntheticConfig(Section):
     """Probability that the teacher has a wrong value for a given attribute."""
     teacher_missing_rate: float = Field(0.1, ge=0, le=1)
     """Probability that the teacher omits a given attribute."""
+    teacher_missing_rates: dict[ProductField, Rate] = Field(default_factory=dict)
+    """The same for single attributes, in place of `teacher_missing_rate`: teachers leave out what they think minor."""
     teacher_irrelevant_rate: float = Field(0.5, ge=0, le=1)
     """Probability of each irrelevant pair of the teacher (background, mood, delivery)."""
     image_px: int = Field(112, ge=32)

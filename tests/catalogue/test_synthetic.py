@@ -100,6 +100,17 @@ def test_wrong_missing_and_irrelevant_teacher_attributes_occur_at_the_configured
     assert irrelevant / (3 * len(items)) == pytest.approx(0.5, abs=0.04)
 
 
+def test_single_attributes_may_have_a_rate_of_their_own_at_which_the_teacher_omits_them():
+    rates = {"logo": 0.75, "form": 1.0}
+    config = CONFIG.model_copy(update={"image_px": 32, "teacher_missing_rates": rates})
+    rows = make_catalogue(config).to_pylist()
+    given = [json.loads(row["attributes"]) for row in rows]
+    forms = {name for row in rows for name in list(json.loads(row["true_attributes"]))[2:3]}
+    assert np.mean(["logo" in each for each in given]) == pytest.approx(0.25, abs=0.05)
+    assert np.mean(["trim" in each for each in given]) == pytest.approx(0.9, abs=0.05)
+    assert not any(forms & set(each) for each in given)
+
+
 def test_items_of_a_product_differ_in_image_and_title(items):
     by_product = defaultdict(list)
     for row in items:

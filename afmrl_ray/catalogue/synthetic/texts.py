@@ -48,8 +48,9 @@ def teacher_attributes(
 ) -> dict[str, str]:
     """A teacher's attributes of an item: some are wrong, some are missing, and some are irrelevant."""
     pairs: list[tuple[str, str]] = []
+    missing: dict[str, float] = {**config.teacher_missing_rates}
     for (name, value), field in zip(product.attributes().items(), (*VISIBLE, *HIDDEN), strict=True):
-        if draw.random() < config.teacher_missing_rate:
+        if draw.random() < missing.get(field, config.teacher_missing_rate):
             continue
         if draw.random() < config.teacher_error_rate:
             value = str(draw.choice([v for v in choices(product.category, field, product.color) if v != value]))
