@@ -24,6 +24,9 @@ class RetrievalProtocol(Section):
     """Items that are searched; a query's own item is excluded."""
     label: str = "product_id"
     """Column in which positives have the same value as the query."""
+    within: str | None = None
+    """Column that limits a query's search to gallery items with its own value, as `family_id` for the choice between
+    near-identical products; none = the whole gallery."""
     with_attributes: Literal["none", "query", "both"] = "both"
     """Which items are embedded with their attributes: none, the queries, or queries and gallery."""
     ks: tuple[PositiveInt, ...] = Field((1, 5, 10), min_length=1)

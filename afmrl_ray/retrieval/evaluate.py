@@ -74,7 +74,16 @@ def retrieval_protocol(
     """
     query_rows, queries = embed(protocol.query, protocol.with_attributes != "none")
     gallery_rows, gallery = embed(protocol.gallery, protocol.with_attributes == "both")
-    ranking = rank(catalogue, protocol.label, query_rows, queries, gallery_rows, gallery, depth=_depth(protocol))
+    ranking = rank(
+        catalogue,
+        protocol.label,
+        query_rows,
+        queries,
+        gallery_rows,
+        gallery,
+        depth=_depth(protocol),
+        within=protocol.within,
+    )
     per_query: dict[str, np.ndarray] = {}
     for k in protocol.ks:
         per_query[f"hit@{k}"] = metrics.hit_at_k(ranking, k)
@@ -100,6 +109,7 @@ def rank(
     gallery: np.ndarray,
     *,
     depth: int,
+    within: str | None = None,
 ) -> Ranking:
     """Rank a gallery for queries of the same catalogue; items with an equal, non-null `label` are positives.
 
@@ -110,11 +120,13 @@ def rank(
         gallery_rows: [N] catalogue rows.
         gallery: [N, D] embeddings.
         depth: number of best items kept for each query.
+        within: column whose value gallery items must share with the query to be searched; None = all are.
 
     Raises:
         CatalogueError: the catalogue has no such column, or no query has a positive.
     """
     labels = np.array(label_codes(catalogue.column(label)))
+    groups = None if within is None else np.array(label_codes(catalogue.column(within)))
     order = np.argsort(np.argsort(np.array(catalogue.column("item_id"), dtype=object), kind="stable"))
     ranking = rank_gallery(
         queries,
@@ -125,6 +137,8 @@ def rank(
         gallery_labels=labels[gallery_rows],
         gallery_order=order[gallery_rows],
         depth=depth,
+        query_groups=None if groups is None else groups[query_rows],
+        gallery_groups=None if groups is None else groups[gallery_rows],
     )
     if not len(ranking.query_rows):
         raise CatalogueError(

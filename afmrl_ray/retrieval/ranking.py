@@ -53,6 +53,8 @@ def rank_gallery(
     gallery_labels: np.ndarray,
     gallery_order: np.ndarray,
     depth: int,
+    query_groups: np.ndarray | None = None,
+    gallery_groups: np.ndarray | None = None,
 ) -> Ranking:
     """Rank a gallery for every query by dot product in float32.
 
@@ -67,19 +69,29 @@ def rank_gallery(
         gallery_labels: [N] integer labels.
         gallery_order: [N] integers, each once, ascending by item_id: of equal scores the smaller ranks first.
         depth: number of best items returned for each query; ranks are exact at any depth.
+        query_groups: [Q] integers: a query searches only the gallery items of its own group, and a negative group has
+            none; None = all queries search all items.
+        gallery_groups: [N] integers.
     """
     rows, labels = np.asarray(gallery_rows), np.asarray(gallery_labels)
     own = own_columns(query_rows, rows, np.argsort(rows))
     starts, columns = positive_columns(np.asarray(query_labels), labels, np.argsort(labels, kind="stable"), own=own)
     counts = np.diff(starts)
+    if query_groups is not None and gallery_groups is not None:
+        of_query = np.repeat(np.arange(len(counts)), counts)
+        inside = (gallery_groups[columns] == query_groups[of_query]) & (query_groups[of_query] >= 0)
+        columns, counts = columns[inside], np.bincount(of_query[inside], minlength=len(counts))
     has_positive = counts > 0
     own, counts = own[has_positive], counts[has_positive]
+    groups = None if query_groups is None else query_groups[has_positive]
     offsets = np.concatenate([[0], np.cumsum(counts)])
     ranks = np.empty(len(columns), dtype=np.int64)
     top = np.full((len(own), depth), -1)
     top_scores = np.full((len(own), depth), -np.inf, dtype=np.float32)
 
     def rank_row(query: int, row: np.ndarray) -> None:
+        if groups is not None:
+            row[gallery_groups != groups[query]] = -np.inf
         mine = columns[offsets[query] : offsets[query + 1]]
         found = count_before(row, gallery_order, row[mine], gallery_order[mine])
         ranks[offsets[query] : offsets[query + 1]] = np.sort(found)
@@ -91,13 +103,23 @@ def rank_gallery(
         query_rows=np.asarray(query_rows)[has_positive],
         excluded=int((~has_positive).sum()),
         positives=counts,
-        candidates=len(rows) - (own >= 0),
+        candidates=_candidates(rows, own, groups, gallery_groups),
         ranks=ranks,
         offsets=offsets,
         top_rows=np.where(top >= 0, rows[top], -1),
         top_scores=top_scores,
         top_right=(top >= 0) & (labels[top] == np.asarray(query_labels)[has_positive][:, None]),
     )
+
+
+def _candidates(
+    rows: np.ndarray, own: np.ndarray, groups: np.ndarray | None, gallery_groups: np.ndarray | None
+) -> np.ndarray:
+    """[Q] number of gallery items that each query searches; a query's own item is in its own group."""
+    if groups is None or gallery_groups is None:
+        return np.asarray(len(rows) - (own >= 0))
+    values, sizes = np.unique(gallery_groups, return_counts=True)
+    return np.asarray(sizes[np.searchsorted(values, groups)] - (own >= 0))
 
 
 def own_columns(query_rows: np.ndarray, rows: np.ndarray, by_row: np.ndarray) -> np.ndarray:

@@ -133,3 +133,26 @@ def test_no_query_with_a_positive_gives_an_empty_ranking() -> None:
     found = rank_gallery(**problem, depth=3)
     assert found.excluded == 5
     assert len(found.query_rows) == len(found.ranks) == 0
+
+
+def test_a_search_within_groups_equals_one_search_for_each_group() -> None:
+    p = _problem(3, queries=60, gallery=150, dim=4, values=2)
+    p |= {name: p[name] % 8 for name in ("query_labels", "gallery_labels")}
+    draw = np.random.default_rng(0)
+    of_row = draw.integers(-1, 4, 210)
+    groups = {"query_groups": of_row[p["query_rows"]], "gallery_groups": of_row[p["gallery_rows"]]}
+    together = rank_gallery(**p, **groups, depth=5)
+    for group in range(4):
+        sides = {side: groups[f"{side}_groups"] == group for side in ("query", "gallery")}
+        alone = rank_gallery(
+            **{name: values[sides["query" if name.startswith("quer") else "gallery"]] for name, values in p.items()},
+            depth=5,
+        )
+        mine = np.flatnonzero(np.isin(together.query_rows, alone.query_rows))
+        assert len(mine) > 1
+        for name in ("query_rows", "positives", "candidates", "top_rows", "top_scores", "top_right"):
+            np.testing.assert_array_equal(getattr(together, name)[mine], getattr(alone, name), err_msg=name)
+        ranks = [together.ranks[together.offsets[i] : together.offsets[i + 1]] for i in mine]
+        np.testing.assert_array_equal(np.concatenate(ranks), alone.ranks)
+    outside = p["query_rows"][groups["query_groups"] < 0]
+    assert not np.isin(outside, together.query_rows).any()

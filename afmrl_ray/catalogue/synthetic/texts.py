@@ -48,7 +48,7 @@ def teacher_attributes(
 ) -> dict[str, str]:
     """A teacher's attributes of an item: some are wrong, some are missing, and some are irrelevant."""
     pairs: list[tuple[str, str]] = []
-    missing: dict[str, float] = {**config.teacher_missing_rates}
+    missing: dict[str, float] = dict(config.teacher_missing_rates.items())
     for (name, value), field in zip(product.attributes().items(), (*VISIBLE, *HIDDEN), strict=True):
         if draw.random() < missing.get(field, config.teacher_missing_rate):
             continue
