@@ -25,6 +25,7 @@ from afmrl_ray.errors import ConfigError
 from afmrl_ray.report import write_report
 from afmrl_ray.runs import Stage, StageName, StageOutcome
 from afmrl_ray.training.metrics_log import read_metrics
+from jobs.experiments.rejection_sampling import best_samples_spec, fine_tuning_spec
 from jobs.experiments.variants import check_comparable, needs_dual_encoder
 
 log = logging.getLogger("afmrl_ray.ablation_study")
@@ -102,6 +103,8 @@ class AblationStudy:
             "info-nce": lambda: StageName("evaluate-baseline"),
             "agcl": self._agcl_by_labels,
             "distilled": lambda: self._evaluation("evaluate-distilled", first, StageName("attributes", 0)),
+            "more-distillation": lambda: self._fine_tuned("more-distillation", StageName("labels")),
+            "rejection-sampling": self._rejection_sampling,
             "rl": lambda: self._round(0),
             "rl-queries": lambda: self._evaluation("evaluate-rl-queries", first, StageName("query-attributes", 0)),
             "cit-2": lambda: self._round(1),
@@ -148,6 +151,18 @@ class AblationStudy:
         changes = {"agcl.attribute_dropout.query": 1.0, "agcl.attribute_dropout.positive": 1.0}
         encoder = self._encoder("agcl-labels", pair_labels(self._pipeline), changes)
         return self._evaluation("evaluate-agcl-labels", encoder, None)
+
+    def _rejection_sampling(self) -> StageName:
+        samples = best_samples_spec(self._pipeline.config, StageName("best-samples"))
+        return self._fine_tuned("rejection-sampling", self._pipeline.add(samples))
+
+    def _fine_tuned(self, key: str, labels: StageName) -> StageName:
+        """The encoder as it is, with all items annotated by a generator that was fine-tuned instead of reinforced."""
+        generator = self._pipeline.add(fine_tuning_spec(self._pipeline.config, StageName(key), labels))
+        spec = self._pipeline.spec(StageName("attributes", 0))
+        upstream = {**spec.upstream, "generator": generator}
+        attributes = self._pipeline.add(replace(spec, name=StageName(f"{key}-attributes"), upstream=upstream))
+        return self._evaluation(f"evaluate-{key}", StageName("agcl", 0), attributes)
 
     def _fewer_products(self) -> StageName:
         changes = {"agcl.train_fraction": self._train_fraction}

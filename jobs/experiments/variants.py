@@ -59,7 +59,7 @@ VARIANTS = (
         "Qwen2-VL, InfoNCE",
         "evaluate-baseline",
         "baseline",
-        "dual-encoder-regions",
+        None,
         "plain InfoNCE, no attributes",
     ),
     Variant(
@@ -77,6 +77,24 @@ VARIANTS = (
         "agcl-r0",
         "agcl",
         "trained and searched with the attributes of the distilled generator",
+    ),
+    Variant(
+        "more-distillation",
+        "more distillation instead of RL",
+        "evaluate-more-distillation",
+        "agcl-r0",
+        "distilled",
+        "the same encoder, attributes after as many further steps on the teacher's labels as RAR has",
+        in_table=False,
+    ),
+    Variant(
+        "rejection-sampling",
+        "rejection sampling instead of RL",
+        "evaluate-rejection-sampling",
+        "agcl-r0",
+        "distilled",
+        "the same encoder, attributes after fine-tuning on the best of each group of samples, as many as RAR has",
+        in_table=False,
     ),
     Variant(
         "rl",

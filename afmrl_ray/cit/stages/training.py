@@ -66,20 +66,44 @@ def _trained(context: StageContext, role: str, metrics: dict[str, Any]) -> Stage
 
 
 def declare_distill(config: Config) -> StageSpec:
+    return generator_spec(config, StageName("distill"), labels=StageName("labels"))
+
+
+def generator_spec(
+    config: Config,
+    name: StageName,
+    *,
+    labels: StageName,
+    previous: StageName | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> StageSpec:
+    """A supervised fine-tuning of the generator.
+
+    Args:
+        labels: stage with the attribute table to learn from.
+        previous: stage whose generator to continue from; none = the base checkpoint.
+        changes: values over the run's config.
+    """
     return StageSpec(
-        StageName("distill"),
+        name,
         distill_stage,
         reads=("run", "ray", "generator", "distill"),
-        upstream={"catalogue": CATALOGUE, "labels": StageName("labels"), **models_upstream(config)},
+        upstream={
+            "catalogue": CATALOGUE,
+            "labels": labels,
+            **models_upstream(config),
+            **({"previous": previous} if previous is not None else {}),
+        },
         resources=(workers_demand(config.distill.workers),),
+        changes=changes or {},
         resumable=True,
     )
 
 
 def distill_stage(context: StageContext) -> StageOutcome:
     """Fine-tunes the generator on the teacher's attributes."""
-    start, labels = _base(context, "generator"), context.output("labels", "attributes")
-    job = DistillJob(start, labels, context.catalogue, context.directory, context.name)
+    start = context.output("previous", "model") if "previous" in context.upstream else _base(context, "generator")
+    job = DistillJob(start, context.output("labels", "attributes"), context.catalogue, context.directory, context.name)
     return _trained(context, "generator", train_distill(context.config, job))
 
 
