@@ -9,7 +9,7 @@ TEST_PROCESSES ?= 2
 export RAY_ENABLE_AUTO_CONNECT := 0
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch-extensions
 
-.PHONY: help demo demo-grocery test test-bench lint format bench bench-agcl bench-rar rar-depth record-trl ablation ladder ladder-sweep inference-cost serve bench-serve chaos clean
+.PHONY: help demo demo-grocery test test-bench lint format bench bench-agcl bench-rar rar-depth record-trl ablation ladder ladder-grocery pieces ladder-sweep inference-cost serve bench-serve chaos clean
 
 help: ## show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -70,10 +70,17 @@ record-trl: .venv-bench/.installed ## record losses and gradients of TRL, for te
 ablation: $(VENV)/.installed ## variants of stage 1's loss on two datasets, 3 seeds, resumable (about 2 hours on 2 cores)
 	$(BIN)/python -m jobs.experiments.loss_ablation --catalogue $(CATALOGUE)
 
-ladder: $(VENV)/.installed ## the paper's table as an ablation study on two catalogues, 5 and 3 seeds, resumable (hours on 2 cores)
-	$(BIN)/python -m jobs.experiments.ladder --config jobs/configs/ladder.yaml --seeds 0 1 2 3 4
+ladder: $(VENV)/.installed ## the paper's table as an ablation study, 5 seeds, resumable (about 2 hours on 2 cores)
+	$(BIN)/python -m jobs.experiments.ladder --config jobs/configs/ladder.yaml --seeds 0 1 2 3 4 --variants info-nce agcl \
+	  distilled rl cit-2 oracle-input rl-queries rejection-sampling more-distillation
+
+ladder-grocery: $(VENV)/.installed ## the same on real photographs, 3 seeds: make ladder-grocery CATALOGUE=products.parquet
 	$(BIN)/python -m jobs.experiments.ladder --config jobs/configs/ladder-grocery.yaml --seeds 0 1 2 --variants dual-encoder \
 	  dual-encoder-regions info-nce agcl distilled rl cit-2 cit-3 rl-queries oracle-input oracle -- catalogue.path=$(CATALOGUE)
+
+pieces: $(VENV)/.installed ## the pieces of AGCL and their ceilings, in the ladder's runs, 3 seeds, resumable
+	$(BIN)/python -m jobs.experiments.ladder --config jobs/configs/ladder.yaml --seeds 0 1 2 --variants info-nce printed-weights \
+	  weights mask batches all-pieces true-weights true-mask true-batches all-true
 
 ladder-sweep: $(VENV)/.installed ## the study with other settings of catalogue and batches, one seed, resumable (hours on 2 cores)
 	$(BIN)/python -m jobs.experiments.ladder_sweep --config jobs/configs/ladder.yaml

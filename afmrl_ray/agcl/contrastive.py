@@ -16,6 +16,7 @@ from afmrl_ray.agcl.masks import (
     mask_by_attributes,
     mask_by_candidate,
     mask_by_candidate_and_attributes,
+    mask_by_column,
     mask_by_margin,
 )
 from afmrl_ray.agcl.statistics import KnownRelations, known_relations
@@ -134,6 +135,10 @@ def _negative_mask(
             negatives = mask_by_candidate(candidates, positives, threshold=mask.threshold, **shared)
         elif mask.kind == "margin":
             negatives = mask_by_margin(similarity, positives, margin=mask.margin, **shared)
+        elif mask.kind == "column":
+            assert direction.true_products is not None, "checked by Preparer for this mask"
+            codes = torch.tensor(direction.true_products, device=similarity.device)
+            negatives = mask_by_column(codes, positives, **shared)
         else:
             assert lexical_scores is not None, "scored by Preparer for this mask"
             least = mask.attribute_threshold

@@ -21,7 +21,7 @@ LexicalScores = Callable[[Sequence[int], Sequence[int]], Tensor]
 
 @dataclass(frozen=True)
 class TrueCodes:
-    """What is known of every catalogue row; statistics alone use it.
+    """What is known of every catalogue row, for statistics and for the mask of kind `column`.
 
     Attributes:
         families: codes of their families, -1 = unknown; none = the catalogue has no families.
@@ -96,7 +96,12 @@ def query_to_positive(
 
 
 def positive_to_query(
-    pairs: Sequence[Pair], *, rank: int = 0, world: int = 1, lexical: LexicalScores | None = None
+    pairs: Sequence[Pair],
+    *,
+    rank: int = 0,
+    world: int = 1,
+    lexical: LexicalScores | None = None,
+    true_codes: TrueCodes | None = None,
 ) -> RetrievalDirection:
     """Local positives retrieve their query among the queries of all workers."""
     local, per_query = _local(pairs, rank, world), len(pairs[0].positives)
@@ -105,6 +110,7 @@ def positive_to_query(
         positives=[[index for index in local for _ in range(per_query)]],
         products=[item.product for item in columns],
         lexical_scores=_scores(lexical, [item for index in local for item in pairs[index].positives], columns),
+        true_products=_codes(true_codes.true_products, columns) if true_codes else None,
     )
 
 

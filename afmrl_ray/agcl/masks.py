@@ -150,6 +150,37 @@ def mask_by_candidate_and_attributes(
     )
 
 
+@torch.no_grad()
+def mask_by_column(
+    codes: Tensor,
+    positives: Tensor,
+    *,
+    product_ids: Tensor | None = None,
+    min_negatives: int = 0,
+    hard_negatives: Tensor | None = None,
+) -> Tensor:
+    """Mask candidates that are known to be the positive's product under another product id.
+
+    Args:
+        codes: [D] int64 codes of the candidates' true products, -1 = unknown, which equals nothing.
+        positives: [Q] column of each query's positive.
+        product_ids, min_negatives, hard_negatives: see `finish_mask`.
+
+    Returns:
+        As `mask_by_candidate`.
+    """
+    own = codes[positives][:, None]
+    equal = (codes == own) & (own >= 0)
+    return finish_mask(
+        equal,
+        equal.float(),
+        positives,
+        product_ids=product_ids,
+        min_negatives=min_negatives,
+        hard_negatives=hard_negatives,
+    )
+
+
 def _cosine_to_positive(candidates: Tensor, positives: Tensor) -> Tensor:
     unit = F.normalize(candidates.float(), dim=1)
     return unit.index_select(0, positives) @ unit.T

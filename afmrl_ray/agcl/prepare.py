@@ -64,7 +64,12 @@ class Preparer(Generic[Input]):
                 f"agcl.mask.kind {self._agcl.mask.kind} needs attributes, and this training has none; train with an "
                 "attribute table, or set agcl.mask.kind=candidate"
             )
-        self._true_codes = TrueCodes(self._codes("family_id"), self._codes("true_product_id"))
+        self._true_codes = TrueCodes(self._codes("family_id"), self._codes(self._agcl.mask.column))
+        if self._agcl.mask.enabled and self._agcl.mask.kind == "column" and self._true_codes.true_products is None:
+            raise ConfigError(
+                f"agcl.mask.column: the catalogue has no column {self._agcl.mask.column!r}; name the column with the "
+                "true product, or choose another agcl.mask.kind"
+            )
         self._scored = store is not None and (self._agcl.lexical.enabled or by_attributes)
         self._bm25 = self._fit_bm25() if self._scored and self._agcl.lexical.idf == "corpus" else None
         if self._scored and rank == 0:
@@ -115,7 +120,11 @@ class Preparer(Generic[Input]):
         scoring = time.perf_counter()
         lexical = self._lexical_scores if self._scored else None
         queries = query_to_positive(pairs, **place, lexical=lexical, true_codes=self._true_codes)
-        positives = positive_to_query(pairs, **place, lexical=lexical) if self._agcl.bidirectional else None
+        positives = (
+            positive_to_query(pairs, **place, lexical=lexical, true_codes=self._true_codes)
+            if self._agcl.bidirectional
+            else None
+        )
         ended = time.perf_counter()
         metrics = {**metrics, "time/prepare": ended - began, "time/bm25": ended - scoring}
         return StepInputs(items, counts, inputs, parts, queries, positives, metrics)

@@ -58,9 +58,13 @@ class MaskConfig(Section):
     enabled: bool = False
     """Whether probable false negatives are masked; false = only items of the positive's product are, which retrieved
     best wherever it was measured."""
-    kind: Literal["candidate", "margin", "attributes", "both"] = "candidate"
+    kind: Literal["candidate", "margin", "attributes", "both", "column"] = "candidate"
     """What a candidate is masked by: its similarity to the positive, its similarity to the query, its attributes, or
-    `both` its similarity to the positive and its attributes, each above its threshold."""
+    `both` its similarity to the positive and its attributes, each above its threshold; `column` = an equal value in
+    `column`, where the catalogue knows better than `product_id` what is the same product."""
+    column: str = "true_product_id"
+    """Column with the true product: kind `column` masks by it, and the precision and recall of the other kinds are
+    measured against it where the catalogue has it."""
     threshold: float = Field(0.9, ge=-1, le=1)
     """For kinds `candidate` (delta in the paper) and `both`: cosine to the positive above which a candidate is
     masked."""

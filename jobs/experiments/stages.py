@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from afmrl_ray.errors import ConfigError
 from afmrl_ray.report import write_report
 from afmrl_ray.runs import Stage, StageName, StageOutcome
 from afmrl_ray.training.metrics_log import read_metrics
+from jobs.experiments.pieces import PIECES, WITH_TRUE_ATTRIBUTES, piece_settings
 from jobs.experiments.rejection_sampling import best_samples_spec, fine_tuning_spec
 from jobs.experiments.variants import check_comparable, needs_dual_encoder
 
@@ -112,6 +114,7 @@ class AblationStudy:
             "cit-2-fewer-products": self._fewer_products,
             "oracle-input": lambda: self._evaluation("evaluate-oracle-input", first, oracle),
             "oracle": lambda: self._evaluation("evaluate-oracle", self._encoder("agcl-oracle", oracle), oracle),
+            **{key: partial(self._piece, key) for key in PIECES},
         }
 
     def run(self, key: str) -> Stage:
@@ -145,6 +148,11 @@ class AblationStudy:
         if self._pipeline.config.encoder.dual_encoder.boxes_column not in self._pipeline.catalogue.table.column_names:
             changes["encoder.dual_encoder.region_weight"] = 0.0
         return self._evaluation(f"evaluate-{key}", self._encoder(key, attributes, changes), None, changes)
+
+    def _piece(self, key: str) -> StageName:
+        attributes = StageName("oracle") if key in WITH_TRUE_ATTRIBUTES else pair_labels(self._pipeline)
+        encoder = self._encoder(key, attributes, piece_settings(self._pipeline.config, key))
+        return self._evaluation(f"evaluate-{key}", encoder, None)
 
     def _agcl_by_labels(self) -> StageName:
         """The loss alone: attributes determine weights and mask, and are in no input."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from afmrl_ray.config import Config
 from afmrl_ray.errors import ConfigError
+from jobs.experiments.pieces import PIECES
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Variant:
     in_table: bool = True
 
 
-VARIANTS = (
+_PAPER = (
     Variant(
         "dual-encoder",
         "dual encoder",
@@ -158,7 +159,15 @@ VARIANTS = (
     ),
 )
 
+_PIECES = tuple(
+    Variant(key, note, f"evaluate-{key}", key, "info-nce", note, in_table=False) for key, note in PIECES.items()
+)
+VARIANTS = (*_PAPER, *_PIECES)
+"""Rows of the paper's table with their branches and bounds, then the pieces of AGCL."""
+
 KEYS = tuple(variant.key for variant in VARIANTS)
+LADDER = ("info-nce", "agcl", "distilled", "rl", "cit-2", "cit-3")
+"""The rows of the paper's table that begin with the pretrained encoder."""
 DUAL_ENCODERS = ("dual-encoder", "dual-encoder-regions")
 """Keys of the variants that need a dual encoder's checkpoint."""
 

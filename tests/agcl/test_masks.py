@@ -12,6 +12,7 @@ from afmrl_ray.agcl.masks import (
     mask_by_attributes,
     mask_by_candidate,
     mask_by_candidate_and_attributes,
+    mask_by_column,
     mask_by_margin,
 )
 
@@ -130,3 +131,9 @@ def test_the_mask_by_both_keys_is_where_both_masks_agree() -> None:
     both = mask_by_candidate_and_attributes(candidates, scores, positives, threshold=0.2, attribute_threshold=0.9)
     assert torch.equal(both, by_candidate | by_attributes)
     assert both.sum() > by_candidate.sum()
+
+
+def test_the_mask_by_a_column_masks_what_has_the_positives_value_and_nothing_unknown() -> None:
+    codes, products = torch.tensor([5, 7, 5, -1, -1, 7]), torch.tensor([0, 1, 2, 3, 4, 5])
+    mask = mask_by_column(codes, torch.tensor([0, 3]), product_ids=products)
+    assert mask.tolist() == [[True, True, False, True, True, True], [True] * 6]
