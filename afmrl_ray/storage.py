@@ -99,7 +99,7 @@ def remove(path: str) -> None:
 def read_bytes(path: str) -> bytes:
     """The content of a file."""
     filesystem, inner = resolve(path)
-    with filesystem.open_input_stream(inner) as stream:
+    with filesystem.open_input_stream(inner, compression=None) as stream:
         return stream.read()
 
 
@@ -120,7 +120,7 @@ def write_bytes(path: str, data: bytes) -> None:
                 os.fsync(file.fileno())
             os.replace(partial, inner)
         else:
-            with filesystem.open_output_stream(inner) as stream:
+            with filesystem.open_output_stream(inner, compression=None) as stream:
                 stream.write(data)
     except OSError as error:
         raise StorageError(f"{path}: cannot be written ({error})") from error
@@ -179,7 +179,7 @@ def digest_file(path: str) -> str:
     """SHA-256 of a file's content, read in chunks."""
     filesystem, inner = resolve(path)
     total = hashlib.sha256()
-    with filesystem.open_input_stream(inner) as stream:
+    with filesystem.open_input_stream(inner, compression=None) as stream:
         while chunk := stream.read(_CHUNK_BYTES):
             total.update(chunk)
     return total.hexdigest()

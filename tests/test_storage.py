@@ -41,6 +41,13 @@ def test_a_reader_never_sees_a_partial_file(tmp_path):
     assert os.listdir(tmp_path) == ["shared"]
 
 
+def test_bytes_are_those_of_the_file_whatever_its_name(tmp_path):
+    path = str(tmp_path / "a.gz")
+    storage.write_bytes(path, b"no gzip")
+    assert (tmp_path / "a.gz").read_bytes() == storage.read_bytes(path) == b"no gzip"
+    assert storage.digest_file(path) == hashlib.sha256(b"no gzip").hexdigest()
+
+
 def test_errors_name_paths_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("x")
     for call in (lambda p: storage.write_bytes(p, b""), storage.make_dir):

@@ -1,20 +1,21 @@
-"""Importers of other layouts: CSV or JSONL with a folder of images, and M5Product as published."""
+"""Importers of other layouts: text files with a folder of images, and M5Product as published."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
-from afmrl_ray import storage
+from afmrl_ray.catalogue.image_columns import UnreadImageError, read_named_image
+from afmrl_ray.catalogue.text_tables import read_text, read_text_table
+from afmrl_ray.catalogue.values import text_value
 from afmrl_ray.errors import CatalogueError
 
 _COLUMNS = ("item_id", "product_id", "category", "title", "attributes", "split", "role")
+_WITHOUT_IMAGE = ("missing_image", "image_not_fetched", "undecodable_image")
 SCHEMA = pa.schema([*((name, pa.string()) for name in _COLUMNS), ("image", pa.binary())])
 
 
@@ -25,53 +26,69 @@ class ImportResult:
     Attributes:
         table: the columns of `catalogue.schema`, and the source's further columns.
         counts: items, missing images and the like, by name.
+        faults: reason and detail of the rows that are unusable for what they were read from.
     """
 
     table: pa.Table
     counts: dict[str, int]
+    faults: dict[int, tuple[str, str]] = field(default_factory=dict)
 
 
 def import_rows(
-    path: str, images: str, *, columns: Mapping[str, str] | None = None, split: str = "train"
+    path: str,
+    images: str,
+    *,
+    columns: Mapping[str, str] | None = None,
+    split: str = "train",
+    delimiter: str | None = None,
+    encoding: str | None = None,
 ) -> ImportResult:
-    """Read a `.csv` or `.jsonl` file whose rows name image files in a folder.
+    """Read a text file (see `text_tables.read_text_table`) whose rows name image files in a folder.
 
     Args:
         path: the file.
         images: folder of the images.
         columns: canonical column name to the file's name of it, where they differ; `image` is the column of file names.
         split: of rows that name none.
+        delimiter, encoding: see `read_text_table`.
 
     Raises:
-        CatalogueError: the file is missing, of another type, not UTF-8, or lacks the columns of item id and image;
-            or `columns` names a column that no catalogue has.
+        CatalogueError: the file cannot be read, or no row has the columns of item id and image; or `columns` names a
+            column that no catalogue has.
     """
     unknown = sorted(set(columns or {}) - {*_COLUMNS, "image"})
     if unknown:
         raise CatalogueError(f"--column {unknown[0]}: a catalogue's columns are {', '.join((*_COLUMNS, 'image'))}")
     names = {name: (columns or {}).get(name, name) for name in (*_COLUMNS, "image")}
-    rows = list(_read(path))
-    if not rows:
+    source = read_text_table(path, delimiter=delimiter, encoding=encoding)
+    if not source.rows:
         raise CatalogueError(f"{path}: no rows")
-    missing = [names[name] for name in ("item_id", "image") if names[name] not in rows[0]]
-    if missing:
-        raise CatalogueError(f"{path}: no column {', '.join(missing)}; map it with --column canonical=own")
+    missing = [names[name] for name in ("item_id", "image") if names[name] not in source.columns]
+    if missing and source.columns:
+        raise CatalogueError(
+            f"{path}: no column {', '.join(missing)}; it has {', '.join(source.columns)[:400]}; map one with --column "
+            "canonical=own"
+        )
     known = set(names.values())
-    counts = {"rows": len(rows), "images_missing": 0}
+    faults = dict(source.faults)
     made = []
-    for row in rows:
-        image = _image(images, _text(row.get(names["image"])) or "")
-        counts["images_missing"] += image is None
+    for place, row in enumerate(source.rows):
+        image = None
+        if place not in faults:
+            image, fault = _image(images, text_value(row.get(names["image"])))
+            if fault is not None:
+                faults[place] = fault
         extra = {name: value for name, value in row.items() if name not in known}
         made.append(
             {
                 **extra,
-                **{name: _text(row.get(names[name])) for name in _COLUMNS},
-                "split": _text(row.get(names["split"])) or split,
+                **{name: text_value(row.get(names[name])) for name in _COLUMNS},
+                "split": text_value(row.get(names["split"])) or split,
                 "image": image,
             }
         )
-    return ImportResult(_table(made), counts)
+    missing_images = sum(reason in _WITHOUT_IMAGE for reason, _ in faults.values())
+    return ImportResult(_table(made), {"rows": len(made), "images_missing": missing_images}, faults)
 
 
 def import_m5product(
@@ -93,29 +110,43 @@ def import_m5product(
     instances = _json_object(labels) if labels is not None else None
     places: dict[str, tuple[str, str]] = {}
     for place, path in lists.items():
-        for line in _text_of(path).split():
+        for line in read_text(path).split():
             places[line] = place
     counts = {"items": len(items), "listed_but_absent": len(places.keys() - items.keys()), "images_missing": 0}
-    made = []
+    made: list[dict[str, Any]] = []
+    faults: dict[int, tuple[str, str]] = {}
     for item_id, item in items.items():
         split, role = places.get(item_id, ("train", ""))
-        image = _image(images, f"{item_id}.jpg")
-        counts["images_missing"] += image is None
+        image, fault = _image(images, f"{item_id}.jpg")
+        if fault is not None:
+            faults[len(made)] = fault
+            counts["images_missing"] += 1
         counts[f"{split} {role}".strip()] = counts.get(f"{split} {role}".strip(), 0) + 1
-        label = _text(item.get("label"))
+        label = text_value(item.get("label"))
         made.append(
             {
                 "item_id": item_id,
-                "product_id": _text(instances.get(item_id)) if instances is not None else label,
+                "product_id": text_value(instances.get(item_id)) if instances is not None else label,
                 "category": label,
-                "title": _text(item.get("title")),
+                "title": text_value(item.get("title")),
                 "attributes": json.dumps(parse_pv(item.get("pv") or ""), ensure_ascii=False),
                 "split": split,
                 "role": role or None,
                 "image": image,
             }
         )
-    return ImportResult(_table(made), counts)
+    return ImportResult(_table(made), counts, faults)
+
+
+def is_m5product(path: str) -> bool:
+    """Whether a `.json` file is an object of items by id, as M5Product's is; any other file is one of rows."""
+    if not path.lower().endswith(".json"):
+        return False
+    try:
+        value = json.loads(read_text(path))
+    except ValueError:
+        return False
+    return isinstance(value, dict) and bool(value) and all(isinstance(item, dict) for item in value.values())
 
 
 def parse_pv(text: str) -> dict[str, str]:
@@ -128,39 +159,9 @@ def parse_pv(text: str) -> dict[str, str]:
     return found
 
 
-def _read(path: str) -> Iterator[dict[str, Any]]:
-    if not path.endswith((".csv", ".jsonl", ".ndjson")):
-        raise CatalogueError(f"{path}: not a .csv or .jsonl file")
-    text = _text_of(path)
-    if path.endswith(".csv"):
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        for row in reader:
-            if None in row:
-                raise CatalogueError(f"{path}:{reader.line_num}: more fields than the header names")
-            yield row
-        return
-    # Not splitlines(): a title may contain U+2028 and other line separators.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise CatalogueError(f"{path}:{number}: not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise CatalogueError(f"{path}:{number}: a JSON object is needed")
-            yield row
-
-
-def _text_of(path: str) -> str:
-    try:
-        return storage.read_bytes(_existing(path)).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CatalogueError(f"{path}: not UTF-8 (byte {error.start})") from error
-
-
 def _json_object(path: str) -> dict[str, Any]:
     try:
-        value = json.loads(_text_of(path))
+        value = json.loads(read_text(path))
     except ValueError as error:
         raise CatalogueError(f"{path}: not JSON ({error})") from error
     if not isinstance(value, dict):
@@ -168,25 +169,20 @@ def _json_object(path: str) -> dict[str, Any]:
     return value
 
 
-def _existing(path: str) -> str:
-    if not storage.exists(path):
-        raise CatalogueError(f"{path} does not exist")
-    return path
-
-
-def _image(folder: str, name: str) -> bytes | None:
-    path = storage.join(folder, name)
-    return storage.read_bytes(path) if name and storage.exists(path) else None
-
-
-def _text(value: Any) -> str | None:
-    if value is None or value == "":
-        return None
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else str(value)
+def _image(folder: str, name: str | None) -> tuple[bytes | None, tuple[str, str] | None]:
+    """An encoded image, or why there is none."""
+    if name is None:
+        return None, ("missing_image", "the row names no image")
+    try:
+        return read_named_image(folder, name), None
+    except UnreadImageError as error:
+        return None, (error.reason, str(error))
 
 
 def _table(rows: Iterable[dict[str, Any]]) -> pa.Table:
     rows = list(rows)
     extra = {name: None for row in rows for name in row if name not in SCHEMA.names}
     schema = pa.schema([*SCHEMA, *((name, pa.string()) for name in extra)])
-    return pa.Table.from_pylist([{**row, **{name: _text(row.get(name)) for name in extra}} for row in rows], schema)
+    return pa.Table.from_pylist(
+        [{**row, **{name: text_value(row.get(name)) for name in extra}} for row in rows], schema
+    )

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
+from collections.abc import Mapping
 
 import pyarrow as pa
 import pyarrow.dataset as ds
 
 from afmrl_ray import storage
 from afmrl_ray.catalogue.checks import bad_rows
+from afmrl_ray.catalogue.image_columns import with_images
 from afmrl_ray.catalogue.schema import IMAGE_COLUMNS, NULLABLE, REQUIRED, write_catalogue
 from afmrl_ray.catalogue.table import CatalogueTable
+from afmrl_ray.catalogue.values import text_column
 from afmrl_ray.config.catalogue import CatalogueConfig
-from afmrl_ray.errors import CatalogueError, StorageError
+from afmrl_ray.errors import CatalogueError
+
+_SUFFIXES = (".parquet", ".pq", ".parq")
+_TEXT = ("item_id", "split", "product_id", "category", "title", "role")
 
 
 class Catalogue(CatalogueTable):
@@ -23,7 +28,7 @@ class Catalogue(CatalogueTable):
     def __init__(self, table: pa.Table, name: str, quarantine: pa.Table) -> None:
         super().__init__(table, name, fingerprint(table))
         self.quarantine = quarantine
-        """item_id, row and reason of every quarantined row."""
+        """item_id, row, reason and detail (in words) of every quarantined row."""
 
     @property
     def counts(self) -> dict[str, object]:
@@ -39,6 +44,9 @@ class Catalogue(CatalogueTable):
 def open_catalogue(path: str, *, config: CatalogueConfig | None = None) -> Catalogue:
     """Read a Parquet file or directory, on any filesystem, and quarantine its unusable rows.
 
+    Of a directory all files count whose names end with .parquet, .pq or .parq and, like their folders, do not begin
+    with `.` or `_`; folders named `column=value` add the column.
+
     Raises:
         CatalogueError: it is missing, lacks columns, has no usable row, or a greater fraction of unusable rows than
             `catalogue.max_bad_fraction`.
@@ -46,37 +54,49 @@ def open_catalogue(path: str, *, config: CatalogueConfig | None = None) -> Catal
     return check_table(_read(path), path, config=config)
 
 
-def check_table(table: pa.Table, path: str, *, config: CatalogueConfig | None = None) -> Catalogue:
+def check_table(
+    table: pa.Table,
+    path: str,
+    *,
+    config: CatalogueConfig | None = None,
+    known: Mapping[int, tuple[str, str]] | None = None,
+) -> Catalogue:
     """Quarantine the unusable rows of a table.
 
     Args:
         table: the catalogue's columns, see `catalogue.schema`.
         path: of the catalogue; relative image URIs start from its folder, and messages name it.
         config: limits; none = their defaults.
+        known: reason and detail of rows that an importer found unusable.
 
     Raises:
         CatalogueError: see `open_catalogue`.
     """
     config = config or CatalogueConfig()
-    table = _with_images(_normalised(table, path), path)
-    bad = bad_rows(table, config.max_image_pixels)
+    table, unread = with_images(_normalised(table, path), path)
+    bad = bad_rows(table, config.max_image_pixels, known={**unread, **(known or {})})
     rows = sorted(bad)
     quarantine = pa.table(
         {
             "item_id": pa.array([table["item_id"][row].as_py() for row in rows], pa.string()),
             "row": pa.array(rows, pa.int64()),
-            "reason": pa.array([bad[row] for row in rows], pa.string()),
+            "reason": pa.array([bad[row][0] for row in rows], pa.string()),
+            "detail": pa.array([bad[row][1] for row in rows], pa.string()),
         }
     )
+    reasons = example = ""
+    if rows:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(r for r, _ in bad.values()).most_common())
+        example = next((f"; row {row}: {bad[row][1]}" for row in rows if bad[row][1]), "")
     if len(rows) > config.max_bad_fraction * len(table):
-        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(bad.values()).most_common())
         raise CatalogueError(
-            f"{path}: {len(rows)} of {len(table)} rows are bad ({reasons}), more than catalogue.max_bad_fraction "
-            f"{config.max_bad_fraction:g} allows; fix them or raise it"
+            f"{path}: {len(rows)} of {len(table)} rows are bad ({reasons}{example}), more than "
+            f"catalogue.max_bad_fraction {config.max_bad_fraction:g} allows; fix them or raise it"
         )
     good = table.filter(pa.array([row not in bad for row in range(len(table))])) if bad else table
     if not len(good):
-        raise CatalogueError(f"{path}: the catalogue has no rows")
+        found = f"all {len(rows)} rows are bad ({reasons}{example})" if rows else "the catalogue has no rows"
+        raise CatalogueError(f"{path}: {found}")
     return Catalogue(good, path, quarantine)
 
 
@@ -99,18 +119,36 @@ def _read(path: str) -> pa.Table:
     if not storage.exists(path):
         raise CatalogueError(f"catalogue.path: {path} does not exist")
     try:
-        files: str | list[str] = inner
-        if storage.is_dir(path):
-            # The folder may also contain the images.
-            files = [storage.join(inner, name) for name in storage.list_files(path) if name.endswith(".parquet")]
+        if not storage.is_dir(path):
+            return ds.dataset(inner, filesystem=filesystem, format="parquet").to_table()
+        files = [storage.join(inner, name) for name in sorted(storage.list_files(path)) if _holds_rows(name)]
         if not files:
             raise CatalogueError(f"catalogue.path: {path} contains no .parquet file")
-        return ds.dataset(files, filesystem=filesystem, format="parquet").to_table()
+        empty = [info.path for info in filesystem.get_file_info(files) if info.size == 0]
+        if empty:
+            raise CatalogueError(
+                f"catalogue.path: {empty[0]} is empty, as an interrupted job leaves it; write it again, or remove it"
+            )
+        found = ds.dataset(
+            files, filesystem=filesystem, format="parquet", partitioning="hive", partition_base_dir=inner
+        )
+        schemas = [found.schema, *(fragment.physical_schema for fragment in found.get_fragments())]
+        # The first file's schema would drop the columns that only others have.
+        return found.replace_schema(pa.unify_schemas(schemas, promote_options="permissive")).to_table()
     except (OSError, pa.ArrowException) as error:
-        raise CatalogueError(f"catalogue.path: {path} is no Parquet ({' '.join(str(error).split())[:160]})") from error
+        raise CatalogueError(f"catalogue.path: {path} is no Parquet ({' '.join(str(error).split())[:200]})") from error
+
+
+def _holds_rows(name: str) -> bool:
+    """Whether a file of a folder is data: not what writers, notebooks or operating systems keep beside it."""
+    hidden = any(part.startswith((".", "_")) and "=" not in part for part in name.split("/"))
+    return not hidden and name.lower().endswith(_SUFFIXES)
 
 
 def _normalised(table: pa.Table, path: str) -> pa.Table:
+    twice = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
+    if twice:
+        raise CatalogueError(f"{path}: the catalogue has two columns {twice[0]!r}; rename one of them")
     missing = [name for name in REQUIRED if name not in table.column_names]
     if not any(name in table.column_names for name in IMAGE_COLUMNS):
         missing.append("image or image_uri")
@@ -121,34 +159,12 @@ def _normalised(table: pa.Table, path: str) -> pa.Table:
     for name in NULLABLE:
         if name not in table.column_names:
             table = table.append_column(name, pa.nulls(len(table), pa.string()))
-    for name in ("item_id", "split", "product_id", "category", "title", "role"):
+    for name in _TEXT:
         index = table.column_names.index(name)
         try:
-            table = table.set_column(index, name, table[name].cast(pa.string()))
+            table = table.set_column(index, name, text_column(table[name]))
         except pa.ArrowException as error:
             raise CatalogueError(f"{path}: column {name} is {table[name].type}, it must be text") from error
+        except ValueError as error:
+            raise CatalogueError(f"{path}: column {name}: {error}; write it as text or as integers") from error
     return table
-
-
-def _with_images(table: pa.Table, path: str) -> pa.Table:
-    """The table with encoded images in `image`; images given by URI are read, relative ones from its folder."""
-    if "image" in table.column_names:
-        if not pa.types.is_binary(table["image"].type) and not pa.types.is_large_binary(table["image"].type):
-            raise CatalogueError(
-                f"{path}: column image is {table['image'].type}, it must contain encoded images (binary)"
-            )
-        return table
-    folder = path if storage.is_dir(path) else os.path.dirname(path)
-    images = [_read_image(uri, folder) for uri in table["image_uri"].to_pylist()]
-    return table.append_column("image", pa.array(images, pa.binary()))
-
-
-def _read_image(uri: str | None, folder: str) -> bytes | None:
-    if not uri:
-        return None
-    full = uri if "://" in uri or os.path.isabs(uri) else storage.join(folder or ".", uri)
-    try:
-        return storage.read_bytes(full) if storage.exists(full) else None
-    except (StorageError, OSError, ValueError):
-        # One unreadable image is one quarantined row; the counts show if no image can be read.
-        return None

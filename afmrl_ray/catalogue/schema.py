@@ -1,14 +1,13 @@
 """The columns of a catalogue, one row per item.
 
 Required are item_id (string, unique), split (train, val, test or gallery), and image (encoded bytes) or image_uri.
-product_id (identity of the product; null = unknown), category, title, attributes (map or JSON object, as the source
-gives them) and role (query or gallery, for evaluation) may be null or missing. Further columns are kept.
+product_id (identity of the product; null = unknown), category, title, attributes (a map, a list of pairs or JSON, as
+the source gives them, see `values.parse_source_attributes`) and role (query or gallery, for evaluation) may be null or
+missing. Further columns are kept.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,20 +46,6 @@ class Item:
     split: str
     role: str | None
     extra: dict[str, Any] = field(default_factory=dict)
-
-
-def parse_source_attributes(value: Any) -> dict[str, str]:
-    """Attributes of a row as an ordered dict, from a map column, a JSON object or null.
-
-    Raises:
-        ValueError, TypeError: the value is neither a map nor a JSON object.
-    """
-    if value is None:
-        return {}
-    if isinstance(value, str):
-        value = json.loads(value) if value.strip() else {}
-    pairs = value.items() if isinstance(value, Mapping) else value
-    return {str(name): str(content) for name, content in pairs if content is not None}
 
 
 def write_catalogue(table: pa.Table, path: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +9,9 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from afmrl_ray.catalogue.schema import NULLABLE, REQUIRED, Item, parse_source_attributes
+from afmrl_ray.catalogue.images import decode_image
+from afmrl_ray.catalogue.schema import NULLABLE, REQUIRED, Item
+from afmrl_ray.catalogue.values import parse_source_attributes
 from afmrl_ray.config.catalogue import ItemSelector
 from afmrl_ray.errors import CatalogueError
 
@@ -105,9 +106,8 @@ class CatalogueTable:
         return self._batches[batch].column(0)[row - int(self._starts[batch])].as_py()
 
     def image(self, row: int) -> Image.Image:
-        """The decoded image of a row, RGB."""
-        with Image.open(io.BytesIO(self.image_bytes(row))) as image:
-            return image.convert("RGB")
+        """The decoded image of a row, RGB, see `decode_image`."""
+        return decode_image(self.image_bytes(row))
 
 
 def check_positives(

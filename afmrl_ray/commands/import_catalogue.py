@@ -11,7 +11,11 @@ from afmrl_ray.errors import ConfigError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--source", required=True, help=".csv or .jsonl file, or M5Product's JSON of items")
+    parser.add_argument(
+        "--source",
+        required=True,
+        help="text file of rows (.csv, .tsv, .json, .jsonl, also .gz), or M5Product's JSON of items by id",
+    )
     parser.add_argument("--images", required=True, help="folder of the images")
     parser.add_argument("--out", required=True, help="Parquet file to write, path or URI")
     parser.add_argument(
@@ -20,14 +24,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ids", action="append", default=[], metavar="SPLIT:ROLE=FILE", help="M5Product id list, e.g. test:query=q.txt"
     )
+    parser.add_argument("--delimiter", help="of a delimited file (default: found in its header)")
+    parser.add_argument("--encoding", help="of the text, as cp1252 (default: UTF-8, or what its first bytes show)")
     parser.add_argument("--labels", help="M5Product's JSON of instance labels by id")
 
 
 def run(config: Config, options: argparse.Namespace) -> None:
     from afmrl_ray.catalogue import check_table, write_catalogue
-    from afmrl_ray.catalogue.importers import import_m5product, import_rows
+    from afmrl_ray.catalogue.importers import import_m5product, import_rows, is_m5product
 
-    if options.source.endswith(".json"):
+    if options.ids or options.labels or is_m5product(options.source):
         lists = {}
         for given in options.ids:
             place, separator, path = given.partition("=")
@@ -42,8 +48,10 @@ def run(config: Config, options: argparse.Namespace) -> None:
         columns = dict(pair.split("=", 1) for pair in options.column if "=" in pair)
         if len(columns) < len(options.column):
             raise ConfigError("--column: write CANONICAL=OWN")
-        imported = import_rows(options.source, options.images, columns=columns)
-    catalogue = check_table(imported.table, options.source, config=config.catalogue)
+        imported = import_rows(
+            options.source, options.images, columns=columns, delimiter=options.delimiter, encoding=options.encoding
+        )
+    catalogue = check_table(imported.table, options.source, config=config.catalogue, known=imported.faults)
     write_catalogue(catalogue.table, options.out)
     catalogue.write_quarantine(f"{options.out}.quarantine.parquet")
     print(f"{options.out}: {imported.counts}, checked: {catalogue.counts}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Protocol
 
 from PIL import Image
 
+from afmrl_ray.catalogue.images import image_size
 from afmrl_ray.config.catalogue import Inputs
 from afmrl_ray.config.models import EncoderConfig, GeneratorConfig
 from afmrl_ray.models.item_processor import ImageLike, ItemProcessor
@@ -102,8 +102,7 @@ def prompt_fits(processor: ItemProcessor, catalogue: ItemReader, row: int, *, co
     """
     size = None
     if config.inputs != "text":
-        with Image.open(io.BytesIO(catalogue.image_bytes(row))) as image:
-            size = image.size
+        size = image_size(catalogue.image_bytes(row))
     return processor.length(size, _generator_text(catalogue, row, config)) <= config.max_prompt_tokens
 
 

@@ -23,6 +23,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from afmrl_ray.catalogue.images import DECODING
 from afmrl_ray.config.models import VisionCacheConfig
 from afmrl_ray.errors import ConfigError
 from afmrl_ray.models.item_processor import ItemProcessor
@@ -131,7 +132,9 @@ class VisionCache:
 
 def fingerprint(tower: Any, processor: ItemProcessor) -> str:
     """SHA-256 of all that visual tokens depend on: the tower's weights and config, and the processor's settings."""
-    total = hashlib.sha256(json.dumps([tower.config.to_dict(), processor.pixel_settings()], sort_keys=True).encode())
+    total = hashlib.sha256(
+        json.dumps([tower.config.to_dict(), processor.pixel_settings(), DECODING], sort_keys=True).encode()
+    )
     for name, tensor in sorted(tower.state_dict().items()):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import logging
 import os
 from collections.abc import Mapping
 from typing import Any
 
-from PIL import Image
 from ray import serve
 from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
 from afmrl_ray import storage
+from afmrl_ray.catalogue.images import decode_image
 from afmrl_ray.config.load import validate_as
 from afmrl_ray.config.serving import ReplicasConfig, ServingConfig
 from afmrl_ray.errors import ConfigError
@@ -186,8 +185,7 @@ def _options(replicas: ReplicasConfig) -> dict[str, Any]:
 
 
 def _thumbnail(data: bytes, longest_px: int) -> bytes:
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        return thumbnail(image, longest_px)
+    return thumbnail(decode_image(data, formats=FORMATS), longest_px)
 
 
 def _ray_metrics() -> Any:

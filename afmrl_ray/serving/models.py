@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 
+from afmrl_ray.catalogue.images import image_size
 from afmrl_ray.config.catalogue import Inputs
 from afmrl_ray.models.adapters import load_trained
 from afmrl_ray.models.annotate import write_attributes
@@ -22,7 +21,7 @@ from afmrl_ray.models.microbatches import cut_by_tokens
 from afmrl_ray.models.model_input import ModelInput, collate
 from afmrl_ray.models.prompts import encoder_input
 from afmrl_ray.serving.bundle import Bundle
-from afmrl_ray.serving.uploads import FORMATS, Upload, Uploads
+from afmrl_ray.serving.uploads import Upload, Uploads
 
 Loaded = TypeVar("Loaded")
 
@@ -170,8 +169,7 @@ class ServedGenerator:
         """Most tokens that an item can take: its prompt and the longest completion."""
         size = None
         if upload.image is not None and bundle.generator.inputs != "text":
-            with Image.open(io.BytesIO(upload.image), formats=FORMATS) as image:
-                size = image.size
+            size = image_size(upload.image)
         prompt = self._rounds.get(bundle).processor.length(size, f"{upload.title}\n{bundle.generator.instruction}")
         return prompt + bundle.generator.max_new_tokens
 

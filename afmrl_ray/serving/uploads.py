@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from afmrl_ray.catalogue.checks import image_fault
+from afmrl_ray.catalogue.images import decode_image
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 
@@ -53,9 +54,8 @@ class Uploads:
         return data
 
     def image(self, row: int) -> Image.Image:
-        """The decoded image, RGB."""
-        with Image.open(io.BytesIO(self.image_bytes(row)), formats=FORMATS) as image:
-            return image.convert("RGB")
+        """The decoded image, RGB, see `decode_image`."""
+        return decode_image(self.image_bytes(row), formats=FORMATS)
 
     def title(self, row: int, columns: tuple[str, ...] = ("title",)) -> str:
         """The title; uploads have no columns to choose from."""

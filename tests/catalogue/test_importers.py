@@ -86,9 +86,10 @@ def test_errors_name_unreadable_files_and_lines(tmp_path, images):
     with pytest.raises(CatalogueError, match=r"gone\.csv does not exist"):
         import_rows(str(tmp_path / "gone.csv"), str(images))
     bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"item_id": "1"}\n{oops')
-    with pytest.raises(CatalogueError, match=r"bad.jsonl:2: not JSON"):
-        import_rows(str(bad), str(images))
+    bad.write_text('{"item_id": "1", "image": "0.jpg"}\n{oops')
+    reason, detail = import_rows(str(bad), str(images)).faults[1]
+    assert reason == "unreadable_row"
+    assert "bad.jsonl:2: not JSON" in detail
     bad.write_text('{"title": "1"}')
     with pytest.raises(CatalogueError, match="no column item_id, image"):
         import_rows(str(bad), str(images))
@@ -113,9 +114,8 @@ def test_a_later_row_without_an_image_is_counted(tmp_path, images):
 @pytest.mark.parametrize(
     ("name", "content", "columns", "message"),
     [
-        ("a.csv", b"item_id,image\n1,0.jpg,extra\n", None, r"a\.csv:2: more fields"),
-        ("a.csv", b"item_id,image\n1,\xff.jpg\n", None, "not UTF-8"),
-        ("a.jsonl", b"[1]\n", None, r"a\.jsonl:1: a JSON object"),
+        ("a.csv", b"item_id,image\n1,\xff.jpg\n", None, "not UTF-8 .byte 16.; say what it is, as --encoding cp1252"),
+        ("a.csv", b"item_id,image,image\n1,0.jpg,1.jpg\n", None, "the header names column 'image' twice"),
         ("a.csv", b"item_id,image\n1,0.jpg\n", {"titel": "x"}, "--column titel: a catalogue's columns are item_id"),
     ],
 )
@@ -123,3 +123,27 @@ def test_errors_name_the_line_and_the_fault(tmp_path, images, name, content, col
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CatalogueError, match=message):
         import_rows(str(tmp_path / name), str(images), columns=columns)
+
+
+def test_images_are_found_without_suffix_and_what_is_missing_is_named(tmp_path, images):
+    lines = ["item_id,image", "1,0", "2,1.jpg", "3,no", "4,https://x.example/4.jpg", "5,.", "6,"]
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    found = import_rows(str(tmp_path / "a.csv"), str(images))
+    assert [value is not None for value in found.table["image"].to_pylist()] == [True, True, *[False] * 4]
+    assert {row: reason for row, (reason, _) in found.faults.items()} == {
+        2: "missing_image",
+        3: "image_not_fetched",
+        4: "missing_image",
+        5: "missing_image",
+    }
+    assert "no file no in" in found.faults[2][1]
+    assert found.counts["images_missing"] == 4
+
+
+def test_numbers_and_missing_values_of_json_are_those_of_a_table(tmp_path, images):
+    lines = [{"item_id": 1, "image": "0.jpg", "product_id": 7}, {"item_id": 2, "image": "0.jpg", "product_id": 7.0},
+             {"item_id": 3, "image": "0.jpg", "product_id": float("nan"), "title": float("nan")}]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    table = import_rows(str(tmp_path / "a.jsonl"), str(images)).table
+    assert table["product_id"].to_pylist() == ["7", "7", None]
+    assert table["title"].to_pylist() == [None] * 3

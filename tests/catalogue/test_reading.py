@@ -92,7 +92,7 @@ def test_every_kind_of_unusable_row_is_quarantined_with_its_reason(tmp_path):
     target = tmp_path / "quarantine.parquet"
     catalogue.write_quarantine(str(target))
     quarantined = pq.read_table(target).to_pylist()
-    assert {"item_id": "i006", "row": 6, "reason": "decompression_bomb"} in quarantined
+    assert {"item_id": "i006", "row": 6, "reason": "decompression_bomb", "detail": ""} in quarantined
     with pytest.raises(CatalogueError, match=r"9 of 60 rows are bad .*more than catalogue.max_bad_fraction 0.05"):
         open_catalogue(path)
 
@@ -194,8 +194,18 @@ def test_a_catalogue_that_changed_during_a_run_is_an_error(tmp_path):
     assert not np.any([file.exists() for file in [tmp_path / staged_path(config, "0" * 64)]])
 
 
-@pytest.mark.parametrize("uri", ["http://nowhere/x.png", "folder", "a\x00b", "missing.png"])
-def test_an_unreadable_image_uri_quarantines_one_row(tmp_path, uri):
+@pytest.mark.parametrize(
+    ("uri", "reason"),
+    [
+        ("http://nowhere/x.png", "image_not_fetched"),
+        ("folder", "missing_image"),
+        ("a\x00b", "missing_image"),
+        ("a" * 4000, "missing_image"),
+        ("missing.png", "missing_image"),
+        ("data:image/png;base64,?", "undecodable_image"),
+    ],
+)
+def test_an_unreadable_image_uri_quarantines_one_row(tmp_path, uri, reason):
     content = [{name: value for name, value in row.items() if name != "image"} for row in rows(30)]
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "p.png").write_bytes(png())
@@ -203,7 +213,7 @@ def test_an_unreadable_image_uri_quarantines_one_row(tmp_path, uri):
         row["image_uri"] = "folder/p.png"
     content[4]["image_uri"] = uri
     catalogue = open_catalogue(write(tmp_path, content))
-    assert catalogue.counts["quarantined"] == {"missing_image": 1}
+    assert catalogue.counts["quarantined"] == {reason: 1}
     # The folder itself, tables and images in it, is a catalogue too.
     assert open_catalogue(str(tmp_path)).fingerprint == catalogue.fingerprint
 
@@ -221,3 +231,68 @@ def test_the_fingerprint_depends_on_row_order_and_not_on_row_groups(tmp_path):
     pq.write_table(pa.Table.from_pylist(content[::-1]), tmp_path / "three.parquet")
     one, two, three = (open_catalogue(str(tmp_path / f"{name}.parquet")) for name in ("one", "two", "three"))
     assert one.fingerprint == two.fingerprint != three.fingerprint
+
+
+def test_columns_of_folder_names_and_of_single_files_are_read(tmp_path):
+    root = tmp_path / "catalogue"
+    for place, split in enumerate(("train", "test")):
+        (root / f"split={split}").mkdir(parents=True)
+        part = [{k: v for k, v in row.items() if k != "split"} for row in rows(4)]
+        for number, row in enumerate(part):
+            row["item_id"] = f"{split}-{number}"
+            if split == "test":
+                row["shop"] = f"s{place}"
+        pq.write_table(pa.Table.from_pylist(part), root / f"split={split}" / "part-0.parquet")
+    catalogue = open_catalogue(str(root))
+    assert sorted(zip(catalogue.column("split"), catalogue.column("shop"), strict=True)) == [
+        *[("test", "s1")] * 4,
+        *[("train", None)] * 4,
+    ]
+
+
+def test_what_tools_leave_in_a_folder_is_no_data(tmp_path):
+    write(tmp_path, rows(4), "part-0.PARQUET")
+    expected = open_catalogue(str(tmp_path)).fingerprint
+    for name in ("._part-0.parquet", "_temporary/0/part-1.parquet", ".ipynb_checkpoints/part-0-checkpoint.parquet"):
+        target = tmp_path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((tmp_path / "part-0.PARQUET").read_bytes())
+    assert open_catalogue(str(tmp_path)).fingerprint == expected
+    (tmp_path / "part-1.parquet").touch()
+    with pytest.raises(CatalogueError, match=r"part-1\.parquet is empty"):
+        open_catalogue(str(tmp_path))
+
+
+@pytest.mark.parametrize("form", ["struct", "path in struct", "list", "path", "uri where null"])
+def test_images_may_be_structs_lists_or_paths(tmp_path, form):
+    (tmp_path / "a.png").write_bytes(png((1, 2, 3)))
+    data = png((1, 2, 3))
+    image, uri = {
+        "struct": ({"bytes": data, "path": "a.png"}, None),
+        "path in struct": ({"bytes": None, "path": "a.png"}, None),
+        "list": ([data, png((9, 9, 9))], None),
+        "path": ("a.png", None),
+        "uri where null": (None, "a"),
+    }[form]
+    content = [{"item_id": "a", "split": "train", "title": "x", "image": image, "image_uri": uri}]
+    if form != "uri where null":
+        del content[0]["image_uri"]
+    assert open_catalogue(write(tmp_path, content)).image(0).getpixel((0, 0)) == (1, 2, 3)
+
+
+def test_missing_products_are_not_one_product(tmp_path):
+    content = rows(4)
+    for row, product in zip(content, (1.0, float("nan"), None, float("nan")), strict=True):
+        row["product_id"] = product
+    assert open_catalogue(write(tmp_path, content)).column("product_id") == ["1", None, None, None]
+
+
+def test_ids_that_lost_digits_are_refused_or_put_aside(tmp_path):
+    content = rows(40)
+    content[3]["item_id"] = "4.00638E+12"
+    catalogue = open_catalogue(write(tmp_path, content))
+    assert catalogue.quarantine.to_pylist()[0]["reason"] == "rounded_id"
+    for row in content:
+        row["item_id"] = 1.5e19
+    with pytest.raises(CatalogueError, match=r"column item_id: .* has lost digits; write it as text"):
+        open_catalogue(write(tmp_path, content))

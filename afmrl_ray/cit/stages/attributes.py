@@ -14,7 +14,7 @@ from afmrl_ray.attributes.store import AttributeRow, AttributeStore, read_attrib
 from afmrl_ray.attributes.teachers import TeacherItem, make_teacher
 from afmrl_ray.attributes.text import InvalidAttributes, format_attributes, normalise_attributes, select_attributes
 from afmrl_ray.catalogue import StagedCatalogue
-from afmrl_ray.catalogue.schema import parse_source_attributes
+from afmrl_ray.catalogue.values import parse_source_attributes
 from afmrl_ray.cit.spec import CATALOGUE, StageContext, StageSpec
 from afmrl_ray.config import Config
 from afmrl_ray.config.catalogue import ItemSelector

@@ -9,7 +9,7 @@ import numpy as np
 
 from afmrl_ray.agcl.train import AGCLJob, train_agcl
 from afmrl_ray.attributes.text import format_attributes, normalise_attributes
-from afmrl_ray.catalogue.schema import parse_source_attributes
+from afmrl_ray.catalogue.values import parse_source_attributes
 from afmrl_ray.cit.spec import CATALOGUE, MODELS, StageContext, StageSpec
 from afmrl_ray.cit.stages.attributes import generator_before
 from afmrl_ray.cit.stages.data import missing_checkpoints
