@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import sqlite3
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -70,7 +72,9 @@ class ItemTable:
     """
 
     def __init__(self, path: str) -> None:
-        self._db = sqlite3.connect(f"file:{path}?mode=ro&immutable=1", uri=True, check_same_thread=False)
+        # Percent-encoded: SQLite would end the path at a `?` or `#`.
+        uri = Path(os.path.abspath(path)).as_uri()
+        self._db = sqlite3.connect(f"{uri}?mode=ro&immutable=1", uri=True, check_same_thread=False)
 
     def row(self, item_id: str) -> int | None:
         """Row of an item, or None if it is not in the table."""

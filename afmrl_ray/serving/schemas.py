@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+MAX_ITEM_ID = 1000
+"""Longest id of an item, characters."""
 AttributesSource = Literal["generated", "given", "none"]
 
 _IMAGE = "JPEG, PNG or WebP in base64, or a data URL of one."
 
 
 class Body(BaseModel):
-    """The body of a request; unknown fields are refused."""
+    """The body of a request; unknown fields are refused, and null is as if the field was left out."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {name: value for name, value in values.items() if value is not None or name not in optional}
 
 
 class FiltersBody(Body):
@@ -96,6 +107,18 @@ class EmbeddingsBody(Body):
     dimensions: int | None = Field(None, ge=1, description="Must be that of the model.")
     user: str | None = Field(None, description="Ignored.")
 
+    @field_validator("input", mode="before")
+    @classmethod
+    def _texts_and_not_tokens(cls, value: Any) -> Any:
+        first = value[0] if isinstance(value, list) and value else value
+        of_tokens = isinstance(first, list) and first and all(isinstance(each, int) for each in first)
+        if isinstance(first, int) or of_tokens:
+            raise ValueError(
+                "token ids are not taken, since their vocabulary is another model's; send texts (LangChain: "
+                "OpenAIEmbeddings(check_embedding_ctx_length=False))"
+            )
+        return value
+
 
 class EmbeddingBody(BaseModel):
     """One embedding: numbers, or their little-endian float32 bytes in base64."""
@@ -121,10 +144,31 @@ class EmbeddingsAnswer(BaseModel):
     usage: Usage
 
 
+class ModelCard(BaseModel):
+    """A name that requests may give as their model; `created` is in seconds since 1970."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "afmrl_ray"
+
+
+class ModelsAnswer(BaseModel):
+    """OpenAI's list of models."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
 class ItemBody(ItemContent):
     """An item to be upserted."""
 
-    item_id: str = Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9._:~-]+$")
+    item_id: str = Field(
+        min_length=1,
+        max_length=MAX_ITEM_ID,
+        pattern=r"^[^\x00-\x1f\x7f]+$",
+        description="Any text without control characters; percent-encoded in paths.",
+    )
     category: str | None = Field(None, max_length=200)
     product_id: str | None = Field(None, max_length=200)
     attributes: dict[str, str] | None = Field(None, description="By default the generator writes them.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import time
 
 import numpy as np
 from fastapi import APIRouter, Request
@@ -21,6 +22,8 @@ from afmrl_ray.serving.schemas import (
     HitBody,
     ItemContent,
     ItemInput,
+    ModelCard,
+    ModelsAnswer,
     SearchAnswer,
     Usage,
 )
@@ -30,9 +33,9 @@ MODEL = "afmrl"
 
 
 def search_routes(context: ApiContext) -> APIRouter:
-    """`/v1/search`, `/v1/attributes` and `/v1/embeddings`."""
+    """`/v1/search`, `/v1/attributes`, `/v1/models` and `/v1/embeddings`."""
     routes = APIRouter(dependencies=context.user)
-    service, limits = context.service, context.limits
+    service, limits, started = context.service, context.limits, int(time.time())
 
     @routes.post("/v1/search", openapi_extra=search_bodies())
     async def search(request: Request) -> SearchAnswer:
@@ -59,6 +62,23 @@ def search_routes(context: ApiContext) -> APIRouter:
         bundle = await context.within_deadline(service.current())
         result = await context.within_deadline(service.attributes(bundle, upload))
         return AttributesAnswer(**attributes_used(result), round=bundle.round, bundle=bundle.key)
+
+    async def model_cards() -> list[ModelCard]:
+        bundle = await context.within_deadline(service.current())
+        return [ModelCard(id=name, created=started) for name in (MODEL, bundle.key)]
+
+    @routes.get("/v1/models")
+    async def models() -> ModelsAnswer:
+        """The models that requests may name: the current one, and the same by the key of its bundle."""
+        return ModelsAnswer(data=await model_cards())
+
+    @routes.get("/v1/models/{model}")
+    async def model(model: str) -> ModelCard:
+        """One of the models."""
+        for card in await model_cards():
+            if card.id == model:
+                return card
+        raise Problem(404, f"model {model[:200]!r} is not served")
 
     @routes.post("/v1/embeddings")
     async def embeddings(body: EmbeddingsBody) -> EmbeddingsAnswer:

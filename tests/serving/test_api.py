@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import struct
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -134,6 +135,48 @@ def test_an_item_of_the_gallery_can_be_replaced_and_deleted(client) -> None:
     assert found["item_id"] not in {hit["item_id"] for hit in hits}
 
 
+@pytest.mark.parametrize(
+    "item_id", ["A/B 1", "a#5", "q?x=3", "50%4", "größe", "x/thumbnail", "thumbnail", "..", " a", "x" * 1000]
+)
+def test_an_item_may_have_any_id(client, item_id: str) -> None:
+    path = f"/v1/items/{quote(item_id, safe='')}".replace("/..", "/%2E%2E")
+    item = {"item_id": item_id, "title": "Green disc", "image": encoded(image_bytes("green")), "attributes": {}}
+    answer = client.post("/v1/items", json=item)
+    assert answer.status_code == 200
+    found = client.get(path)
+    assert (found.json()["item_id"], found.json()["title"]) == (item_id, "Green disc")
+    thumbnail = client.get(answer.json()["thumbnail"].replace("/../", "/%2E%2E/"))
+    assert thumbnail.headers["content-type"] == "image/jpeg"
+    assert client.delete(path).status_code == 204
+    assert client.get(path).status_code == 404
+
+
+def test_null_is_as_if_the_field_was_left_out(client) -> None:
+    body = {"input": ["red mug"], "model": "afmrl", "encoding_format": None, "dimensions": None, "user": None}
+    expected = client.post("/v1/embeddings", json={"input": ["red mug"]}).json()
+    assert client.post("/v1/embeddings", json=body).json() == expected
+    search = {"title": "red mug", "k": None, "filters": None, "image": None, "attributes": None}
+    assert client.post("/v1/search", json=search).status_code == 200
+    assert client.post("/v1/embeddings", json={"input": None}).status_code == 422
+
+
+@pytest.mark.parametrize("tokens", [[2675, 2579], [[2675, 2579], [305]], 7])
+def test_token_ids_are_refused_with_what_to_do(client, tokens) -> None:
+    answer = client.post("/v1/embeddings", json={"input": tokens})
+    assert answer.status_code == 422
+    assert "check_embedding_ctx_length=False" in answer.json()["detail"]
+
+
+def test_the_models_are_listed_as_openai_lists_them(client) -> None:
+    answer = client.get("/v1/models").json()
+    names = [card["id"] for card in answer["data"]]
+    assert answer["object"] == "list"
+    assert names[0] == "afmrl"
+    assert all(client.post("/v1/embeddings", json={"input": "x", "model": name}).status_code == 200 for name in names)
+    assert client.get(f"/v1/models/{quote(names[1], safe='')}").json() == answer["data"][1]
+    assert client.get("/v1/models/gpt").status_code == 404
+
+
 def test_attributes_are_generated_once_for_an_image_and_title(client, application: Application) -> None:
     body = {"image": encoded(image_bytes()), "title": "Red disc"}
     first, again = (client.post("/v1/attributes", json=body).json() for _ in range(2))
@@ -196,7 +239,8 @@ def test_embeddings_in_both_encodings(client) -> None:
         ("embeddings", {"input": [""]}, 422, "input[0].image"),
         ("embeddings", {"input": "x", "model": "gpt"}, 404, "model"),
         ("embeddings", {"input": "x", "dimensions": 7}, 422, "dimensions"),
-        ("items", {"item_id": "a/b", "title": "x"}, 422, "item_id"),
+        ("items", {"item_id": "", "title": "x"}, 422, "item_id"),
+        ("items", {"item_id": "a\nb", "title": "x"}, 422, "item_id"),
         ("items", {"item_id": "a"}, 422, "both missing"),
     ],
 )
