@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 from tqdm import tqdm
 
+from afmrl_ray import storage
 from afmrl_ray.config import Config, dump_yaml, load_config
 from afmrl_ray.errors import UserError
 
@@ -58,6 +60,8 @@ def job_main(
     if arguments is not None:
         arguments(parser)
     options = parser.parse_intermixed_args(argv)
+    # Libraries ask for the user's name too, and fail where the system knows none.
+    os.environ.setdefault("LOGNAME", storage.user_name())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
         config = load_config(options.config, options.overrides)

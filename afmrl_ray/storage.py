@@ -6,9 +6,11 @@ object stores (which publish whole objects), so a reader never sees a partial fi
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -157,6 +159,19 @@ def copy_dir(source: str, target: str) -> None:
     to_fs, to_path = resolve(target)
     to_fs.create_dir(to_path, recursive=True)
     pafs.copy_files(from_path, to_path, source_filesystem=from_fs, destination_filesystem=to_fs)
+
+
+def user_name() -> str:
+    """The user's name, or `uid<number>` where the system knows none, as in containers with a uid of their own."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        return f"uid{os.getuid()}"
+
+
+def user_cache(*parts: str) -> str:
+    """A path below this user's folder in the system's temporary one."""
+    return os.path.join(tempfile.gettempdir(), f"afmrl_ray-{user_name()}", *parts)
 
 
 def localise(path: str, cache_dir: str) -> str:

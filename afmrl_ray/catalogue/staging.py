@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import getpass
 import os
-import tempfile
 import uuid
 from dataclasses import dataclass
 from functools import lru_cache
 
 import pyarrow as pa
 
+from afmrl_ray import storage
 from afmrl_ray.catalogue.reading import Catalogue, open_catalogue
 from afmrl_ray.catalogue.table import CatalogueTable
 from afmrl_ray.config.catalogue import CatalogueConfig
@@ -71,7 +70,7 @@ def _open_staged(path: str, ref: CatalogueRef) -> StagedCatalogue:
 
 def staged_path(config: CatalogueConfig, fingerprint: str) -> str:
     """Path of the staged copy of a catalogue, the same on every node."""
-    folder = config.cache_dir or os.path.join(tempfile.gettempdir(), f"afmrl_ray-{getpass.getuser()}")
+    folder = config.cache_dir or storage.user_cache()
     return os.path.join(folder, f"{fingerprint[:32]}.arrow")
 
 

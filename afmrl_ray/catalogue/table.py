@@ -11,7 +11,7 @@ from PIL import Image
 
 from afmrl_ray.catalogue.images import decode_image
 from afmrl_ray.catalogue.schema import NULLABLE, REQUIRED, Item
-from afmrl_ray.catalogue.values import parse_source_attributes
+from afmrl_ray.catalogue.values import parse_source_attributes, text_value
 from afmrl_ray.config.catalogue import ItemSelector
 from afmrl_ray.errors import CatalogueError
 
@@ -60,7 +60,7 @@ class CatalogueTable:
         keep = np.isin(np.array(self.column("split"), dtype=object).astype(str), list(selector.split))
         wanted = {**({"role": selector.role} if selector.role is not None else {}), **selector.where}
         for name, value in wanted.items():
-            keep &= np.array([str(found) == value for found in self.column(name)])
+            keep &= np.array([value in (str(found), text_value(found)) for found in self.column(name)])
         if selector.inputs != "image":
             for name in selector.title_columns:
                 self.column(name)

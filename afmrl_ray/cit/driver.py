@@ -14,6 +14,7 @@ from importlib import metadata
 from typing import Any
 
 from afmrl_ray import storage
+from afmrl_ray.agcl.batches import PairSampler
 from afmrl_ray.catalogue import check_positives, open_catalogue
 from afmrl_ray.cit.mlflow_tracker import MLflowTracker
 from afmrl_ray.cit.pipeline import Pipeline
@@ -23,7 +24,9 @@ from afmrl_ray.cit.schedule import resources
 from afmrl_ray.cit.spec import CATALOGUE
 from afmrl_ray.config import Config
 from afmrl_ray.config.evaluation import RetrievalProtocol
-from afmrl_ray.errors import CatalogueError
+from afmrl_ray.config.train import BatchGroupingConfig
+from afmrl_ray.errors import CatalogueError, ConfigError
+from afmrl_ray.models.adapters import check_targets
 from afmrl_ray.models.backbones import check_checkpoint
 from afmrl_ray.retrieval.evaluate import Value
 from afmrl_ray.runs import RunDirectory, StageName
@@ -33,6 +36,8 @@ log = logging.getLogger(__name__)
 
 _COMMAND = "afmrl"
 
+_TRAINED_BY = {"encoder": ("agcl",), "generator": ("distill", "rar")}
+"""Sections whose adapters a model gets."""
 PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "rank-bm25", "pyarrow")
 
 
@@ -49,6 +54,8 @@ def open_run(config: Config) -> Iterator[Pipeline]:
         path = getattr(getattr(config, setting), "path", None)
         if path is not None:
             check_checkpoint(path, role, setting=f"{setting}.path")
+            for section in _TRAINED_BY.get(setting, ()):
+                check_targets(path, role, getattr(config, section).adapter, setting=f"{section}.adapter")
     run = RunDirectory(config.run.storage_path, config.run.name)
     with ray_session(config.ray):
         # Nodes may still join a cluster, but never a Ray that the job started itself.
@@ -118,6 +125,13 @@ def check_selectors(config: Config, catalogue: Any) -> None:
     check_positives(catalogue, task.heldout_query, task.heldout_gallery)
     for pair in config.agcl.pairs:
         check_positives(catalogue, pair.query, pair.positive)
+    # The sampler checks the size of a batch; what groups are made of is known only when attributes are there.
+    ungrouped = config.agcl.model_copy(update={"batch_grouping": BatchGroupingConfig()})
+    PairSampler(catalogue, ungrouped, seed=config.run.seed)
+    if config.distill.batch_size > (rows := len(catalogue.rows(config.distill.items))):
+        raise ConfigError(
+            f"distill.batch_size {config.distill.batch_size} exceeds the {rows} rows of distill.items; lower it"
+        )
     for protocol in config.evaluation.protocols:
         if isinstance(protocol, RetrievalProtocol):
             check_positives(catalogue, protocol.query, protocol.gallery)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -39,7 +41,7 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
             raise ConfigError(f"{override!r} is not an override; write section.field=value")
     try:
         tree = OmegaConf.load(Path(path)) if path else OmegaConf.create({})
-        merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(tree, OmegaConf.from_dotlist([_without_comment(each) for each in overrides]))
         values = OmegaConf.to_container(merged, resolve=True)
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such config file") from error
@@ -48,7 +50,32 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
         raise ConfigError(f"{path or 'overrides'}: {' '.join(str(error).split())}") from error
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path}: a config must be a mapping of sections, not a {type(values).__name__}")
-    return validate(dict(values))
+    return validate(dict(values), written=_as_written(path, overrides))
+
+
+def _without_comment(override: str) -> str:
+    """An override whose value is taken whole: YAML would end it at ` #`."""
+    key, _, value = override.partition("=")
+    plain = " #" in value and value.lstrip()[:1] not in ("'", '"', "[", "{")
+    return f"{key}={json.dumps(value)}" if plain else override
+
+
+def _as_written(path: str | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """The tree of a file and overrides with all scalars as the text that was written, which `007` is not read as."""
+    import yaml
+
+    tree: Any = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader) if path else {}
+    tree = tree if isinstance(tree, dict) else {}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        *sections, field = key.split(".")
+        section = tree
+        for name in sections:
+            if not isinstance(section.get(name), dict):
+                section[name] = {}
+            section = section[name]
+        section[field] = value
+    return tree
 
 
 def with_values(config: Config, changes: Mapping[str, Any]) -> Config:
@@ -67,17 +94,21 @@ def with_values(config: Config, changes: Mapping[str, Any]) -> Config:
     return validate(values)
 
 
-def validate(values: Mapping[Any, Any]) -> Config:
+def validate(values: Mapping[Any, Any], *, written: Mapping[Any, Any] | None = None) -> Config:
     """The typed tree of plain values.
+
+    Args:
+        values: numbers and booleans where the field is text are taken as text.
+        written: the same tree with scalars as they were written; None = numbers are formatted.
 
     Raises:
         ConfigError: see `load_config`; the message is one line about the first error.
     """
-    return validate_as(Config, values)
+    return validate_as(Config, values, written=written)
 
 
-def validate_as(model: type[Checked], values: Any) -> Checked:
-    """An instance of `model` from plain values (or from an instance).
+def validate_as(model: type[Checked], values: Any, *, written: Mapping[Any, Any] | None = None) -> Checked:
+    """An instance of `model` from plain values (or from an instance); see `validate`.
 
     Raises:
         ConfigError: see `load_config`; the message is one line about the first error.
@@ -85,7 +116,42 @@ def validate_as(model: type[Checked], values: Any) -> Checked:
     try:
         return model.model_validate(values)
     except ValidationError as error:
+        texts = [_text_for(each, written) for each in error.errors()]
+        if isinstance(values, Mapping) and any(text is not None for text in texts):
+            changed = copy.deepcopy(dict(values))
+            for each, text in zip(error.errors(), texts, strict=True):
+                if text is not None and not _set(changed, each["loc"], each["input"], text):
+                    break
+            else:
+                return validate_as(model, changed)
         raise ConfigError(_first_error(error, model)) from error
+
+
+def _text_for(error: Any, written: Mapping[Any, Any] | None) -> str | None:
+    """The text that a scalar stands for where a field is text; None for any other error."""
+    if error["type"] != "string_type" or not isinstance(error["input"], bool | int | float):
+        return None
+    place: Any = written
+    for key in error["loc"]:
+        known = key in place if isinstance(place, Mapping) else isinstance(place, list) and key in range(len(place))
+        # Other parts of the location are kinds of a union, which nobody writes.
+        place = place[key] if known else place
+    if isinstance(place, str):
+        return place
+    return str(error["input"]).lower() if isinstance(error["input"], bool) else f"{error['input']:g}"
+
+
+def _set(values: Any, location: Sequence[int | str], old: Any, new: str) -> bool:
+    """Replace the value at an error's location; False if it is not there."""
+    for key in location:
+        inside = key in values if isinstance(values, dict) else isinstance(values, list) and isinstance(key, int)
+        if not inside:
+            continue
+        if values[key] is old or values[key] == old:
+            values[key] = new
+            return True
+        values = values[key]
+    return False
 
 
 def dump_yaml(config: Config) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from afmrl_ray.config.base import Section
 
@@ -148,6 +149,15 @@ class AdapterConfig(Section):
     """For `lora`: regular expression over full module names; the default matches the language model's projections."""
     train_vision: bool = False
     """For `full`: whether the vision tower is trained too; otherwise it is frozen."""
+
+    @field_validator("targets")
+    @classmethod
+    def _is_a_pattern(cls, targets: str) -> str:
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise ValueError(f"targets {targets!r} is no regular expression ({error}); mend it") from error
+        return targets
 
 
 class OptimizerConfig(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import torch
 
 from afmrl_ray.config.models import AdapterConfig
-from afmrl_ray.errors import CheckpointError
-from afmrl_ray.models.backbones import fetch, load_backbone
+from afmrl_ray.errors import CheckpointError, ConfigError
+from afmrl_ray.models.backbones import fetch, load_backbone, module_names
 from afmrl_ray.models.unwrap import unwrap_model
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -63,6 +64,28 @@ def make_trainable(model: Any, config: AdapterConfig) -> Any:
         return get_peft_model(model, lora, autocast_adapter_dtype=False)
     except ValueError as error:
         raise CheckpointError(f"adapter.targets {config.targets!r} matches no module of the model") from error
+
+
+def check_targets(path: str, role: str, config: AdapterConfig, *, setting: str) -> None:
+    """Check that an adapter would adapt something of a checkpoint.
+
+    Args:
+        path: of the checkpoint.
+        role: `encoder`, `generator` or `dual_encoder`.
+        config: the adapter's settings.
+        setting: its name, for the message.
+
+    Raises:
+        ConfigError: `targets` matches no module.
+    """
+    if config.kind != "lora":
+        return
+    names = module_names(path, role)
+    if not any(re.fullmatch(config.targets, name) for name in names):
+        example = next((name for name in reversed(names) if name.endswith("_proj")), names[-1])
+        raise ConfigError(
+            f"{setting}.targets {config.targets!r} matches no module of {path}; it has {example} and others"
+        )
 
 
 def vision_tower(model: Any) -> Any:

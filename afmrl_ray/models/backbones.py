@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import getpass
 import os
-import tempfile
 from typing import Any
 
 import torch
@@ -30,7 +28,7 @@ def fetch(path: str) -> str:
         storage.join(path, "adapter_config.json")
     ):
         raise CheckpointError(f"{path} holds no checkpoint")
-    return storage.localise(path, os.path.join(tempfile.gettempdir(), f"afmrl_ray-{getpass.getuser()}", "models"))
+    return storage.localise(path, storage.user_cache("models"))
 
 
 def check_checkpoint(path: str, role: str, *, setting: str | None = None) -> None:
@@ -52,6 +50,9 @@ def check_checkpoint(path: str, role: str, *, setting: str | None = None) -> Non
     except CheckpointError as error:
         raise CheckpointError(f"{setting}: {error}") from error
     if "://" in path:
+        if base := adapter_base(path):
+            check_checkpoint(base, role, setting=f"{setting} (base of the adapter {path})")
+            return
         file = storage.join(path, "config.json")
         if not storage.exists(file):
             raise CheckpointError(f"{setting}: {path} holds no checkpoint")
@@ -60,11 +61,22 @@ def check_checkpoint(path: str, role: str, *, setting: str | None = None) -> Non
     looks_local = os.path.isabs(path) or path.startswith(".") or path.count("/") > 1
     if looks_local and not os.path.isdir(path):
         raise CheckpointError(f"{setting}: {path} does not exist")
+    if base := adapter_base(path):
+        check_checkpoint(base, role, setting=f"{setting} (base of the adapter {path})")
+        return
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{setting}: {path} is no checkpoint ({' '.join(str(error).split())[:160]})") from error
     _check_type(config.model_type, path, role, setting)
+
+
+def adapter_base(path: str) -> str | None:
+    """The checkpoint that an adapter's folder or URI names as its base; None if it holds no adapter."""
+    file = storage.join(path, "adapter_config.json") if "://" in path else os.path.join(path, "adapter_config.json")
+    if not (storage.exists(file) if "://" in path else os.path.isfile(file)):
+        return None
+    return str(storage.read_json(file).get("base_model_name_or_path") or "") or None
 
 
 def _check_type(model_type: str | None, path: str, role: str, setting: str) -> None:
@@ -93,6 +105,16 @@ def load_backbone(path: str, role: str, *, dtype: str = "float32", device: torch
     # Adapters store this as their base: the shared location of the checkpoint, not this node's copy of it.
     model.name_or_path = path
     return model.to(device)
+
+
+def module_names(path: str, role: str) -> list[str]:
+    """Names of all modules of a checkpoint's architecture (of the base, for an adapter), without loading any weight."""
+    from transformers import AutoConfig
+
+    local = fetch(adapter_base(fetch(path)) or path)
+    with torch.device("meta"):
+        model = _model_class(local, role)(AutoConfig.from_pretrained(local))
+    return [name for name, _ in model.named_modules() if name]
 
 
 def _model_class(local: str, role: str) -> Any:

@@ -41,9 +41,29 @@ class EmbeddingModel(nn.Module):
         with last_token_only(model.language_model):
             hidden = model(**_with_images(batch), use_cache=False).last_hidden_state
         embeddings = functional.normalize(hidden[:, -1].float(), dim=-1)
+        if self.training and batch.get("image_grid_thw") is None:
+            embeddings = embeddings + self._unused_vision()
         if self.log_temperature is None:
             return embeddings
         return torch.cat([embeddings, self.log_temperature.float().expand(len(embeddings), 1)], dim=1)
+
+    def _unused_vision(self) -> Tensor | float:
+        """Zero that depends on the vision tower, where it is trained and a batch has no image.
+
+        ZeRO reduces gradients as they are computed; a worker without images would take part in other collective calls
+        than the others.
+        """
+        tower = unwrap_model(self.backbone).model.visual
+        if not any(parameter.requires_grad for parameter in tower.parameters()):
+            return 0.0
+        config, device = tower.config, self.device
+        side = config.spatial_merge_size
+        size = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        pixels = torch.zeros(side * side, size, device=device, dtype=next(tower.parameters()).dtype)
+        features = tower(pixels, grid_thw=torch.tensor([[1, side, side]], device=device)).pooler_output
+        return 0.0 * sum(
+            part.float().sum() for part in (features if isinstance(features, tuple | list) else [features])
+        )
 
     def embed_packed(self, packed: Packed) -> Tensor:
         """Embed sequences that share prefixes; the result is that of padded sequences, one for each continuation.

@@ -7,12 +7,10 @@ batch of its own, so its output has the same bits in every process and step.
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import json
 import logging
 import os
-import tempfile
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +21,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from afmrl_ray import storage
 from afmrl_ray.catalogue.images import DECODING
 from afmrl_ray.config.models import VisionCacheConfig
 from afmrl_ray.errors import ConfigError
@@ -58,7 +57,7 @@ class VisionCache:
                 "step; set it to false, or exclude the tower from agcl.adapter"
             )
         self._processor = processor
-        self._root = Path(config.folder or os.path.join(tempfile.gettempdir(), f"afmrl_ray-{getpass.getuser()}/vision"))
+        self._root = Path(config.folder or storage.user_cache("vision"))
         self._limit = int(config.max_gb * 1e9)
         self._folder = self._root / fingerprint(self._tower, processor)
         self._writes = 0

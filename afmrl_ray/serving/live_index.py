@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import getpass
 import os
-import tempfile
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -123,4 +121,4 @@ def merge(state_dir: str, bundle: Bundle) -> str | None:
 
 def local_index(path: str) -> str:
     """The local folder of an index; one at a URI is copied once per node."""
-    return storage.localise(path, os.path.join(tempfile.gettempdir(), f"afmrl_ray-{getpass.getuser()}", "index"))
+    return storage.localise(path, storage.user_cache("index"))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from afmrl_ray import storage
 from afmrl_ray.config.cluster import PoolConfig, RayConfig, WorkersConfig
 from afmrl_ray.errors import ResourceError
 
@@ -46,12 +48,13 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         return
     address = config.address or ("auto" if os.environ.get("RAY_ADDRESS") else None)
     common = {"namespace": config.namespace, "log_to_driver": True, "logging_level": logging.WARNING}
-    environment = {"env_vars": dict(_WORKER_ENVIRONMENT)}
+    environment = {"env_vars": {**_WORKER_ENVIRONMENT, "LOGNAME": storage.user_name()}}
     if address is not None:
+        _wait_for_head(config, address)
         try:
             ray.init(address=address, runtime_env=environment, **common)
         except ConnectionError as error:
-            raise ResourceError(f"ray.address {address}: no Ray cluster answers at this address") from error
+            raise ResourceError(f"{_asked(config, address)}: no Ray cluster answers at this address") from error
     else:
         ray.init(
             num_cpus=config.num_cpus,
@@ -65,6 +68,35 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _asked(config: RayConfig, address: str) -> str:
+    """The setting that names the cluster, with its value."""
+    return f"ray.address {address}" if config.address else f"RAY_ADDRESS {os.environ.get('RAY_ADDRESS', address)}"
+
+
+def _wait_for_head(config: RayConfig, address: str) -> None:
+    """Wait until something listens at the address of a head node; Ray itself would try for a quarter of an hour.
+
+    Raises:
+        ResourceError: nothing listens there after `ray.wait_for_resources_s`.
+    """
+    named = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+    host, _, port = named.rpartition("://")[2].rstrip("/").rpartition(":")
+    if not (host and port.isdecimal()):
+        return
+    deadline = time.monotonic() + config.wait_for_resources_s
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise ResourceError(
+                    f"{_asked(config, address)}: nothing listens there after {config.wait_for_resources_s:g} s "
+                    f"({error}); start the cluster, or unset it to start a local Ray"
+                ) from error
+            time.sleep(min(1.0, config.wait_for_resources_s))
 
 
 @dataclass(frozen=True)

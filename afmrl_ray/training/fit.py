@@ -7,6 +7,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,10 +57,13 @@ def fit(
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    # A user's mistake stays one however often the group is started again.
+    mistake = storage.join(directory, "user_error.json")
+    storage.remove(mistake)
     demand = workers_demand(workers)
     require_resources(name, [demand], wait_s=wait_s)
     trainer = TorchTrainer(
-        loop,
+        partial(_unless_mistaken, loop, mistake),
         train_loop_config=loop_config,
         torch_config=TorchConfig(timeout_s=int(workers.collective_timeout_s)),
         scaling_config=ScalingConfig(
@@ -78,9 +82,37 @@ def fit(
         ),
     )
     try:
-        return trainer.fit()
+        result = trainer.fit()
     except TrainingFailedError as error:
-        raise user_error_inside(error) or error from None
+        raise user_error_inside(error) or _recorded_mistake(mistake) or error from None
+    if (found := _recorded_mistake(mistake)) is not None:
+        raise found
+    return result
+
+
+def _unless_mistaken(loop: Callable[[dict[str, Any]], Any], mistake: str, loop_config: dict[str, Any]) -> Any:
+    """Run the loop of a worker; after a `UserError` of any worker, the group that is started again does nothing.
+
+    Args:
+        loop: of the training.
+        mistake: file that records the error.
+        loop_config: for the loop.
+    """
+    if storage.exists(mistake):
+        return None
+    try:
+        return loop(loop_config)
+    except errors.UserError as error:
+        storage.write_json(mistake, {"kind": type(error).__name__, "message": str(error)})
+        raise
+
+
+def _recorded_mistake(mistake: str) -> errors.UserError | None:
+    if not storage.exists(mistake):
+        return None
+    found = storage.read_json(mistake)
+    kind = getattr(errors, found["kind"], errors.UserError)
+    return kind(found["message"])
 
 
 def fit_model(

@@ -11,6 +11,7 @@ import pytest
 
 from afmrl_ray.cit import driver
 from afmrl_ray.config import validate
+from afmrl_ray.errors import ConfigError
 from afmrl_ray.runs import RunDirectory
 from tests.cit.fake_stages import FakePipeline
 
@@ -105,3 +106,18 @@ def test_the_installed_command_is_recorded_by_its_subcommand(run, monkeypatch):
     record = job(monkeypatch, run, "/env/bin/afmrl", "train", "encoder", "--round", "0", "run.name=t")
     assert record["command"] == "afmrl train encoder --round 0 run.name=t"
     assert record["jobs"] == {"afmrl train encoder": "afmrl train encoder --round 0 run.name=t"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"agcl": {"batch_size": 4096}}, r"agcl\.batch_size 4096 exceeds the \d+ products that have pairs"),
+        ({"distill": {"batch_size": 4096}}, r"distill\.batch_size 4096 exceeds the \d+ rows of distill\.items"),
+    ],
+)
+def test_batches_that_the_catalogue_cannot_fill_are_found_before_the_first_stage(tiny_catalogue_ref, change, message):
+    catalogue = tiny_catalogue_ref.open()
+    small = {"agcl": {"batch_size": 6}, "distill": {"batch_size": 8}}
+    driver.check_selectors(validate(small), catalogue)
+    with pytest.raises(ConfigError, match=message):
+        driver.check_selectors(validate({**small, **change}), catalogue)

@@ -209,3 +209,29 @@ def test_config_imports_neither_torch_nor_ray():
     code = "import sys, afmrl_ray.config; print(sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_scalars_are_text_where_the_field_is_text(tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        "run: {name: 007}\n"
+        "rar: {task: {query: {where: {in_stock: true, brand: 12}}}}\n"
+        "evaluation: {primary_protocol: 1e5, protocols: [{kind: retrieval, name: 1e5}]}\n"
+    )
+    config = load_config(str(tmp_path / "a.yaml"), ["encoder.instruction=on", "run.seed=7"])
+    assert (config.run.name, config.run.seed, config.encoder.instruction) == ("007", 7, "on")
+    assert config.rar.task.query.where == {"in_stock": "true", "brand": "12"}
+    assert config.evaluation.protocols[0].name == config.evaluation.primary_protocol == "1e5"
+    assert load_config(None, ["run.name=1234567"]).run.name == "1234567"
+    assert validate({"run": {"name": 7}}).run.name == "7"
+    with pytest.raises(ConfigError, match=r"run\.name: .* valid string"):
+        validate({"run": {"name": [7]}})
+
+
+@pytest.mark.parametrize("path", ["/data/a #b.parquet", "/data/a#b", "C: #", "/data/'a' #1"])
+def test_an_override_is_taken_whole(path):
+    assert load_config(None, [f"catalogue.path={path}"]).catalogue.path == path
+
+
+def test_a_pattern_that_is_none_is_refused_at_once():
+    with pytest.raises(ConfigError, match=r"targets '\.\*\(q_proj' is no regular expression"):
+        load_config(None, ["agcl.adapter.targets='.*(q_proj'"])
