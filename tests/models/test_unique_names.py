@@ -16,10 +16,7 @@ from afmrl_ray.models.item_processor import ItemProcessor
 from afmrl_ray.models.packaged import resolve_checkpoint
 from afmrl_ray.models.unique_names import TokenEnds, UniqueNames
 
-TEXTS = (
-    *("col", "or", "color", " color", "Color", "size", " si", "ze", "red"),
-    *(" ", ":", ": ", ";", "; ", "a:b", "x; co", ""),
-)
+TEXTS = "col|or|color| color|Color| |:|: |;|; |size| si|ze|red|a:b|x; co|".split("|")
 ENDS = TokenEnds(TEXTS)
 
 
