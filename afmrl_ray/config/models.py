@@ -121,10 +121,6 @@ class GeneratorConfig(Section):
     """Longest completion, tokens; one that does not end within them is invalid."""
     max_attributes: int = Field(16, gt=0)
     """Largest number of attribute pairs of a valid completion."""
-    unique_names: bool = True
-    """Whether no name is written twice in a completion, which would make it invalid: a token that completes a name
-    which is there already is never chosen. Log-probabilities are not changed by it. Rollouts of engine `vllm` are
-    sampled without it, so that repeated names cost reward there."""
 
 
 class AdapterConfig(Section):

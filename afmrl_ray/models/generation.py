@@ -13,7 +13,6 @@ from afmrl_ray.models.item_processor import ItemProcessor
 from afmrl_ray.models.logprobs import token_logprobs
 from afmrl_ray.models.model_input import ModelInput, collate
 from afmrl_ray.models.shared_prefix import Decoding, takes_shared_prefix
-from afmrl_ray.models.unique_names import UniqueNames
 from afmrl_ray.models.unwrap import unwrap_model
 
 
@@ -47,7 +46,6 @@ def generate(
     seeds: Sequence[int] | None = None,
     temperature: float = 1.0,
     max_separators: int | None = None,
-    unique_names: bool = False,
 ) -> Completions:
     """Sample `group_size` completions of every prompt, or decode greedily.
 
@@ -63,8 +61,6 @@ def generate(
         seeds: one per prompt; none = greedy decoding (then `group_size` must be 1).
         temperature: divides the logits.
         max_separators: a completion also ends after this many separators of attribute pairs; none = no such limit.
-        unique_names: never choose a token that completes an attribute name which the completion already has; `logp`
-            are those of the whole distribution, as with other cuts of the choice.
 
     Raises:
         ValueError: `group_size` is above 1 without seeds.
@@ -85,15 +81,11 @@ def generate(
     if max_separators is not None:
         separators = torch.tensor(processor.separator_ids, device=device)
         left = torch.full((len(hidden),), max_separators, device=device)
-    names = UniqueNames(processor.token_ends, len(hidden)) if unique_names else None
     ids, masks, logps = [], [], []
     for step in range(max_new_tokens):
         logp = token_logprobs(backbone.lm_head(hidden), temperature=temperature, forbidden_ids=processor.forbidden_ids)
-        choice = logp if names is None else names.without_forbidden(logp)
-        token = choice.argmax(-1) if noise is None else _draw(choice, noise[:, step])
+        token = logp.argmax(-1) if noise is None else _draw(logp, noise[:, step])
         token = torch.where(alive, token, processor.pad_id)
-        if names is not None:
-            names.add(token.tolist())
         ids.append(token)
         masks.append(alive)
         logps.append(torch.where(alive, logp.gather(-1, token[:, None])[:, 0], 0.0))

@@ -17,7 +17,6 @@ from afmrl_ray.config.models import ImageConfig
 from afmrl_ray.errors import CheckpointError
 from afmrl_ray.models.backbones import fetch
 from afmrl_ray.models.model_input import ModelInput, PixelFormat, Visual, mrope_positions
-from afmrl_ray.models.unique_names import TokenEnds
 
 _SENTINEL = "\u2042"
 
@@ -107,13 +106,6 @@ class ItemProcessor:
         added = set(self.tokenizer.get_added_vocab())
         vocabulary = self.tokenizer.get_vocab().items()
         return sorted(index for token, index in vocabulary if SEPARATOR in token and token not in added)
-
-    @cached_property
-    def token_ends(self) -> TokenEnds:
-        """Tokens by what they add to an attribute name; special tokens add nothing."""
-        added = set(self.tokenizer.get_added_vocab().values())
-        size = len(self.tokenizer)
-        return TokenEnds(["" if index in added else self.tokenizer.decode([index]) for index in range(size)])
 
     def pixel_settings(self) -> dict[str, Any]:
         """All settings that the patches of an image depend on, as JSON values."""

@@ -98,7 +98,6 @@ class TransformersEngine:
             group_size=group_size,
             seeds=seeds,
             temperature=self._spec.temperature,
-            unique_names=self._spec.generator.unique_names,
         )
         texts = out.texts(self._processor)
         groups = []
