@@ -18,6 +18,8 @@ INVALID_REASONS: tuple[InvalidReason, ...] = get_args(InvalidReason)
 
 SEPARATOR = ";"
 """Separates pairs."""
+PAIR_MARK = ":"
+"""Separates name and value of a pair."""
 
 _SPECIAL_TOKEN = re.compile(r"<\|.*?\|>", re.DOTALL)
 _DROPPED = re.compile(r"[;:]|<\||\|>")
@@ -49,7 +51,7 @@ def normalise_attributes(attributes: Mapping[str, str | None] | Iterable[tuple[s
     pairs = attributes.items() if isinstance(attributes, Mapping) else attributes
     found: dict[str, str] = {}
     for raw_name, raw_value in pairs:
-        name, value = _fold(raw_name), _fold(raw_value)
+        name, value = fold(raw_name), fold(raw_value)
         if name and value:
             found.setdefault(name, value)
     return tuple(found.items())
@@ -87,8 +89,8 @@ def parse_attributes(text: str, *, max_attributes: int, complete: bool = True) -
         return InvalidAttributes("empty")
     found: dict[str, str] = {}
     for segment in text.rstrip().removesuffix(SEPARATOR).split(SEPARATOR):
-        raw_name, _, raw_value = segment.partition(":")
-        name, value = _fold(raw_name), _fold(raw_value)
+        raw_name, _, raw_value = segment.partition(PAIR_MARK)
+        name, value = fold(raw_name), fold(raw_value)
         if not (name and value):
             return InvalidAttributes("no_pair")
         if name in found:
@@ -97,5 +99,6 @@ def parse_attributes(text: str, *, max_attributes: int, complete: bool = True) -
     return InvalidAttributes("too_many") if len(found) > max_attributes else tuple(found.items())
 
 
-def _fold(text: str | None) -> str:
+def fold(text: str | None) -> str:
+    """Name or value in normal form: lower case, single spaces; the marks of the text form become spaces."""
     return " ".join(_DROPPED.sub(" ", text or "").lower().split())

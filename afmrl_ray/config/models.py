@@ -121,6 +121,10 @@ class GeneratorConfig(Section):
     """Longest completion, tokens; one that does not end within them is invalid."""
     max_attributes: int = Field(16, gt=0)
     """Largest number of attribute pairs of a valid completion."""
+    unique_names: bool = True
+    """Whether sampling, annotation and serving forbid tokens that would repeat an attribute name of the completion,
+    which makes it invalid. Log-probabilities are recorded without this mask. `rar.rollout.engine` vllm samples without
+    it, with a warning, since the interface of vLLM's logits processors differs between its versions."""
 
 
 class AdapterConfig(Section):

@@ -77,7 +77,12 @@ def write_attributes(
     if fitting:
         prompts = [generator_input(processor, catalogue, row, config=config) for row in fitting]
         completions = generate(
-            model, processor, prompts, max_new_tokens=config.max_new_tokens, max_separators=max_pairs
+            model,
+            processor,
+            prompts,
+            max_new_tokens=config.max_new_tokens,
+            max_separators=max_pairs,
+            unique_names=config.unique_names,
         )
         for row, (text, complete) in zip(fitting, completions.texts(processor), strict=True):
             if max_pairs is not None and text.count(SEPARATOR) >= max_pairs:

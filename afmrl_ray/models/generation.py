@@ -13,6 +13,7 @@ from afmrl_ray.models.item_processor import ItemProcessor
 from afmrl_ray.models.logprobs import token_logprobs
 from afmrl_ray.models.model_input import ModelInput, collate
 from afmrl_ray.models.shared_prefix import Decoding, takes_shared_prefix
+from afmrl_ray.models.unique_names import UniqueNames
 from afmrl_ray.models.unwrap import unwrap_model
 
 
@@ -23,7 +24,8 @@ class Completions:
     Attributes:
         ids: [B*G, C] token ids; padding after the end of turn.
         mask: [B*G, C] True at sampled tokens, the end of turn included.
-        logp: [B*G, C] float32 log-probabilities at the sampling temperature; 0 at padding.
+        logp: [B*G, C] float32 log-probabilities at the sampling temperature; 0 at padding. Without the mask of
+            `unique_names`, see `generate`.
     """
 
     ids: Tensor
@@ -46,11 +48,18 @@ def generate(
     seeds: Sequence[int] | None = None,
     temperature: float = 1.0,
     max_separators: int | None = None,
+    unique_names: bool = False,
 ) -> Completions:
     """Sample `group_size` completions of every prompt, or decode greedily.
 
     The random numbers of a group depend on its own seed alone, not on the other prompts of the call. If
     `use_shared_prefix` was applied to the model, a prompt's keys and values are held once for its group.
+
+    With `unique_names` a token is drawn among those that repeat no attribute name (`models.unique_names`), but its
+    log-probability is recorded over all tokens, as the learner computes it without knowing the mask. Trainers treat
+    truncated sampling (top-k, top-p) in the same way: sampler and learner agree, the ratio of a fresh rollout is 1, and
+    the gradient is that of the unmasked policy on samples of the masked one. The two differ by what the mask removes,
+    a few percent of the completions and nothing once the policy repeats no names.
 
     Args:
         model: a (PEFT-wrapped) `Qwen2_5_VLForConditionalGeneration`.
@@ -61,6 +70,7 @@ def generate(
         seeds: one per prompt; none = greedy decoding (then `group_size` must be 1).
         temperature: divides the logits.
         max_separators: a completion also ends after this many separators of attribute pairs; none = no such limit.
+        unique_names: whether tokens that would repeat an attribute name of their completion are forbidden.
 
     Raises:
         ValueError: `group_size` is above 1 without seeds.
@@ -81,10 +91,12 @@ def generate(
     if max_separators is not None:
         separators = torch.tensor(processor.separator_ids, device=device)
         left = torch.full((len(hidden),), max_separators, device=device)
+    names = UniqueNames(processor.name_tokens, len(hidden)) if unique_names else None
     ids, masks, logps = [], [], []
     for step in range(max_new_tokens):
         logp = token_logprobs(backbone.lm_head(hidden), temperature=temperature, forbidden_ids=processor.forbidden_ids)
-        token = logp.argmax(-1) if noise is None else _draw(logp, noise[:, step])
+        allowed = logp if names is None else names.forbid(logp)
+        token = allowed.argmax(-1) if noise is None else _draw(allowed, noise[:, step])
         token = torch.where(alive, token, processor.pad_id)
         ids.append(token)
         masks.append(alive)
@@ -95,6 +107,8 @@ def generate(
             alive = alive & (left > 0)
         if step + 1 == max_new_tokens or not alive.any():
             break
+        if names is not None:
+            names.write(token.tolist())
         position = position + 1
         hidden = steps(token, position)
     return Completions(torch.stack(ids, 1), torch.stack(masks, 1), torch.stack(logps, 1))

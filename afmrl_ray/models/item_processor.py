@@ -17,6 +17,7 @@ from afmrl_ray.config.models import ImageConfig
 from afmrl_ray.errors import CheckpointError
 from afmrl_ray.models.backbones import fetch
 from afmrl_ray.models.model_input import ModelInput, PixelFormat, Visual, mrope_positions
+from afmrl_ray.models.unique_names import NameTokens
 
 _SENTINEL = "\u2042"
 
@@ -106,6 +107,11 @@ class ItemProcessor:
         added = set(self.tokenizer.get_added_vocab())
         vocabulary = self.tokenizer.get_vocab().items()
         return sorted(index for token, index in vocabulary if SEPARATOR in token and token not in added)
+
+    @cached_property
+    def name_tokens(self) -> NameTokens:
+        """What the tokens do to attribute text, for `models.unique_names.UniqueNames`."""
+        return NameTokens(self.tokenizer)
 
     def pixel_settings(self) -> dict[str, Any]:
         """All settings that the patches of an image depend on, as JSON values."""

@@ -151,6 +151,8 @@ class GeneratorSettings(ModelSettings):
     max_prompt_tokens: int
     max_new_tokens: int
     max_attributes: int
+    # Models that were trained before the setting existed are used as they were then.
+    unique_names: bool = False
 
     @property
     def image(self) -> ImageConfig:
@@ -168,6 +170,7 @@ class GeneratorSettings(ModelSettings):
             max_prompt_tokens=self.max_prompt_tokens,
             max_new_tokens=self.max_new_tokens,
             max_attributes=self.max_attributes,
+            unique_names=self.unique_names,
         )
 
 
@@ -211,6 +214,7 @@ def generator_settings(
         max_prompt_tokens=config.max_prompt_tokens,
         max_new_tokens=config.max_new_tokens,
         max_attributes=config.max_attributes,
+        unique_names=config.unique_names,
         **_provenance(catalogue, upstream),
     )
 

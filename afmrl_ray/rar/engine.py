@@ -98,6 +98,7 @@ class TransformersEngine:
             group_size=group_size,
             seeds=seeds,
             temperature=self._spec.temperature,
+            unique_names=self._spec.generator.unique_names,
         )
         texts = out.texts(self._processor)
         groups = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from afmrl_ray.rar.module import PolicySpec
 from afmrl_ray.rar.vllm_requests import completion_seeds, groups_of, prompt_of, sampling_options
 from afmrl_ray.rar.vllm_weights import Trained, write_adapter
 from afmrl_ray.rar.weights import check_fit, weights_fingerprint
+
+log = logging.getLogger(__name__)
 
 
 def engine_options(spec: PolicySpec, config: RolloutConfig, trained: Trained) -> dict[str, Any]:
@@ -51,7 +54,8 @@ class VLLMEngine:
     """Sampling with vLLM: one request and seed per completion; the prefix cache holds the prompt of a group.
 
     A completion is a function of weights, prompt and seed only up to rounding, which depends on the other requests of
-    the batch.
+    the batch. Repeated attribute names are not forbidden, whatever `generator.unique_names` says: vLLM's interface for
+    that depends on its version. Log-probabilities do not depend on that mask in any engine.
 
     Args:
         spec: the policy.
@@ -62,6 +66,10 @@ class VLLMEngine:
     def __init__(self, spec: PolicySpec, config: RolloutConfig, threads: int) -> None:
         torch.set_num_threads(threads)
         self._spec = spec
+        if spec.generator.unique_names:
+            log.warning(
+                "rar.rollout.engine vllm samples without generator.unique_names: it may repeat names, which is invalid"
+            )
         self._processor = spec.load_processor()
         self._catalogue = spec.catalogue.open()
         self._trained = Trained.of(spec)

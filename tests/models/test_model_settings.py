@@ -32,6 +32,7 @@ GENERATOR = GeneratorConfig(
     max_prompt_tokens=99,
     max_new_tokens=33,
     max_attributes=5,
+    unique_names=False,
 )
 NOT_RECORDED = {"path", "vision_cache", "dual_encoder"}
 """Where the base comes from, a cache that changes no result, and objectives of a training."""
@@ -112,3 +113,12 @@ def test_a_damaged_file_is_refused(tmp_path: Path, change, says: str) -> None:
         ModelSettings.read(str(tmp_path))
     assert str(file) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_generator_from_before_unique_names_is_used_as_it_was(tmp_path: Path) -> None:
+    generator_settings(GeneratorConfig(), catalogue=None, upstream={}).write(str(tmp_path))
+    path = tmp_path / "afmrl.json"
+    values = json.loads(path.read_text())
+    assert values.pop("unique_names") is True
+    path.write_text(json.dumps(values))
+    assert not GeneratorSettings.read(str(tmp_path)).config().unique_names
