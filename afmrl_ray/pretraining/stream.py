@@ -31,8 +31,8 @@ TITLES = tuple(
 _CATALOGUE_TITLES = (SyntheticConfig(),)
 _LADDER = {"preset": "bench", "train_products": 1200, "val_products": 100, "test_products": 2000}
 EXCLUDED = (
-    *(SyntheticConfig(preset=preset) for preset in ("tiny", "demo", "bench")),  # type: ignore[arg-type]
-    *(SyntheticConfig(seed=seed, **_LADDER) for seed in range(100, 105)),  # type: ignore[arg-type]
+    *(SyntheticConfig(preset=preset) for preset in ("tiny", "demo", "bench")),
+    *(SyntheticConfig(seed=seed, **_LADDER) for seed in range(100, 105)),
 )
 """The catalogues whose products the packaged checkpoints' images exclude."""
 
