@@ -161,7 +161,7 @@ def _name(data: bytes) -> str:
 
 
 def _byte_letters() -> dict[int, str]:
-    """The letter that a byte-level vocabulary (GPT-2, Radford et al. 2019) writes for each byte."""
+    """The letter that a byte-level vocabulary (GPT-2, 2019) writes for each byte: itself if printable."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     letters = {byte: chr(byte) for byte in printable}
     others = [byte for byte in range(256) if byte not in letters]

@@ -46,7 +46,21 @@ def make_catalogue(config: SyntheticConfig) -> pa.Table:
     return pa.Table.from_pylist(list(_items(config)), schema=SCHEMA)
 
 
+def products_of(config: SyntheticConfig) -> set[Product]:
+    """The products of the catalogue that `make_catalogue` would write, without their images."""
+    return {product for product, _, _, _ in _products(config)}
+
+
 def _items(config: SyntheticConfig) -> Iterator[dict[str, Any]]:
+    copies = config.items_per_product or PRESETS[config.preset]["items_per_product"]
+    for product, product_ids, family, split in _products(config):
+        for product_id in product_ids:
+            for copy in range(copies):
+                yield _item(config, product, product_id, product_ids[0], family, split, copy)
+
+
+def _products(config: SyntheticConfig) -> Iterator[tuple[Product, list[str], str, str]]:
+    """Every product with its identity and those of its duplicates, its family and split."""
     size = {name: getattr(config, name) or value for name, value in PRESETS[config.preset].items()}
     draw = np.random.default_rng([config.seed, 0])
     seen: set[Product] = set()
@@ -60,9 +74,7 @@ def _items(config: SyntheticConfig) -> Iterator[dict[str, Any]]:
                 product_ids = [identity]
                 if split == "train" and draw.random() < config.duplicate_fraction:
                     product_ids.append(f"{identity}-again")
-                for product_id in product_ids:
-                    for copy in range(size["items_per_product"]):
-                        yield _item(config, product, product_id, identity, f"{split}-f{index:04d}", split, copy)
+                yield product, product_ids, f"{split}-f{index:04d}", split
 
 
 def _item(
