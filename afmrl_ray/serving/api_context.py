@@ -95,7 +95,9 @@ class ApiContext:
             Problem: 422, the attributes exceed a limit, or are missing where the source is `given`.
         """
         given = self.limits.attribute_text(body.attributes, "attributes")
-        default = "given" if body.attributes is not None else self.config.attributes_source
+        # An embedding is of what the request holds; a search has the deployment's default.
+        otherwise = self.config.attributes_source if isinstance(body, SearchBody) else "none"
+        default = "given" if body.attributes is not None else otherwise
         source = body.attributes_source or default
         if source == "given" and body.attributes is None:
             raise Problem(422, "attributes: missing, though attributes_source is given")

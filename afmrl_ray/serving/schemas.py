@@ -95,7 +95,9 @@ class ItemInput(ItemContent):
     """An item to be embedded, instead of plain text."""
 
     attributes: dict[str, str] | None = Field(None, description="For `attributes_source: given`.")
-    attributes_source: AttributesSource = Field("none", description="Source of the attributes.")
+    attributes_source: AttributesSource | None = Field(
+        None, description="Source of the attributes; by default `given` if there are any, else `none`."
+    )
 
 
 class EmbeddingsBody(Body):

@@ -160,6 +160,17 @@ def test_null_is_as_if_the_field_was_left_out(client) -> None:
     assert client.post("/v1/embeddings", json={"input": None}).status_code == 422
 
 
+def test_attributes_that_are_given_are_embedded(client) -> None:
+    def embedded(**more) -> list[float]:
+        item = {"title": "mug", **more}
+        return client.post("/v1/embeddings", json={"input": [item]}).json()["data"][0]["embedding"]
+
+    given = embedded(attributes={"shape": "round"})
+    assert given == embedded(attributes={"shape": "round"}, attributes_source="given")
+    assert given != embedded()
+    assert embedded() == embedded(attributes={"shape": "round"}, attributes_source="none")
+
+
 @pytest.mark.parametrize("tokens", [[2675, 2579], [[2675, 2579], [305]], 7])
 def test_token_ids_are_refused_with_what_to_do(client, tokens) -> None:
     answer = client.post("/v1/embeddings", json={"input": tokens})
