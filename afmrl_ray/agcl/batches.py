@@ -60,6 +60,7 @@ class PairSampler:
         config: `agcl`.
         seed: of order and draws.
         store: attributes, which `agcl.batch_grouping.by: attributes` needs; none = there are none.
+        negatives: ids of hard negatives by catalogue row, in place of column `negatives`.
 
     Raises:
         CatalogueError: a selector matches nothing, no product has a pair, a configured column does not exist, or no two
@@ -68,7 +69,13 @@ class PairSampler:
     """
 
     def __init__(
-        self, catalogue: StagedCatalogue, config: AGCLConfig, *, seed: int, store: AttributeStore | None = None
+        self,
+        catalogue: StagedCatalogue,
+        config: AGCLConfig,
+        *,
+        seed: int,
+        store: AttributeStore | None = None,
+        negatives: Sequence[Sequence[str] | None] | None = None,
     ) -> None:
         products = catalogue.column("product_id")
         self._config, self._seed = config, seed
@@ -95,7 +102,7 @@ class PairSampler:
         others = sorted({product for product in products if product is not None} - set(self._products))
         codes = {product: code for code, product in enumerate([*self._products, *others])}
         self._code_of_row = [codes[product] if product is not None else -1 for product in products]
-        self._negatives = _hard_negatives(catalogue, self._code_of_row) if config.hard_negatives else {}
+        self._negatives = _hard_negatives(catalogue, self._code_of_row, negatives) if config.hard_negatives else {}
         self._groups = self._product_groups(catalogue, store) if config.batch_grouping.fraction else None
         self._epoch_order = lru_cache(maxsize=2)(self._make_epoch_order)
 
@@ -181,12 +188,14 @@ def _by_product(rows: np.ndarray, products: Sequence[str | None]) -> dict[str, l
     return groups
 
 
-def _hard_negatives(catalogue: StagedCatalogue, codes: Sequence[int]) -> dict[int, list[int]]:
+def _hard_negatives(
+    catalogue: StagedCatalogue, codes: Sequence[int], mined: Sequence[Sequence[str] | None] | None
+) -> dict[int, list[int]]:
     """Hard negatives of each row as rows; unknown items and items of the row's own product are left out and counted."""
     row_of = {item: row for row, item in enumerate(catalogue.column("item_id"))}
     found: dict[int, list[int]] = {}
     unknown = same = 0
-    for row, value in enumerate(catalogue.column("negatives")):
+    for row, value in enumerate(catalogue.column("negatives") if mined is None else mined):
         items = json.loads(value) if isinstance(value, str) else value or []
         known = [row_of[item] for item in items if item in row_of]
         others = [other for other in known if codes[other] < 0 or codes[other] != codes[row]]

@@ -6,8 +6,14 @@ al. 2024 (NV-Retriever, arXiv 2407.15831), TopK-PercPos, for the margin that lea
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from afmrl_ray import storage
+from afmrl_ray.catalogue.schema import write_catalogue
 from afmrl_ray.retrieval.ranking import QUERY_TILE, own_columns, positive_columns
 from afmrl_ray.retrieval.scores import best_columns, for_each_row
 
@@ -62,3 +68,25 @@ def mine_negatives(
 
     for_each_row(queries, np.asarray(gallery, dtype=np.float32), own, mine, query_tile=QUERY_TILE)
     return found
+
+
+def write_negatives(path: str, items: Sequence[str], rows: np.ndarray, negatives: np.ndarray) -> None:
+    """Write mined negatives as Parquet, a row per item with the ids of its negatives.
+
+    Args:
+        path: file, local or URI.
+        items: ids of the catalogue's items by row.
+        rows: [Q] catalogue rows.
+        negatives: [Q, count] catalogue rows, -1 = none, see `mine_negatives`.
+    """
+    named = [[items[row] for row in found if row >= 0] for found in negatives.tolist()]
+    ids = [items[row] for row in rows.tolist()]
+    table = pa.table({"item_id": ids, "negatives": pa.array(named, pa.list_(pa.string()))})
+    write_catalogue(table, path)
+
+
+def read_negatives(path: str, items: Sequence[str]) -> list[list[str] | None]:
+    """What `write_negatives` wrote, for every item of the catalogue; none for an item without."""
+    table = pq.read_table(pa.BufferReader(storage.read_bytes(path)))
+    found = dict(zip(table["item_id"].to_pylist(), table["negatives"].to_pylist(), strict=True))
+    return [found.get(item) for item in items]

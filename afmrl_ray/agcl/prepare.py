@@ -35,6 +35,7 @@ class Preparer(Generic[Input]):
         catalogue: where items come from.
         encoder: makes the model inputs.
         store: attributes, or none.
+        negatives: mined negatives, see `PairSampler`.
         rank: of this worker.
         world: number of workers.
 
@@ -50,6 +51,7 @@ class Preparer(Generic[Input]):
         encoder: TrainableEncoder[Input],
         store: AttributeStore | None,
         *,
+        negatives: Sequence[Sequence[str] | None] | None = None,
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -57,7 +59,7 @@ class Preparer(Generic[Input]):
         self._catalogue, self._encoder, self._store = catalogue, encoder, store
         self._rank, self._world = rank, world
         self._items = catalogue.column("item_id")
-        self._sampler = PairSampler(catalogue, config.agcl, seed=config.run.seed, store=store)
+        self._sampler = PairSampler(catalogue, config.agcl, seed=config.run.seed, store=store, negatives=negatives)
         by_attributes = self._agcl.mask.enabled and self._agcl.mask.kind in ("attributes", "both")
         if by_attributes and store is None:
             raise ConfigError(

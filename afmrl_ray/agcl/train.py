@@ -10,6 +10,7 @@ from torch import distributed as dist
 from afmrl_ray import storage
 from afmrl_ray.agcl.dual_encoder import TrainableDualEncoder
 from afmrl_ray.agcl.encoder import TrainableEncoder
+from afmrl_ray.agcl.mined_negatives import read_negatives
 from afmrl_ray.agcl.prepare import Preparer
 from afmrl_ray.agcl.qwen2_vl import TrainableQwen2VL
 from afmrl_ray.agcl.step import AGCLStep
@@ -35,6 +36,7 @@ class AGCLJob:
         catalogue: the catalogue.
         directory: attempt directory; the model is written to `<directory>/model`.
         name: Ray Train run name.
+        negatives: path of mined negatives, or none for those of the catalogue.
     """
 
     init_from: str
@@ -42,6 +44,7 @@ class AGCLJob:
     catalogue: CatalogueRef
     directory: str
     name: str
+    negatives: str | None = None
 
 
 def train_agcl(config: Config, job: AGCLJob) -> dict[str, float]:
@@ -76,7 +79,8 @@ def train_loop(payload: dict[str, Any]) -> None:
         zero_stage=agcl.workers.zero_stage,
         bf16=config.encoder.dtype == "bfloat16",
     )
-    preparer = Preparer(config, catalogue, encoder, store, rank=rank, world=world)
+    negatives = read_negatives(job.negatives, catalogue.column("item_id")) if job.negatives else None
+    preparer = Preparer(config, catalogue, encoder, store, negatives=negatives, rank=rank, world=world)
 
     def save_model(path: str) -> None:
         with engine.whole_parameters():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from afmrl_ray.config.base import Section
 from afmrl_ray.config.catalogue import ItemSelector
@@ -109,6 +109,19 @@ class BatchGroupingConfig(Section):
     """Steps with uniform batches before grouping starts, since uniform negatives teach enough at first."""
 
 
+class MinedNegativesConfig(Section):
+    """Hard negatives of a round from the gallery of the round before, with a margin against false negatives."""
+
+    enabled: bool = False
+    """Whether rounds after the first mine negatives, which take the place of the catalogue's column `negatives`;
+    `agcl.hard_negatives` of them are used for each query. Scores every item of the gallery against every other."""
+    count: int = Field(16, gt=0)
+    """Negatives that are kept for an item, the most similar ones."""
+    margin: float = Field(0.95, gt=0, le=1)
+    """A negative's cosine is below this fraction of that of the item's least similar positive; items above it are
+    probable false negatives."""
+
+
 class AttributeDropoutConfig(Section):
     """Probability that a training item's attributes are left out of the encoder's input."""
 
@@ -137,6 +150,8 @@ class AGCLConfig(Section):
     hard_negatives: int = Field(0, ge=0)
     """Items named in the query's column `negatives` (item ids) that are added to the candidates, at most; the mask of
     false negatives does not apply to them."""
+    mined_negatives: MinedNegativesConfig = MinedNegativesConfig()
+    """Hard negatives that later rounds mine."""
     batch_grouping: BatchGroupingConfig = BatchGroupingConfig()
     """Groups of similar products in a batch."""
     temperature: float = Field(0.05, gt=0)
@@ -157,6 +172,12 @@ class AGCLConfig(Section):
     """Optimizer and learning-rate schedule."""
     workers: WorkersConfig = WorkersConfig()
     """Ray Train worker group."""
+
+    @model_validator(mode="after")
+    def _mined_negatives_are_used(self) -> AGCLConfig:
+        if self.mined_negatives.enabled and not self.hard_negatives:
+            raise ValueError("mined_negatives.enabled has no effect while hard_negatives is 0; set hard_negatives")
+        return self
 
     @property
     def selectors(self) -> list[ItemSelector]:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from afmrl_ray.agcl.mined_negatives import mine_negatives
+from afmrl_ray.agcl.batches import PairSampler
+from afmrl_ray.agcl.mined_negatives import mine_negatives, read_negatives, write_negatives
+from afmrl_ray.cit.stages.training import declare_agcl, declare_baseline, declare_negatives
+from afmrl_ray.config import validate
+from afmrl_ray.config.catalogue import ItemSelector
+from afmrl_ray.config.train import AGCLConfig
+from afmrl_ray.errors import ConfigError
+from afmrl_ray.runs import StageName
 
 
 def case(seed: int, *, shift: float = 0.0) -> dict[str, np.ndarray]:
@@ -89,3 +96,38 @@ def test_the_order_of_the_gallery_changes_nothing_even_among_equal_scores() -> N
     moved = {name: values[places] if name.startswith("gallery") else values for name, values in given.items()}
     first, second = (mine_negatives(**each, count=8, margin=0.95) for each in (given, moved))
     np.testing.assert_array_equal(first, second)
+
+
+def test_mined_negatives_take_the_place_of_the_catalogues(tiny_catalogue_ref, tmp_path):
+    catalogue = tiny_catalogue_ref.open()
+    items, products = catalogue.column("item_id"), catalogue.column("product_id")
+    rows = catalogue.rows(ItemSelector(split=("train",)))
+    others = np.full((len(rows), 3), -1)
+    for place, row in enumerate(rows.tolist()):
+        others[place, :2] = [other for other in rows.tolist() if products[other] != products[row]][:2]
+    path = str(tmp_path / "negatives.parquet")
+    write_negatives(path, items, rows, others)
+    read = read_negatives(path, items)
+    lengths = [None if found is None else len(found) for found in read]
+    assert lengths == [2 if row in rows else None for row in range(len(items))]
+    config = AGCLConfig(batch_size=6, hard_negatives=2, mined_negatives={"enabled": True})
+    sampler = PairSampler(catalogue, config, seed=0, negatives=read)
+    place_of = {row: place for place, row in enumerate(rows.tolist())}
+    for pair in sampler.batch(0):
+        found = {negative.row for negative in pair.negatives}
+        assert found == set(others[place_of[pair.query.row], :2].tolist())
+
+
+def test_mined_negatives_that_nothing_uses_are_refused():
+    with pytest.raises(ConfigError, match="hard_negatives is 0; set hard_negatives"):
+        validate({"agcl": {"mined_negatives": {"enabled": True}}})
+
+
+def test_rounds_after_the_first_mine_and_all_other_encoders_do_without(tmp_path):
+    config = validate({"agcl": {"mined_negatives": {"enabled": True}, "hard_negatives": 2}})
+    first, second = declare_agcl(config, 0), declare_agcl(config, 1)
+    assert "negatives" not in first.upstream
+    assert first.changes["agcl.hard_negatives"] == 0
+    assert second.upstream["negatives"] == StageName("negatives", 1)
+    assert declare_negatives(config, 1).upstream["gallery"] == StageName("gallery", 0)
+    assert declare_baseline(config).changes["agcl.hard_negatives"] == 0

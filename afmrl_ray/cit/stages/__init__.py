@@ -31,6 +31,7 @@ ONCE: dict[str, Declare] = {
 """Stages that belong to no round; `catalogue` is one too, and takes the opened catalogue."""
 BY_ROUND: dict[str, DeclareRound] = {
     "attributes": attributes.declare_attributes,
+    "negatives": training.declare_negatives,
     "agcl": training.declare_agcl,
     "gallery": training.declare_gallery,
     "rar": training.declare_rar,

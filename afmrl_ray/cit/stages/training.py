@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from afmrl_ray.agcl.mined_negatives import mine_negatives, write_negatives
 from afmrl_ray.agcl.train import AGCLJob, train_agcl
 from afmrl_ray.attributes.text import format_attributes, normalise_attributes
 from afmrl_ray.catalogue.values import parse_source_attributes
@@ -19,7 +20,8 @@ from afmrl_ray.models.annotate import GeneratorRef
 from afmrl_ray.models.model_settings import encoder_settings, generator_settings
 from afmrl_ray.models.packaged import resolve_checkpoint
 from afmrl_ray.rar.trainer import RARJob, train_rar
-from afmrl_ray.retrieval.embed import EncoderRef, View, embed_rows, save_embeddings
+from afmrl_ray.retrieval.embed import EncoderRef, View, embed_rows, load_embeddings, save_embeddings
+from afmrl_ray.retrieval.evaluate import label_codes
 from afmrl_ray.runs import Stage, StageName, StageOutcome
 from afmrl_ray.storage import absolute, is_dir
 from afmrl_ray.training.cluster import Demand, pool_demand, workers_demand
@@ -113,7 +115,42 @@ def declare_agcl(config: Config, number: int) -> StageSpec:
     if number and config.cit.train_fraction is not None:
         changes["agcl.train_fraction"] = config.cit.train_fraction
     name, attributes = StageName("agcl", number), StageName("attributes", number)
-    return encoder_spec(config, name, attributes=attributes, previous=previous, changes=changes)
+    negatives = StageName("negatives", number) if number and config.agcl.mined_negatives.enabled else None
+    return encoder_spec(config, name, attributes=attributes, previous=previous, negatives=negatives, changes=changes)
+
+
+def declare_negatives(config: Config, number: int) -> StageSpec:
+    return StageSpec(
+        StageName("negatives", number),
+        negatives_stage,
+        reads=("agcl.mined_negatives",),
+        upstream={"catalogue": CATALOGUE, "gallery": StageName("gallery", max(0, number - 1))},
+    )
+
+
+def negatives_stage(context: StageContext) -> StageOutcome:
+    """Mines hard negatives of the items in the gallery of the round before."""
+    catalogue, settings = context.catalogue.open(), context.config.agcl.mined_negatives
+    rows, embeddings = load_embeddings(context.output("gallery", "gallery"))
+    codes = np.array(label_codes(catalogue.column("product_id")))[rows]
+    items = catalogue.column("item_id")
+    found = mine_negatives(
+        embeddings,
+        embeddings,
+        query_rows=rows,
+        gallery_rows=rows,
+        query_labels=codes,
+        gallery_labels=codes,
+        gallery_order=np.argsort(np.argsort(np.array([items[row] for row in rows.tolist()], dtype=object))),
+        count=settings.count,
+        margin=settings.margin,
+    )
+    write_negatives(context.path("negatives.parquet"), items, rows, found)
+    kept = (found >= 0).sum(1)
+    return StageOutcome(
+        {"negatives": "negatives.parquet"},
+        {"items": len(rows), "items_with_negatives": int((kept > 0).sum()), "mean_negatives": float(kept.mean())},
+    )
 
 
 def declare_baseline(config: Config) -> StageSpec:
@@ -129,6 +166,7 @@ def encoder_spec(
     *,
     attributes: StageName | None = None,
     previous: StageName | None = None,
+    negatives: StageName | None = None,
     changes: Mapping[str, Any] | None = None,
 ) -> StageSpec:
     """A training of the encoder.
@@ -136,9 +174,13 @@ def encoder_spec(
     Args:
         attributes: stage with the attribute table to train with; none = without attributes.
         previous: stage whose encoder to continue from; none = the base checkpoint.
+        negatives: stage with mined negatives; none = those of the catalogue.
         changes: values over the run's config.
     """
-    optional = {"attributes": attributes, "previous": previous}
+    optional = {"attributes": attributes, "previous": previous, "negatives": negatives}
+    if config.agcl.mined_negatives.enabled and negatives is None:
+        # There is no round before whose gallery could be mined.
+        changes = {**(changes or {}), "agcl.hard_negatives": 0, "agcl.mined_negatives": {"enabled": False}}
     return StageSpec(
         name,
         agcl_stage,
@@ -159,7 +201,8 @@ def agcl_stage(context: StageContext) -> StageOutcome:
     upstream = context.upstream
     start = context.output("previous", "model") if "previous" in upstream else _base(context, "encoder")
     attributes = context.output("attributes", "attributes") if "attributes" in upstream else None
-    job = AGCLJob(start, attributes, context.catalogue, context.directory, context.name)
+    negatives = context.output("negatives", "negatives") if "negatives" in upstream else None
+    job = AGCLJob(start, attributes, context.catalogue, context.directory, context.name, negatives)
     return _trained(context, "encoder", train_agcl(context.config, job))
 
 
