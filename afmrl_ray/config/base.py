@@ -28,7 +28,7 @@ class Section(BaseModel):
             if not (isinstance(given, Mapping) and isinstance(default, Section)):
                 continue
             if field.discriminator is None:
-                filled[name] = _merged(default.model_dump(exclude_unset=True), given)
+                filled[name] = merged(default.model_dump(exclude_unset=True), given)
             elif field.discriminator not in given:
                 # Without a kind, the default kind applies.
                 filled[name] = {field.discriminator: getattr(default, str(field.discriminator)), **given}
@@ -49,10 +49,10 @@ class Section(BaseModel):
         return dumped
 
 
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """`above` merged over `below`, recursively for mappings."""
-    merged = {**below, **above}
+    together = {**below, **above}
     for name, value in above.items():
         if isinstance(value, Mapping) and isinstance(below.get(name), Mapping):
-            merged[name] = _merged(below[name], value)
-    return merged
+            together[name] = merged(below[name], value)
+    return together

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from afmrl_ray.config.rar_presets import PRESETS, preset_keys
 from afmrl_ray.config.root import Config
 from afmrl_ray.errors import ConfigError
 
@@ -91,7 +92,20 @@ def with_values(config: Config, changes: Mapping[str, Any]) -> Config:
         for name in sections:
             section = section.setdefault(name, {})
         section[field] = value
+    if (preset := changes.get("rar.preset")) is not None:
+        # The dump gives every setting; those of a new preset must not be hidden by the old defaults.
+        for key in preset_keys(preset) if preset in PRESETS else ():
+            if f"rar.{key}" not in changes:
+                _without(values["rar"], key)
     return validate(values)
+
+
+def _without(section: dict[str, Any], key: str) -> None:
+    """Remove a dotted key from nested sections."""
+    *sections, field = key.split(".")
+    for name in sections:
+        section = section[name]
+    section.pop(field, None)
 
 
 def validate(values: Mapping[Any, Any], *, written: Mapping[Any, Any] | None = None) -> Config:

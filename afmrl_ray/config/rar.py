@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from afmrl_ray.config.base import Section
+from afmrl_ray.config.base import Section, merged
 from afmrl_ray.config.catalogue import ItemSelector
 from afmrl_ray.config.cluster import PoolConfig
 from afmrl_ray.config.models import AdapterConfig, OptimizerConfig
+from afmrl_ray.config.rar_presets import PRESETS, Preset
 
 
 class RetrievalTask(Section):
@@ -144,24 +146,49 @@ class RolloutConfig(Section):
 
 
 class GRPOConfig(Section):
-    """Variants of GRPO's loss; the defaults are those of most trainers."""
+    """Variants of GRPO's loss; the defaults are those of most trainers.
 
+    Ratios of new to old policy differ from 1 with `updates_per_batch` above 1, or with stale rollouts and
+    `old_logprobs` `sampler`; otherwise the settings that act on ratios have no effect beyond rounding.
+    """
+
+    runtime_only = frozenset({"entropy_every"})
+
+    policy_loss: Literal["clip", "cispo"] = "clip"
+    """`clip` = clipped surrogate; `cispo` = log-probabilities weighted by ratios that are bounded at 1 + epsilon_high,
+    which keeps the gradient of every token (MiniMax-M1)."""
     loss_aggregation: Literal["token", "sequence", "constant"] = "token"
     """Loss of a step: `token` = mean over its tokens; `sequence` = mean over completions of the mean over their tokens;
     `constant` = sum over tokens / (completions * `generator.max_new_tokens`) (Dr. GRPO)."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
-    """One ratio per token, or one per completion, the geometric mean of its tokens' ratios (GSPO). No effect beyond
-    rounding: with one update per batch of rollouts every ratio is 1."""
+    """One ratio per token, or one per completion, the geometric mean of its tokens' ratios (GSPO)."""
     delta: float | None = Field(None, gt=1)
-    """Upper bound of the ratio where the clip does not apply; none = no bound. No effect beyond rounding: with one
-    update per batch of rollouts every ratio is 1."""
+    """Upper bound of the ratio where the clip does not apply; none = no bound."""
     dual_clip: float | None = Field(None, gt=1)
-    """Upper bound of the loss for negative advantages, as a multiple of minus the advantage; none = no bound. No effect
-    beyond rounding: with one update per batch of rollouts every ratio is 1."""
+    """Upper bound of the loss for negative advantages, as a multiple of minus the advantage; none = no bound."""
+    old_logprobs: Literal["auto", "sampler", "learner"] = "auto"
+    """Old log-probabilities, which ratios are relative to: the `sampler`'s, or those of the `learner` before the first
+    update of a batch, and then tokens get truncated importance weights, learner over sampler (`tis_cap`). `auto` =
+    `sampler`, for `max_staleness` above 0 `learner`."""
     kl: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of the KL (Schulman 2020); in the loss, the gradient of k1 is zero on average."""
     kl_times_ratio: bool = False
     """Multiply the KL by the ratio, with its gradient."""
+    kl_clamp: float | None = Field(10.0, gt=0)
+    """Bound of the log-ratio of reference to policy in the estimator of the KL, nats, so that one token cannot make the
+    loss explode; null = no bound."""
+    kl_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of `kl_coef` over the steps: constant, or a decay to `kl_final_fraction` of it at the last step."""
+    kl_final_fraction: float = Field(0.0, ge=0)
+    """For `kl_schedule` `linear` and `cosine`: fraction of `kl_coef` at the last step; above 1 it rises."""
+    entropy_coef: float = Field(0.0, ge=0)
+    """Coefficient of the policy's entropy per token, which is subtracted from the loss; 0 = no bonus."""
+    entropy_every: int = Field(10, ge=0)
+    """Steps between measurements of the entropy (`actor/entropy`, nats per token); with a bonus every step has it;
+    0 = never."""
+    exclude_zero_variance: bool = False
+    """Leave completions of groups whose rewards are all equal out of the loss and its denominators, KL included.
+    Otherwise the more such groups there are, the smaller is the policy's gradient beside the KL's."""
     kl_in_reward: bool = False
     """Subtract the KL, summed over tokens, from a completion's reward instead of adding it to the loss."""
     baseline: Literal["mean", "leave_one_out"] = "mean"
@@ -177,14 +204,22 @@ class RARConfig(Section):
     runtime_only = frozenset(
         {
             "tokens_per_microbatch", "shared_prompt", "rollout_logprob_diff_limit", "num_learners", "cpus_per_learner",
-            "gpus_per_learner", "max_learner_restarts", "checkpoint_every",
+            "gpus_per_learner", "max_learner_restarts", "checkpoint_every", "gradient_cosine_every", "samples_every",
         }
     )  # fmt: skip
 
+    preset: Preset | None = None
+    """Published variant whose settings apply where the config does not set them: `grpo`, `dapo`, `dr_grpo`, `gspo` or
+    `cispo`; null = the defaults below."""
     task: RetrievalTask = RetrievalTask()
     """The retrieval task."""
     steps: int = Field(200, gt=0)
-    """Optimizer steps of a round, one per batch of rollouts."""
+    """Steps of a round, one batch of rollouts each."""
+    updates_per_batch: int = Field(1, gt=0)
+    """Optimizer updates per batch of rollouts. Each is made on one of `updates_per_batch / passes_per_batch`
+    mini-batches of whole groups; the old log-probabilities are kept, so that ratios and clips act."""
+    passes_per_batch: int = Field(1, gt=0)
+    """Times that every mini-batch is trained on (TRL's `num_iterations`, verl's `ppo_epochs`)."""
     prompts_per_step: int = Field(32, gt=0)
     """Prompts (groups) per step."""
     group_size: int = Field(8, ge=2)
@@ -195,11 +230,10 @@ class RARConfig(Section):
     """Compute the prompt of a group once in the learners: `auto` = yes, unless a check of the first batch finds other
     log-probabilities; `on` = yes, and such a difference is an error; `off` = one row per completion."""
     epsilon: float = Field(0.2, gt=0, lt=1)
-    """The ratio of new to old policy is clipped from below at 1 - epsilon. No effect beyond rounding: with one update
-    per batch of rollouts every ratio is 1."""
+    """The ratio of new to old policy is clipped from below at 1 - epsilon; see `updates_per_batch`."""
     epsilon_high: float = Field(0.2, gt=0)
-    """The ratio of new to old policy is clipped from above at 1 + epsilon_high. No effect beyond rounding: with one
-    update per batch of rollouts every ratio is 1."""
+    """The ratio of new to old policy is clipped from above at 1 + epsilon_high; see
+    `updates_per_batch`."""
     kl_coef: float = Field(0.001, ge=0)
     """Coefficient of the KL to the policy at the round's start; at 0 the reference model is not loaded."""
     scale_rewards: Literal["group", "batch", "none"] | None = None
@@ -233,13 +267,20 @@ class RARConfig(Section):
     """Reward service."""
     max_staleness: int = Field(0, ge=0, le=1)
     """Updates by which rollouts may be older than the policy that trains on them: 0 = none; 1 = the next step is
-    sampled and scored during the update, and its tokens get truncated importance weights (`tis_cap`)."""
+    sampled and scored during the update, and its tokens get truncated importance weights (`tis_cap`), see
+    `grpo.old_logprobs`."""
     tis_cap: float = Field(2.0, ge=1)
-    """Upper bound of the importance weight (policy over sampler) of a token of a stale rollout."""
+    """Upper bound of the importance weight (learner over sampler) of a token, see `grpo.old_logprobs`."""
     dynamic_sampling_rounds: int = Field(0, ge=0)
     """Times per step that prompts whose completions all have the same reward are replaced by others; 0 = never."""
     checkpoint_every: int = Field(20, gt=0)
     """Steps between checkpoints."""
+    gradient_cosine_every: int = Field(0, ge=0)
+    """Steps between measurements of the cosine of the policy loss' gradients of the two halves of a batch's prompts
+    (`actor/gradient_cosine`): near 0 the batch is too small for its noise. One costs as much as an update, and memory
+    for two float32 copies of the gradient; 0 = never. Needs `zero_stage` below 3."""
+    samples_every: int = Field(10, ge=0)
+    """Steps between tables of rollouts with their rewards (Parquet, `samples/` of the stage); 0 = none."""
     heldout_samples: int = Field(4, gt=0)
     """Completions per held-out prompt for the reward before and after."""
     evaluate_every: int = Field(0, ge=0)
@@ -254,6 +295,56 @@ class RARConfig(Section):
     def reward_scaling(self) -> Literal["group", "batch", "none"]:
         """`scale_rewards`, or its default for the kind of reward."""
         return self.scale_rewards or ("batch" if self.reward.kind == "log_softmax" else "group")
+
+    @property
+    def minibatches(self) -> int:
+        """Mini-batches that a batch of rollouts is split into."""
+        return self.updates_per_batch // self.passes_per_batch
+
+    @property
+    def old_is_learner(self) -> bool:
+        """Whether old log-probabilities are the learner's, see `grpo.old_logprobs`."""
+        wanted = self.grpo.old_logprobs
+        return wanted == "learner" or (wanted == "auto" and self.max_staleness > 0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_below_given(cls, values: Any) -> Any:
+        """Settings of the preset where none are given; an unknown preset is left to the field's own check."""
+        preset = values.get("preset") if isinstance(values, Mapping) else None
+        if not isinstance(preset, str) or preset not in PRESETS:
+            return values
+        grpo = values.get("grpo")
+        if isinstance(grpo, Section):
+            values = {**values, "grpo": grpo.model_dump(exclude_unset=True)}
+        return merged(PRESETS[preset], values)
+
+    @model_validator(mode="after")
+    def _whole_minibatches(self) -> RARConfig:
+        if self.updates_per_batch % self.passes_per_batch:
+            raise ValueError(
+                f"updates_per_batch {self.updates_per_batch} does not divide by passes_per_batch "
+                f"{self.passes_per_batch}; use a multiple, since every pass trains on every mini-batch"
+            )
+        if self.prompts_per_step % self.minibatches:
+            raise ValueError(
+                f"prompts_per_step {self.prompts_per_step} does not divide by the {self.minibatches} mini-batches of "
+                "updates_per_batch / passes_per_batch; use a multiple, so that no group is split"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _supported_together(self) -> RARConfig:
+        if self.grpo.exclude_zero_variance and self.grpo.kl_in_reward:
+            raise ValueError(
+                "grpo.exclude_zero_variance leaves out groups of equal rewards, to which grpo.kl_in_reward would give "
+                "different ones; use one of the two"
+            )
+        if self.gradient_cosine_every and self.zero_stage == 3:
+            raise ValueError("gradient_cosine_every needs whole parameters, which zero_stage 3 shards; set it to 0")
+        if self.gradient_cosine_every and self.prompts_per_step < 2:
+            raise ValueError("gradient_cosine_every halves the prompts of a step; set prompts_per_step to 2 or more")
+        return self
 
     @model_validator(mode="after")
     def _delta_above_the_clip(self) -> RARConfig:

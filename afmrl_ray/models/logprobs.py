@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from afmrl_ray.models.model_input import ModelInput, append_completion, collate
 from afmrl_ray.models.shared_prefix import Packed
 from afmrl_ray.models.unwrap import unwrap_model
+
+Entropy = Literal["none", "value", "gradient"]
 
 _CHUNK = 1024
 """Tokens per call of the language-model head."""
@@ -36,16 +38,18 @@ class CompletionLogprobs(nn.Module):
         *,
         forbidden_ids: Sequence[int] = (),
         temperature: float = 1.0,
+        entropy: Entropy = "none",
     ) -> Tensor:
-        """[B, C] float32 log-probabilities, see `completion_logprobs` and `packed_logprobs`.
+        """[B, C] float32 log-probabilities, see `completion_logprobs` and `packed_logprobs`; with `entropy` [2, B, C].
 
         Args:
             batch: prompts with their completions, padded or packed.
             mask: [B, C] from `completion_batch`, or the packed sequence's own.
             forbidden_ids: see `token_logprobs`.
             temperature: see `token_logprobs`.
+            entropy: see `selected_logprobs`.
         """
-        options: dict[str, Any] = {"forbidden_ids": forbidden_ids, "temperature": temperature}
+        options: dict[str, Any] = {"forbidden_ids": forbidden_ids, "temperature": temperature, "entropy": entropy}
         if isinstance(batch, Packed):
             return packed_logprobs(self.backbone, batch, **options)
         return completion_logprobs(self.backbone, batch, mask, **options)
@@ -96,6 +100,7 @@ def completion_logprobs(
     *,
     forbidden_ids: Sequence[int],
     temperature: float = 1.0,
+    entropy: Entropy = "none",
 ) -> Tensor:
     """Log-probabilities of the completion tokens; only their positions go through the language-model head.
 
@@ -105,9 +110,10 @@ def completion_logprobs(
         mask: [B, C] from `completion_batch`.
         forbidden_ids: see `token_logprobs`.
         temperature: see `token_logprobs`.
+        entropy: see `selected_logprobs`.
 
     Returns:
-        [B, C] float32, 0 where the mask is False.
+        [B, C] float32, 0 where the mask is False; with `entropy` [2, B, C], the second the entropies.
     """
     backbone = unwrap_model(model)
     hidden = backbone.model(**batch, use_cache=False).last_hidden_state
@@ -117,10 +123,17 @@ def completion_logprobs(
     column = (torch.arange(longest, device=mask.device) + shift).clamp(max=longest - 1)
     states = hidden[:, -longest - 1 : -1].gather(1, column[..., None].expand(-1, -1, hidden.shape[-1]))
     targets = batch["input_ids"][:, -longest:].gather(1, column)
-    return _scattered_logprobs(backbone.lm_head, states[mask], targets[mask], mask, forbidden_ids, temperature)
+    return _scattered_logprobs(backbone.lm_head, states[mask], targets[mask], mask, forbidden_ids, temperature, entropy)
 
 
-def packed_logprobs(model: Any, packed: Packed, *, forbidden_ids: Sequence[int], temperature: float = 1.0) -> Tensor:
+def packed_logprobs(
+    model: Any,
+    packed: Packed,
+    *,
+    forbidden_ids: Sequence[int],
+    temperature: float = 1.0,
+    entropy: Entropy = "none",
+) -> Tensor:
     """As `completion_logprobs`, for a packed sequence.
 
     Args:
@@ -128,29 +141,45 @@ def packed_logprobs(model: Any, packed: Packed, *, forbidden_ids: Sequence[int],
         packed: from `models.shared_prefix.pack`.
         forbidden_ids: see `token_logprobs`.
         temperature: see `token_logprobs`.
+        entropy: see `selected_logprobs`.
 
     Returns:
-        [K, C] float32, 0 where `packed.mask` is False.
+        [K, C] float32, 0 where `packed.mask` is False; with `entropy` [2, K, C].
     """
     backbone = unwrap_model(model)
     hidden = backbone.model(**packed.inputs, use_cache=False).last_hidden_state[0]
     states = hidden[packed.before[packed.mask]]
     return _scattered_logprobs(
-        backbone.lm_head, states, packed.tokens[packed.mask], packed.mask, forbidden_ids, temperature
+        backbone.lm_head, states, packed.tokens[packed.mask], packed.mask, forbidden_ids, temperature, entropy
     )
 
 
 def _scattered_logprobs(
-    head: Any, states: Tensor, targets: Tensor, mask: Tensor, forbidden_ids: Sequence[int], temperature: float
+    head: Any,
+    states: Tensor,
+    targets: Tensor,
+    mask: Tensor,
+    forbidden_ids: Sequence[int],
+    temperature: float,
+    entropy: Entropy,
 ) -> Tensor:
-    """Log-probabilities of `targets` [T] after `states` [T, D], written where `mask` is True; 0 elsewhere."""
-    out = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-    out[mask] = selected_logprobs(head, states, targets, forbidden_ids=forbidden_ids, temperature=temperature)
+    """`selected_logprobs` of `targets` [T] after `states` [T, D], written where `mask` is True; 0 elsewhere."""
+    found = selected_logprobs(
+        head, states, targets, forbidden_ids=forbidden_ids, temperature=temperature, entropy=entropy
+    )
+    out = torch.zeros((*found.shape[:-1], *mask.shape), dtype=torch.float32, device=mask.device)
+    out[..., mask] = found
     return out
 
 
 def selected_logprobs(
-    head: Any, states: Tensor, targets: Tensor, *, forbidden_ids: Sequence[int], temperature: float
+    head: Any,
+    states: Tensor,
+    targets: Tensor,
+    *,
+    forbidden_ids: Sequence[int],
+    temperature: float,
+    entropy: Entropy = "none",
 ) -> Tensor:
     """Log-probabilities of given tokens, computed in chunks.
 
@@ -163,16 +192,23 @@ def selected_logprobs(
         targets: [T] token ids.
         forbidden_ids: tokens with probability 0.
         temperature: divides the logits.
+        entropy: whether the entropy of each distribution is computed too, in nats: `none`, `value`, or `gradient` =
+            with its gradient.
 
     Returns:
-        [T] float32.
+        [T] float32; with `entropy` [2, T], log-probabilities and entropies.
     """
 
     def of_chunk(states: Tensor, targets: Tensor) -> Tensor:
         logp = token_logprobs(head(states), temperature=temperature, forbidden_ids=forbidden_ids)
-        return logp.gather(-1, targets[:, None])[:, 0]
+        chosen = logp.gather(-1, targets[:, None])[:, 0]
+        if entropy == "none":
+            return chosen
+        every = logp if entropy == "gradient" else logp.detach()
+        # A forbidden token adds 0, not 0 times minus infinity.
+        return torch.stack([chosen, -(every.exp() * every.masked_fill(every.isinf(), 0.0)).sum(-1)])
 
     if len(states) <= _CHUNK:
         return of_chunk(states, targets)
     chunks = zip(states.split(_CHUNK), targets.split(_CHUNK), strict=True)
-    return torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks])
+    return torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks], dim=-1)

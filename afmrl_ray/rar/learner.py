@@ -1,10 +1,9 @@
-"""The GRPO learner: one optimizer step per batch of rollouts, computed in micro-batches, under a DeepSpeed engine."""
+"""The GRPO learner: updates on mini-batches of rollouts, computed in micro-batches, under a DeepSpeed engine."""
 
 from __future__ import annotations
 
 import logging
 import tempfile
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -19,10 +18,14 @@ from afmrl_ray.config.rar import RARConfig
 from afmrl_ray.models.adapters import save_trained
 from afmrl_ray.models.microbatches import cut_by_tokens, cut_shared_prefix
 from afmrl_ray.models.threads import torch_threads
-from afmrl_ray.rar.loss import group_advantages, grpo_loss, importance_weights, rewards_less_kl
+from afmrl_ray.rar.gradient_cosine import cosine
+from afmrl_ray.rar.learner_rows import Microbatch, select_rows
+from afmrl_ray.rar.loss import group_advantages, kl_factor, rewards_less_kl
+from afmrl_ray.rar.microbatch_loss import microbatch_loss
 from afmrl_ray.rar.module import (
     ADVANTAGE,
-    DENOMINATOR,
+    GROUP,
+    LEARNER_LOGP,
     LOGP,
     MASK,
     OLD_LOGP,
@@ -30,7 +33,6 @@ from afmrl_ray.rar.module import (
     REF_LOGP,
     REWARD,
     ROW,
-    TOKENS,
     WEIGHT,
     AttributePolicy,
     PolicySpec,
@@ -50,24 +52,6 @@ def build_learners(rar: RARConfig, policy: PolicySpec) -> LearnerGroup:
     return start_learner_group(rar, policy, GRPOLearner)
 
 
-@dataclass(frozen=True)
-class Microbatch:
-    """Consecutive rows of a learner's batch.
-
-    Attributes:
-        rows: the rows.
-        counts: False for a repeat with weight 0, which gives this learner as many micro-batches as the others have.
-    """
-
-    rows: slice
-    counts: bool = True
-
-    def of(self, columns: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-        """Its rows of all columns, on a device."""
-        part = {name: value[self.rows].to(device) for name, value in columns.items()}
-        return part if self.counts else {**part, WEIGHT: torch.zeros_like(part[WEIGHT])}
-
-
 class GRPOLearner(EngineLearner):
     """Trains on its shard of a batch. Micro-batches and learners only split sums of the step, never change them."""
 
@@ -78,42 +62,120 @@ class GRPOLearner(EngineLearner):
         super().build()
         self._bf16 = self.config.policy.generator.dtype == "bfloat16"
         self._policy: AttributePolicy = self._module[DEFAULT_MODULE_ID]
-        self._engine = Engine(self._policy, rar.optimizer, steps=rar.steps, zero_stage=rar.zero_stage, bf16=self._bf16)
+        self._engine = Engine(
+            self._policy,
+            rar.optimizer,
+            steps=rar.steps * rar.updates_per_batch,
+            zero_stage=rar.zero_stage,
+            bf16=self._bf16,
+        )
         self._version = 0
         self._prompt_sharing_checked = rar.shared_prompt == "off"
 
     def train_step(self, columns: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        """One update; see `rar.prompts.batch_columns` for the columns.
+        """The updates of a batch of rollouts; see `rar.prompts.batch_columns` for the columns.
 
         Returns:
-            This learner's share of the loss, and `actor/*` metrics of all learners.
+            This learner's share of the loss, and `actor/*` metrics of all learners, means over the updates.
         """
         rar: RARConfig = self.config.rar
         if not self._prompt_sharing_checked:
             self._policy.shared_prompt = self._prompt_can_be_shared(columns)
             self._prompt_sharing_checked = True
-        microbatches = self._microbatches(columns)
         if rar.grpo.kl_in_reward and rar.kl_coef > 0:
-            columns = {**columns, **self._advantages_less_kl(columns, microbatches)}
-        total = torch.zeros((), device=self._engine.device)
+            columns = {**columns, **self._advantages_less_kl(columns, self._microbatches(columns))}
+        elif not bool((columns[WEIGHT] > 0).all()):
+            columns = select_rows(columns, columns[WEIGHT] > 0)
+        metrics = self._gradient_cosine(columns) if _is_due(rar.gradient_cosine_every, self._version) else {}
+        if rar.old_is_learner and rar.updates_per_batch > 1:
+            columns = {**columns, **self._before_updates(columns)}
+        minibatches = [
+            select_rows(columns, columns[GROUP] % rar.minibatches == part) for part in range(rar.minibatches)
+        ]
+        self._policy.entropy = "none"
+        if _is_due(rar.grpo.entropy_every, self._version):
+            self._policy.entropy = "value"
+        if rar.grpo.entropy_coef:
+            self._policy.entropy = "gradient"
+        updates = [self._update_on(minibatch) for _ in range(rar.passes_per_batch) for minibatch in minibatches]
+        self._policy.entropy = "none"
+        for name in updates[0]:
+            values = [update[name] for update in updates]
+            metrics[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
+        # Later updates differ from the sampler because the policy has moved.
+        metrics["rollout_logprob_diff"] = updates[0]["rollout_logprob_diff"]
+        metrics["learning_rate"] = updates[-1]["learning_rate"]
+        metrics["shared_prompt"] = float(self._policy.shared_prompt)
+        self._version += 1
+        self._policy.forget_prompts()
+        return torch.tensor(metrics["loss"]), {f"actor/{name}": value for name, value in metrics.items()}
+
+    @property
+    def _kl_coef(self) -> float:
+        """Coefficient of the KL at this step."""
+        rar: RARConfig = self.config.rar
+        progress = self._version / max(1, rar.steps - 1)
+        return rar.kl_coef * kl_factor(rar.grpo.kl_schedule, min(1.0, progress), final=rar.grpo.kl_final_fraction)
+
+    def _update_on(self, columns: dict[str, Tensor]) -> dict[str, float]:
+        """One optimizer update on a mini-batch; metrics of all learners."""
+        rar: RARConfig = self.config.rar
+        microbatches = self._microbatches(columns)
         sums: dict[str, Tensor] = {}
         for microbatch in microbatches:
             batch = microbatch.of(columns, self._engine.device)
-            loss, stats = microbatch_loss(rar, batch, self._engine(batch))
+            loss, stats = microbatch_loss(
+                rar,
+                batch,
+                self._engine(batch),
+                kl_coef=0.0 if rar.grpo.kl_in_reward else self._kl_coef,
+                entropy_coef=rar.grpo.entropy_coef,
+            )
             self._engine.backward(loss * dist.get_world_size(), last=microbatch is microbatches[-1])
-            total += loss.detach()
             for name, value in stats.items():
                 combine = torch.maximum if name.endswith("_max") else torch.add
                 sums[name] = combine(sums[name], value) if name in sums else value
-        metrics = {
+        return {
             **self._engine.step(),
             **_over_learners(sums),
+            "kl_coef": self._kl_coef,
             "microbatches": float(len(microbatches)),
-            "shared_prompt": float(self._policy.shared_prompt),
         }
-        self._version += 1
-        self._policy.forget_prompts()
-        return total, {f"actor/{name}": value for name, value in metrics.items()}
+
+    def _before_updates(self, columns: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Log-probabilities before the first update, those of the reference too, which need no other pass then."""
+        found: dict[str, list[Tensor]] = {LOGP: [], REF_LOGP: []}
+        for microbatch in self._microbatches(columns):
+            with torch.no_grad():
+                outputs = self._engine(microbatch.of(columns, self._engine.device))
+            if microbatch.counts:
+                for name, values in found.items():
+                    values += [outputs[name].cpu()] if name in outputs else []
+        return {{LOGP: LEARNER_LOGP}.get(name, name): torch.cat(values) for name, values in found.items() if values}
+
+    def _gradient_cosine(self, columns: dict[str, Tensor]) -> dict[str, float]:
+        """Cosine of the policy loss' gradients of even and odd groups, over all learners.
+
+        The module is called beside the engine, whose backward pass would add to the gradients of the update.
+        """
+        rar: RARConfig = self.config.rar
+        parameters = self._engine.parameters
+        halves = []
+        for half in (0, 1):
+            total = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
+            own = select_rows(columns, columns[GROUP] % 2 == half)
+            for microbatch in self._microbatches(own):
+                batch = microbatch.of(own, self._engine.device)
+                loss, _ = microbatch_loss(rar, batch, self._policy(batch), kl_coef=0.0, entropy_coef=0.0)
+                for added, gradient in zip(
+                    total, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True
+                ):
+                    if gradient is not None:
+                        added += gradient
+            for gradient in total:
+                dist.all_reduce(gradient)
+            halves.append(total)
+        return {"gradient_cosine": cosine(*halves)}
 
     def _microbatches(self, columns: dict[str, Tensor]) -> list[Microbatch]:
         """Micro-batches within the token budget, equally many on every learner."""
@@ -143,7 +205,13 @@ class GRPOLearner(EngineLearner):
                 found.append(ref_logp)
         ref_logp = torch.cat(found)
         rewards = rewards_less_kl(
-            columns[REWARD], columns[OLD_LOGP], ref_logp, columns[MASK], kl_coef=rar.kl_coef, kl=rar.grpo.kl
+            columns[REWARD],
+            columns[OLD_LOGP],
+            ref_logp,
+            columns[MASK],
+            kl_coef=self._kl_coef,
+            kl=rar.grpo.kl,
+            kl_clamp=rar.grpo.kl_clamp,
         ).to(self._engine.device)
         # A standard deviation may be that of the whole step, whose groups are split evenly over the learners.
         gathered = [torch.empty_like(rewards) for _ in range(dist.get_world_size())]
@@ -216,51 +284,12 @@ class GRPOLearner(EngineLearner):
                 storage.copy_dir(local, path)
 
 
-def microbatch_loss(
-    rar: RARConfig, batch: dict[str, Tensor], outputs: dict[str, Tensor]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and statistics of a micro-batch: sums over its tokens, over denominators of the whole step.
-
-    Args:
-        rar: settings.
-        batch: columns of B completions.
-        outputs: outputs of the policy module for them.
-    """
-    counted = batch[MASK].bool() & (batch[WEIGHT] > 0)[:, None]
-    logp, sampler_logp = outputs[LOGP], batch[OLD_LOGP]
-    stale = rar.max_staleness > 0
-    importance = importance_weights(logp, sampler_logp, cap=rar.tis_cap) if stale else None
-    loss, stats = grpo_loss(
-        logp,
-        logp.detach() if stale else sampler_logp,
-        outputs.get(REF_LOGP),
-        batch[ADVANTAGE],
-        counted,
-        epsilon=rar.epsilon,
-        epsilon_high=rar.epsilon_high,
-        kl_coef=0.0 if rar.grpo.kl_in_reward else rar.kl_coef,
-        denominator=batch[DENOMINATOR][0],
-        weights=batch[WEIGHT],
-        importance_sampling_level=rar.grpo.importance_sampling_level,
-        delta=rar.grpo.delta,
-        dual_clip=rar.grpo.dual_clip,
-        kl=rar.grpo.kl,
-        kl_times_ratio=rar.grpo.kl_times_ratio,
-        importance=importance,
-    )
-
-    def mean(values: Tensor) -> Tensor:
-        return torch.where(counted, values, 0.0).sum() / batch[TOKENS][0]
-
-    stats |= {"loss": loss.detach(), "rollout_logprob_diff": mean((logp.detach() - sampler_logp).abs())}
-    if importance is not None:
-        capped = (importance >= rar.tis_cap).float()
-        stats |= {"tis_weight": mean(importance), "tis_capped_fraction": mean(capped)}
-    return loss, stats
-
-
 def _over_learners(sums: dict[str, Tensor]) -> dict[str, float]:
     """Statistics of all learners: sums add up, `*_max` are maxima."""
     for name, value in sums.items():
         dist.all_reduce(value, op=dist.ReduceOp.MAX if name.endswith("_max") else dist.ReduceOp.SUM)
     return {name: float(value) for name, value in sums.items()}
+
+
+def _is_due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0

@@ -5,6 +5,7 @@ Sources: DeepSeekMath (arXiv 2402.03300) for GRPO; Schulman, "Approximating KL d
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -15,6 +16,8 @@ Baseline = Literal["mean", "leave_one_out"]
 RatioLevel = Literal["token", "sequence"]
 KLEstimator = Literal["k1", "k2", "k3"]
 Aggregation = Literal["token", "sequence", "constant"]
+PolicyLoss = Literal["clip", "cispo"]
+KLSchedule = Literal["constant", "linear", "cosine"]
 
 
 def group_advantages(
@@ -61,7 +64,14 @@ def _deviation(centred: Tensor, valid: Tensor) -> Tensor:
 
 
 def rewards_less_kl(
-    rewards: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, *, kl_coef: float, kl: KLEstimator
+    rewards: Tensor,
+    logp: Tensor,
+    ref_logp: Tensor,
+    mask: Tensor,
+    *,
+    kl_coef: float,
+    kl: KLEstimator,
+    kl_clamp: float | None = None,
 ) -> Tensor:
     """Rewards minus the KL to the reference (Ziegler et al. 2019; per token as in verl).
 
@@ -72,12 +82,13 @@ def rewards_less_kl(
         mask: [B, C] which tokens count.
         kl_coef: coefficient of the KL.
         kl: estimator, see `grpo_loss`.
+        kl_clamp: see `grpo_loss`.
 
     Returns:
         [B] `rewards - kl_coef * sum over tokens of KL`, detached.
     """
     log_ratio = torch.where(mask.bool(), ref_logp.detach().float() - logp.detach().float(), 0.0)
-    return rewards - kl_coef * _kl_estimate(log_ratio, kl).sum(1)
+    return rewards - kl_coef * _kl_estimate(log_ratio, kl, kl_clamp).sum(1)
 
 
 def grpo_loss(
@@ -97,7 +108,11 @@ def grpo_loss(
     dual_clip: float | None = None,
     kl: KLEstimator = "k3",
     kl_times_ratio: bool = False,
+    kl_clamp: float | None = None,
     importance: Tensor | None = None,
+    policy_loss: PolicyLoss = "clip",
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped surrogate plus a KL term, summed over tokens and divided by the caller's denominator.
 
@@ -124,18 +139,27 @@ def grpo_loss(
             verl); none = no bound.
         kl: Schulman's estimator: with `d = ref_logp - logp`, `k1 = -d`, `k2 = d^2 / 2`, `k3 = e^d - d - 1`.
         kl_times_ratio: multiply the KL by the ratio, with its gradient (DeepSeek-V3.2's unbiased estimate).
+        kl_clamp: bound of `|d|` in the estimators, beyond which they have no gradient; none = no bound.
         importance: [B, C] weights of the surrogate, not of the KL, see `importance_weights`; none = 1.
+        policy_loss: `clip`, as above; or `cispo` = `-min(r, 1 + epsilon_high) A logp` with no gradient through the
+            minimum, so that every token keeps its gradient (arXiv 2506.13585, as in TRL); `epsilon`, `delta` and
+            `dual_clip` then do not apply.
+        entropy: [B, C] of the policy at each token, with gradient if `entropy_coef` is not 0.
+        entropy_coef: `entropy_coef * entropy` is subtracted from the loss per token.
 
     Returns:
         The scalar loss and detached scalars. `policy_loss`, `kl`, `clip_ratio_low`, `clip_ratio_high` (fractions of
         tokens whose gradient the lower or upper clip removes) and `ratio` are weighted masked sums over
-        `denominator`, to be added up over micro-batches like the loss; `ratio_max` is a maximum.
+        `denominator`, to be added up over micro-batches like the loss, and so is `entropy`, if given; `ratio_max` is a
+        maximum. For `cispo`, clipped tokens are those whose weight the minimum bounds.
 
     Raises:
-        ValueError: `kl_coef` is not 0 and there is no `ref_logp`.
+        ValueError: `kl_coef` is not 0 and there is no `ref_logp`, or `entropy_coef` is not 0 and there is no `entropy`.
     """
     if ref_logp is None and kl_coef:
         raise ValueError(f"grpo_loss: kl_coef {kl_coef} needs ref_logp")
+    if entropy is None and entropy_coef:
+        raise ValueError(f"grpo_loss: entropy_coef {entropy_coef} needs entropy")
     counted = mask.bool()
     weight = counted.float() if weights is None else counted * weights.float()[:, None]
     logp = torch.where(counted, logp.float(), 0.0)
@@ -144,36 +168,49 @@ def grpo_loss(
         log_ratio = (log_ratio.sum(1) / counted.sum(1).clamp(min=1))[:, None].expand_as(logp)
     ratio = log_ratio.exp()
     advantage = advantages.float()[:, None]
-    bounded = ratio if delta is None else ratio.clamp(max=delta)
-    policy = -torch.minimum(bounded * advantage, ratio.clamp(1 - epsilon, 1 + epsilon_high) * advantage)
-    if dual_clip is not None:
-        policy = torch.where(advantage < 0, torch.minimum(policy, -dual_clip * advantage), policy)
+    if policy_loss == "cispo":
+        policy = -ratio.detach().clamp(max=1 + epsilon_high) * advantage * logp
+    else:
+        bounded = ratio if delta is None else ratio.clamp(max=delta)
+        policy = -torch.minimum(bounded * advantage, ratio.clamp(1 - epsilon, 1 + epsilon_high) * advantage)
+        if dual_clip is not None:
+            policy = torch.where(advantage < 0, torch.minimum(policy, -dual_clip * advantage), policy)
     if importance is not None:
         policy = policy * torch.where(counted, importance.float(), 0.0)
     policy = policy * weight
     loss = policy.sum() / denominator
     divergence = torch.zeros_like(policy)
     if ref_logp is not None:
-        divergence = _kl_estimate(torch.where(counted, ref_logp.float(), 0.0) - logp, kl)
+        divergence = _kl_estimate(torch.where(counted, ref_logp.float(), 0.0) - logp, kl, kl_clamp)
         if kl_times_ratio:
             divergence = divergence * ratio
         divergence = divergence * weight
         if kl_coef:
             loss = loss + kl_coef * divergence.sum() / denominator
+    if entropy is not None:
+        entropy = torch.where(counted, entropy.float(), 0.0) * weight
+        if entropy_coef:
+            loss = loss - entropy_coef * entropy.sum() / denominator
     with torch.no_grad():
+        low = torch.zeros_like(counted) if policy_loss == "cispo" else (ratio < 1 - epsilon) & (advantage < 0)
+        high = ratio > 1 + epsilon_high if policy_loss == "cispo" else (ratio > 1 + epsilon_high) & (advantage > 0)
         stats = {
             "policy_loss": policy.sum() / denominator,
             "kl": divergence.sum() / denominator,
-            "clip_ratio_low": (weight * ((ratio < 1 - epsilon) & (advantage < 0))).sum() / denominator,
-            "clip_ratio_high": (weight * ((ratio > 1 + epsilon_high) & (advantage > 0))).sum() / denominator,
+            "clip_ratio_low": (weight * low).sum() / denominator,
+            "clip_ratio_high": (weight * high).sum() / denominator,
             "ratio": (weight * ratio).sum() / denominator,
             "ratio_max": torch.where(counted, ratio, 0.0).amax(),
         }
+        if entropy is not None:
+            stats["entropy"] = entropy.sum() / denominator
     return loss, stats
 
 
-def _kl_estimate(log_ratio: Tensor, kl: KLEstimator) -> Tensor:
+def _kl_estimate(log_ratio: Tensor, kl: KLEstimator, bound: float | None) -> Tensor:
     """[B, C] estimates of the KL from the policy to the reference; `log_ratio` = reference minus policy."""
+    if bound is not None:
+        log_ratio = log_ratio.clamp(-bound, bound)
     if kl == "k1":
         return -log_ratio
     return log_ratio.square() / 2 if kl == "k2" else log_ratio.exp() - log_ratio - 1
@@ -215,3 +252,17 @@ def token_weights(
     if loss_aggregation == "sequence":
         return weights / lengths.clamp(min=1), max(1.0, float(weights.sum()))
     return weights, max(1.0, float(weights.sum())) * max_tokens
+
+
+def kl_factor(schedule: KLSchedule, progress: float, *, final: float) -> float:
+    """Factor of the KL's coefficient: from 1 to `final` over the training, along a line or half a cosine.
+
+    Args:
+        schedule: its shape; `constant` = 1 throughout.
+        progress: fraction of the steps that are done, 0 to 1.
+        final: factor at the end.
+    """
+    if schedule == "constant":
+        return 1.0
+    done = progress if schedule == "linear" else 0.5 * (1 - math.cos(math.pi * progress))
+    return 1.0 + (final - 1.0) * done

@@ -15,16 +15,18 @@ from afmrl_ray.catalogue import CatalogueRef
 from afmrl_ray.config.models import AdapterConfig, GeneratorConfig
 from afmrl_ray.models.adapters import load_for_training, load_trained
 from afmrl_ray.models.item_processor import ItemProcessor
-from afmrl_ray.models.logprobs import CompletionLogprobs, completion_batch
+from afmrl_ray.models.logprobs import CompletionLogprobs, Entropy, completion_batch
 from afmrl_ray.models.model_input import ModelInput
 from afmrl_ray.models.prompts import generator_input
 from afmrl_ray.models.shared_prefix import pack, use_shared_prefix
 
-ROW, COMPLETION, MASK, OLD_LOGP, ADVANTAGE, REWARD, WEIGHT, DENOMINATOR, TOKENS = (
-    "row", "completion", "mask", "old_logp", "advantage", "reward", "weight", "denominator", "tokens"
+ROW, GROUP, COMPLETION, MASK, OLD_LOGP, ADVANTAGE, REWARD, WEIGHT, DENOMINATOR, TOKENS = (
+    "row", "group", "completion", "mask", "old_logp", "advantage", "reward", "weight", "denominator", "tokens"
 )  # fmt: skip
 """Columns of a learner's batch, one row per completion; it holds catalogue rows, never images."""
-LOGP, REF_LOGP = "logp", "ref_logp"
+LEARNER_LOGP = "learner_logp"
+"""Column that the learner adds: log-probabilities of its policy before the first update of the batch."""
+LOGP, REF_LOGP, ENTROPY = "logp", "ref_logp", "entropy"
 """Outputs of the module."""
 ONLY_REFERENCE = "only_reference"
 """Key of a batch that asks for the reference's log-probabilities alone."""
@@ -81,6 +83,7 @@ class AttributePolicy(TorchRLModule):
         for policy in filter(None, (self.policy, self.reference)):
             use_shared_prefix(policy.backbone)
         self.shared_prompt = False
+        self.entropy: Entropy = "none"
         self._prompts: dict[int, ModelInput] = {}
 
     def train(self, mode: bool = True) -> AttributePolicy:
@@ -105,7 +108,8 @@ class AttributePolicy(TorchRLModule):
                 `only_reference` to leave `logp` out.
 
         Returns:
-            `logp` and, with a reference, `ref_logp`: [B, C] float32, 0 where the mask is False.
+            `logp`, with a reference `ref_logp`, and `entropy` if the attribute `entropy` asks for it: [B, C] float32,
+            0 where the mask is False.
         """
         kept = batch[MASK].bool()
         completions = [ids[keep].cpu().numpy() for ids, keep in zip(batch[COMPLETION], kept, strict=True)]
@@ -130,7 +134,11 @@ class AttributePolicy(TorchRLModule):
         pad = (0, kept.shape[1] - mask.shape[1])
         out = {}
         if ONLY_REFERENCE not in batch:
-            out[LOGP] = nn.functional.pad(self.policy(inputs, mask, **options), pad)
+            found = nn.functional.pad(self.policy(inputs, mask, entropy=self.entropy, **options), pad)
+            if self.entropy == "none":
+                out[LOGP] = found
+            else:
+                out[LOGP], out[ENTROPY] = found
         if REF_LOGP in batch:
             out[REF_LOGP] = batch[REF_LOGP]
         elif self.reference is not None:

@@ -15,7 +15,7 @@ from afmrl_ray.models.item_processor import ItemProcessor
 from afmrl_ray.models.prompts import prompt_fits
 from afmrl_ray.rar.loss import Aggregation, token_weights
 from afmrl_ray.rar.messages import PromptGroup
-from afmrl_ray.rar.module import ADVANTAGE, COMPLETION, DENOMINATOR, MASK, OLD_LOGP, REWARD, ROW, TOKENS, WEIGHT
+from afmrl_ray.rar.module import ADVANTAGE, COMPLETION, DENOMINATOR, GROUP, MASK, OLD_LOGP, REWARD, ROW, TOKENS, WEIGHT
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,14 @@ def batch_columns(
     loss_aggregation: Aggregation = "token",
     max_tokens: int = 0,
     mask_truncated_completions: bool = False,
+    exclude_zero_variance: bool = False,
+    minibatches: int = 1,
 ) -> dict[str, np.ndarray]:
     """Columns of the learners' batch: one row per completion, the completions of a group next to each other.
 
-    Weights and denominator are those of the whole step, so that the loss is the same sum however the step is split
-    over learners and micro-batches.
+    Weights and denominator are those of the whole mini-batch, so that the loss is the same sum however it is split
+    over learners and micro-batches. Group g belongs to mini-batch g modulo `minibatches`, so that every learner's
+    shard has groups of each.
 
     Args:
         groups: groups of G completions.
@@ -112,6 +115,8 @@ def batch_columns(
         max_tokens: see `rar.loss.token_weights`.
         mask_truncated_completions: give completions without an end-of-text token weight 0; they still count in the
             number of completions.
+        exclude_zero_variance: give groups whose known rewards are all equal weight 0; they do not count.
+        minibatches: optimizer updates that the batch is split into.
     """
     longest = max(group.ids.shape[1] for group in groups)
 
@@ -122,21 +127,36 @@ def batch_columns(
     mask = padded("mask", np.bool_)
     ended = np.array([complete or not mask_truncated_completions for group in groups for _, complete in group.texts])
     lengths = torch.from_numpy(mask.sum(1) * ended)
-    weights, denominator = token_weights(
-        lengths,
-        torch.from_numpy(~np.isnan(rewards).reshape(-1)),
-        loss_aggregation=loss_aggregation,
-        max_tokens=max_tokens,
-    )
-    weight = weights.numpy() * ended
+    counted = ~np.isnan(rewards)
+    if exclude_zero_variance:
+        counted &= ~equal_rewards(rewards)[:, None]
+    group = np.repeat(np.arange(len(groups)), [len(each.ids) for each in groups])
+    weight, denominator, tokens = (np.zeros(len(mask), dtype=np.float32) for _ in range(3))
+    for minibatch in range(minibatches):
+        own = group % minibatches == minibatch
+        weights, total = token_weights(
+            lengths[torch.from_numpy(own)],
+            torch.from_numpy(counted.reshape(-1)[own]),
+            loss_aggregation=loss_aggregation,
+            max_tokens=max_tokens,
+        )
+        weight[own], denominator[own] = weights.numpy() * ended[own], total
+        tokens[own] = max(1.0, float((mask.sum(1) * (weight > 0))[own].sum()))
     return {
         ROW: np.repeat([group.row for group in groups], [len(group.ids) for group in groups]),
+        GROUP: group,
         COMPLETION: padded("ids", np.int64),
         MASK: mask,
         OLD_LOGP: padded("logp", np.float32),
         ADVANTAGE: advantages.reshape(-1).astype(np.float32),
         REWARD: rewards.reshape(-1).astype(np.float32),
-        WEIGHT: weight.astype(np.float32),
-        DENOMINATOR: np.full(len(mask), denominator, dtype=np.float32),
-        TOKENS: np.full(len(mask), max(1.0, float((mask.sum(1) * (weight > 0)).sum())), dtype=np.float32),
+        WEIGHT: weight,
+        DENOMINATOR: denominator,
+        TOKENS: tokens,
     }
+
+
+def equal_rewards(rewards: np.ndarray) -> np.ndarray:
+    """[groups] whether the known rewards of a group, [groups, G], are all equal; NaN = unknown."""
+    known = ~np.isnan(rewards)
+    return np.where(known, rewards, -np.inf).max(1) <= np.where(known, rewards, np.inf).min(1)

@@ -14,7 +14,7 @@ import numpy as np
 
 from afmrl_ray.attributes.text import Attributes, InvalidAttributes, format_attributes, parse_attributes
 from afmrl_ray.rar.messages import PromptGroup
-from afmrl_ray.rar.prompts import group_seeds, other_prompts, prompts_of_step
+from afmrl_ray.rar.prompts import equal_rewards, group_seeds, other_prompts, prompts_of_step
 from afmrl_ray.rar.reward.spec import METRICS, Query, Scores
 
 
@@ -111,10 +111,7 @@ class RolloutBatch:
 
     def zero_variance_groups(self) -> np.ndarray:
         """[groups] bool: True where all known rewards are equal, so that all advantages are 0."""
-        known = ~np.isnan(self.rewards)
-        highest = np.where(known, self.rewards, -np.inf).max(1)
-        lowest = np.where(known, self.rewards, np.inf).min(1)
-        return highest <= lowest
+        return equal_rewards(self.rewards)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from afmrl_ray.rar.prompts import batch_columns, group_seeds
 from afmrl_ray.rar.reward.metrics import ServiceLog
 from afmrl_ray.rar.rollout_batch import RolloutBatch
 from afmrl_ray.rar.rollout_metrics import rollout_metrics
+from afmrl_ray.rar.samples import write_samples
 from afmrl_ray.rar.selection import Evaluation, Selection
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ class RARTrainer:
     def __init__(self, context: RARContext) -> None:
         self._context, self._rar = context, context.config.rar
         self._service_log = ServiceLog()
+        self._catalogue = context.job.catalogue.open()
         manifest = context.manifest
         self.step, self._recent = int(manifest["step"]), manifest["recent_metrics"]
         context.learners.restore(self.step)
@@ -129,7 +131,8 @@ class RARTrainer:
         with _timed(seconds, "wait_rollouts"):
             batch = context.prefetcher.take(step)
         with _timed(seconds, "update_actor"):
-            actor = context.learners.update(self._columns(batch))
+            advantages = self._advantages(batch)
+            actor = context.learners.update(self._columns(batch, advantages))
         self._check_rollout_logprobs(batch, actor["actor/rollout_logprob_diff"])
         # Rollout actors must not change weights during a rollout.
         with _timed(seconds, "wait_prefetch"):
@@ -153,6 +156,7 @@ class RARTrainer:
             **{f"time/{name}": value for name, value in seconds.items()},
         }
         context.metrics.log(step, metrics)
+        self._write_samples(step, batch, advantages)
         self._recent = [*self._recent, metrics][-_RECENT_STEPS:]
         if self.done or self.step % self._rar.checkpoint_every == 0 or (improved and self._rar.keep_best):
             self.save()
@@ -194,22 +198,35 @@ class RARTrainer:
             "rollout/restarts": context.rollouts.restarts,
         }
 
-    def _columns(self, batch: RolloutBatch) -> dict[str, np.ndarray]:
-        """The learners' batch: rollouts with the advantages of their rewards."""
+    def _advantages(self, batch: RolloutBatch) -> np.ndarray:
         rar = self._rar
-        advantages = group_advantages(
+        return group_advantages(
             torch.from_numpy(batch.rewards),
             scale=rar.reward_scaling,
             eps=rar.advantage_eps,
             baseline=rar.grpo.baseline,
-        )
+        ).numpy()
+
+    def _write_samples(self, step: int, batch: RolloutBatch, advantages: np.ndarray) -> None:
+        """The table of a step's rollouts, every `rar.samples_every` steps."""
+        if not self._rar.samples_every or step % self._rar.samples_every:
+            return
+        rows = [group.row for group in batch.groups]
+        item_ids = [self._catalogue.item(row).item_id for row in rows]
+        write_samples(storage.join(self._context.job.directory, "samples"), step, batch, advantages, item_ids)
+
+    def _columns(self, batch: RolloutBatch, advantages: np.ndarray) -> dict[str, np.ndarray]:
+        """The learners' batch: rollouts with the advantages of their rewards."""
+        rar = self._rar
         return batch_columns(
             batch.groups,
-            advantages.numpy(),
+            advantages,
             batch.rewards,
             loss_aggregation=rar.grpo.loss_aggregation,
             max_tokens=self._context.policy.generator.max_new_tokens,
             mask_truncated_completions=rar.grpo.mask_truncated_completions,
+            exclude_zero_variance=rar.grpo.exclude_zero_variance,
+            minibatches=rar.minibatches,
         )
 
     def _sync_weights(self) -> None:

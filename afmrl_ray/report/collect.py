@@ -12,6 +12,7 @@ from afmrl_ray.redact import without_credentials
 from afmrl_ray.report.attachment import read_attachments
 from afmrl_ray.report.estimate import Estimate, finite
 from afmrl_ray.report.examples import attributes_by_round, read_examples
+from afmrl_ray.report.rollouts import read_rollouts
 from afmrl_ray.report.summary import (
     AttributeSizes,
     Log,
@@ -66,6 +67,7 @@ def collect(run: RunDirectory) -> RunSummary:
         examples=examples,
         failures=failures,
         generated=attributes_by_round(found, shown, refused),
+        rollouts={n: prompts for n in numbers if (prompts := read_rollouts(found.get(StageName("rar", n))))},
         attachments=read_attachments(run),
         stages=[StageCost(s.name, s.seconds, s.peak_memory_mb, s.name in stale) for s in found.values()],
     )

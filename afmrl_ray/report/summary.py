@@ -8,6 +8,7 @@ from typing import Any
 from afmrl_ray.report.attachment import Attachment
 from afmrl_ray.report.estimate import Estimate
 from afmrl_ray.report.examples import Example, GeneratedAttributes
+from afmrl_ray.report.rollouts import SampledPrompt
 
 Log = list[dict[str, Any]]
 """One record per training step, with the keys that the training logged."""
@@ -124,6 +125,7 @@ class RunSummary:
         examples: example queries by round.
         failures: queries of `result` whose first positive has the worst rank.
         generated: attribute texts of the shown queries, by item and generator.
+        rollouts: completions of the first and last step of each round's RAR whose rollouts were written.
         attachments: results that experiments attached to the run.
     """
 
@@ -143,6 +145,7 @@ class RunSummary:
     examples: dict[int, list[Example]]
     failures: list[Example]
     generated: GeneratedAttributes
+    rollouts: dict[int, list[SampledPrompt]]
     attachments: list[Attachment]
     stages: list[StageCost]
 

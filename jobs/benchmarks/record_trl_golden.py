@@ -30,6 +30,13 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "use_bias_correction_kl": (False, True),
     "mask_truncated_completions": (False, True),
 }
+UPDATES, LEARNING_RATE = 4, 4.0
+"""Of log-probabilities that are trained themselves; the rate takes some ratios beyond the clips by the last update."""
+UPDATE_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "loss_type": ("grpo", "dr_grpo", "dapo", "cispo"),
+    "importance_sampling_level": ("token", "sequence"),
+    "beta": (0.0, 0.04),
+}
 REWARDS = [[0.0, 1.0, 0.5, 1.0], [0.25, 0.25, 0.25, 0.25], [-0.1, 0.0, 1.0, 0.0]]
 
 
@@ -105,6 +112,16 @@ def trl_loss(given: dict[str, Tensor], settings: dict[str, Any]) -> tuple[float,
     return float(loss), logp.grad.tolist()  # type: ignore[union-attr]
 
 
+def trl_updates(given: dict[str, Tensor], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Losses and log-probabilities of several SGD updates on one batch, whose old log-probabilities are kept."""
+    logp, found = given["old_logp"].clone(), []
+    for _ in range(UPDATES):
+        loss, gradient = trl_loss({**given, "logp": logp}, settings)
+        found.append({"loss": loss, "gradient": gradient})
+        logp = logp - LEARNING_RATE * torch.tensor(gradient, dtype=torch.float64)
+    return found
+
+
 def trl_advantages(scale: str) -> list[list[float]]:
     """Advantages of `REWARDS` as computed by a trainer for the completions of three prompts."""
     from afmrl_ray.models.item_processor import load_processors
@@ -148,12 +165,24 @@ def main() -> int:
             continue
         loss, gradient = trl_loss(given, settings)
         losses.append({**settings, "loss": loss, "gradient": gradient})
+    updates = []
+    for values in product(*UPDATE_SETTINGS.values()):
+        settings = dict(zip(UPDATE_SETTINGS, values, strict=True))
+        if settings["loss_type"] == "cispo" and settings["importance_sampling_level"] == "sequence":
+            continue
+        # TRL's bound of CISPO is the largest weight, not its distance from 1.
+        high = 1.28 if settings["loss_type"] == "cispo" else 0.28
+        full = {**settings, "epsilon_high": high, "delta": None}
+        full |= {"use_bias_correction_kl": False, "mask_truncated_completions": False}
+        updates.append({**settings, "updates": trl_updates(given, full)})
     record = {
         "trl": metadata.version("trl"),
         "epsilon": 0.2,
         "max_tokens": MAX_TOKENS,
         "inputs": {name: value.tolist() for name, value in given.items()},
         "losses": losses,
+        "learning_rate": LEARNING_RATE,
+        "updates": updates,
         "rewards": REWARDS,
         "advantages": {scale: trl_advantages(scale) for scale in ("group", "batch", "none")},
     }

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afmrl_ray.rar.loss import group_advantages, grpo_loss, importance_weights, token_weights
+from afmrl_ray.rar.loss import group_advantages, grpo_loss, importance_weights, kl_factor, token_weights
 
 NAN = float("nan")
 CLIPS: dict[str, Any] = {"epsilon": 0.2, "epsilon_high": 0.28}
@@ -124,3 +124,52 @@ def test_with_equal_token_ratios_both_levels_agree(lengths, seed, shift):
         for level in ("token", "sequence")
     )
     assert token.item() == pytest.approx(sequence.item(), rel=1e-4, abs=1e-6)
+
+
+def test_cispo_keeps_the_gradient_of_clipped_tokens_with_a_bounded_weight():
+    given = batch(1, [5, 3, 1, 4, 2, 5])
+    logp = given["logp"].detach().clone().requires_grad_()
+    ratio = (logp.detach() - given["old_logp"]).exp()
+    counted = given["mask"].bool()
+    assert ((ratio > 1.2) & counted).any()
+    loss, stats = grpo_loss(**{**given, "logp": logp}, **CLIPS, kl_coef=0.0, denominator=7, policy_loss="cispo")
+    loss.backward()
+    expected = torch.where(counted, -ratio.clamp(max=1 + CLIPS["epsilon_high"]) * given["advantages"][:, None], 0.0) / 7
+    torch.testing.assert_close(logp.grad, expected)
+    assert stats["clip_ratio_high"] > 0
+    assert stats["clip_ratio_low"] == 0
+
+
+def test_the_kl_of_a_token_that_ran_away_is_bounded_and_without_gradient():
+    logp = torch.tensor([[-60.0, -2.0]], requires_grad=True)
+    given: dict[str, Any] = {"logp": logp, "old_logp": logp.detach(), "ref_logp": torch.tensor([[-1.0, -1.0]])}
+    none = torch.zeros(1), torch.ones(1, 2)
+    how = {**CLIPS, "kl_coef": 1.0, "denominator": 1}
+    loss, _ = grpo_loss(**given, advantages=none[0], mask=none[1], **how, kl_clamp=10.0)
+    loss.backward()
+    near = math.e - 1 - 1
+    assert float(loss.detach()) == pytest.approx(math.exp(10) - 11 + near, rel=1e-5)
+    assert logp.grad.tolist()[0] == [0.0, pytest.approx(1 - math.e, rel=1e-5)]
+    assert grpo_loss(**given, advantages=none[0], mask=none[1], **how)[0].item() > 1e20
+
+
+def test_the_entropy_is_subtracted_over_the_same_tokens_and_denominator():
+    given = batch(1, [5, 3, 1, 4, 2, 5])
+    entropy = torch.rand(given["logp"].shape, generator=torch.Generator().manual_seed(3))
+    plain, without = grpo_loss(**given, **CLIPS, kl_coef=0.0, denominator=7)
+    found, stats = grpo_loss(**given, **CLIPS, kl_coef=0.0, denominator=7, entropy=entropy, entropy_coef=0.5)
+    expected = (entropy * given["mask"].bool()).sum() / 7
+    assert float(plain - found) == pytest.approx(0.5 * float(expected), rel=1e-4)
+    assert float(stats["entropy"]) == pytest.approx(float(expected), rel=1e-5)
+    assert "entropy" not in without
+    with pytest.raises(ValueError, match="needs entropy"):
+        grpo_loss(**given, **CLIPS, kl_coef=0.0, denominator=7, entropy_coef=0.5)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("constant", [1, 1, 1]), ("linear", [1, 0.6, 0.2]), ("cosine", [1, 0.6, 0.2])],
+)
+def test_the_kl_schedule_goes_from_one_to_its_final_fraction(schedule, expected):
+    assert [kl_factor(schedule, progress, final=0.2) for progress in (0, 0.5, 1)] == pytest.approx(expected)
+    assert kl_factor("cosine", 0.25, final=0.2) > kl_factor("linear", 0.25, final=0.2)

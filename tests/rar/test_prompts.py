@@ -72,3 +72,23 @@ def test_a_checkpoint_is_complete_only_with_its_manifest(tmp_path):
     checkpoints.commit(6, {"next_batch": None})
     assert checkpoints.steps() == [4, 6]
     assert not (tmp_path / "step_0000002").exists()
+
+
+def test_groups_of_equal_rewards_can_be_left_out_of_the_loss_and_its_denominator():
+    groups = [group(5, [2, 1], 2), group(6, [3, 3], 3), group(7, [2, 2], 3)]
+    rewards = np.array([[1.0, 0.0], [0.5, 0.5], [1.0, np.nan]])
+    kept = batch_columns(groups, np.zeros((3, 2)), rewards)
+    assert kept["weight"].tolist() == [1, 1, 1, 1, 1, 0]
+    left_out = batch_columns(groups, np.zeros((3, 2)), rewards, exclude_zero_variance=True)
+    assert left_out["weight"].tolist() == [1, 1, 0, 0, 0, 0]
+    assert set(left_out["denominator"].tolist()) == {3.0}
+    alone = batch_columns(groups[:1], np.zeros((1, 2)), rewards[:1])
+    assert left_out["denominator"][0] == alone["denominator"][0]
+
+
+def test_every_mini_batch_has_the_denominator_of_its_own_groups():
+    groups = [group(row, [row, 1], row) for row in (1, 2, 3, 4)]
+    columns = batch_columns(groups, np.zeros((4, 2)), np.array([[1.0, 0.0]] * 4), minibatches=2)
+    assert columns["group"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert columns["denominator"].tolist() == [6, 6, 8, 8, 6, 6, 8, 8]
+    assert columns["tokens"].tolist() == columns["denominator"].tolist()

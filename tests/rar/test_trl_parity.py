@@ -11,7 +11,7 @@ import torch
 from afmrl_ray.rar.loss import group_advantages, grpo_loss, token_weights
 
 RECORD = json.loads((Path(__file__).parent / "goldens/trl_grpo.json").read_text())
-AGGREGATIONS = {"grpo": "sequence", "bnpo": "token", "dapo": "token", "dr_grpo": "constant"}
+AGGREGATIONS = {"grpo": "sequence", "bnpo": "token", "dapo": "token", "dr_grpo": "constant", "cispo": "token"}
 GIVEN = {name: torch.tensor(value) for name, value in RECORD["inputs"].items()}
 
 
@@ -85,3 +85,44 @@ def test_every_setting_changes_the_recorded_gradient(setting, where):
             neighbours = [g for g in neighbours if g["loss_type"] != "bnpo"]
         gradients = {json.dumps(golden["gradient"]) for golden in neighbours}
         assert len(gradients) == len(neighbours)
+
+
+def updates_name(golden: dict) -> str:
+    return "-".join(str(value) for key, value in golden.items() if key != "updates")
+
+
+@pytest.mark.parametrize("golden", RECORD["updates"], ids=updates_name)
+def test_several_updates_on_one_batch_equal_trl(golden):
+    """The old log-probabilities stay those of the sampler, so that ratios move and clips act."""
+    logp = GIVEN["old_logp"].double()
+    mask = GIVEN["mask"]
+    weights, denominator = token_weights(
+        mask.sum(1),
+        torch.ones(len(mask), dtype=torch.bool),
+        loss_aggregation=AGGREGATIONS[golden["loss_type"]],
+        max_tokens=RECORD["max_tokens"],
+    )
+    clipped = []
+    for expected in golden["updates"]:
+        trained = logp.float().requires_grad_()
+        loss, stats = grpo_loss(
+            trained,
+            GIVEN["old_logp"],
+            GIVEN["ref_logp"],
+            GIVEN["advantages"],
+            mask,
+            epsilon=RECORD["epsilon"],
+            epsilon_high=0.28,
+            kl_coef=golden["beta"],
+            denominator=denominator,
+            weights=weights,
+            importance_sampling_level=golden["importance_sampling_level"],
+            policy_loss="cispo" if golden["loss_type"] == "cispo" else "clip",
+        )
+        loss.backward()
+        assert float(loss.detach()) == pytest.approx(expected["loss"], abs=1e-6)
+        torch.testing.assert_close(trained.grad, torch.tensor(expected["gradient"]), atol=1e-6, rtol=1e-5)
+        logp = logp - RECORD["learning_rate"] * torch.tensor(expected["gradient"], dtype=torch.float64)
+        clipped.append(float(stats["clip_ratio_high"] + stats["clip_ratio_low"]))
+    assert clipped[0] == 0
+    assert golden["importance_sampling_level"] == "sequence" or clipped[-1] > 0, "no clip ever acted"
