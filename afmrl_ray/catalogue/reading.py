@@ -87,15 +87,15 @@ def check_table(
     reasons = example = ""
     if rows:
         reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(r for r, _ in bad.values()).most_common())
-        example = next((f"; row {row}: {bad[row][1]}" for row in rows if bad[row][1]), "")
+        example = next((f", such as row {row} ({bad[row][1]})" for row in rows if bad[row][1]), "")
     if len(rows) > config.max_bad_fraction * len(table):
         raise CatalogueError(
-            f"{path}: {len(rows)} of {len(table)} rows are bad ({reasons}{example}), more than "
+            f"{path}: {len(rows)} of {len(table)} rows are bad ({reasons}){example}: more than "
             f"catalogue.max_bad_fraction {config.max_bad_fraction:g} allows; fix them or raise it"
         )
     good = table.filter(pa.array([row not in bad for row in range(len(table))])) if bad else table
     if not len(good):
-        found = f"all {len(rows)} rows are bad ({reasons}{example})" if rows else "the catalogue has no rows"
+        found = f"all {len(rows)} rows are bad ({reasons}){example}" if rows else "the catalogue has no rows"
         raise CatalogueError(f"{path}: {found}")
     return Catalogue(good, path, quarantine)
 

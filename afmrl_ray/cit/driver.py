@@ -125,13 +125,6 @@ def check_selectors(config: Config, catalogue: Any) -> None:
     check_positives(catalogue, task.heldout_query, task.heldout_gallery)
     for pair in config.agcl.pairs:
         check_positives(catalogue, pair.query, pair.positive)
-    # The sampler checks the size of a batch; what groups are made of is known only when attributes are there.
-    ungrouped = config.agcl.model_copy(update={"batch_grouping": BatchGroupingConfig()})
-    PairSampler(catalogue, ungrouped, seed=config.run.seed)
-    if config.distill.batch_size > (rows := len(catalogue.rows(config.distill.items))):
-        raise ConfigError(
-            f"distill.batch_size {config.distill.batch_size} exceeds the {rows} rows of distill.items; lower it"
-        )
     for protocol in config.evaluation.protocols:
         if isinstance(protocol, RetrievalProtocol):
             check_positives(catalogue, protocol.query, protocol.gallery)
@@ -144,6 +137,13 @@ def check_selectors(config: Config, catalogue: Any) -> None:
                 raise CatalogueError(
                     f"evaluation protocol {protocol.name!r}: fit and test share no class of column {protocol.label!r}"
                 )
+    # The sampler checks the size of a batch; what groups are made of is known only when attributes are there.
+    ungrouped = config.agcl.model_copy(update={"batch_grouping": BatchGroupingConfig()})
+    PairSampler(catalogue, ungrouped, seed=config.run.seed)
+    if config.distill.batch_size > (rows := len(catalogue.rows(config.distill.items))):
+        raise ConfigError(
+            f"distill.batch_size {config.distill.batch_size} exceeds the {rows} rows of distill.items; lower it"
+        )
 
 
 def run_record(config: Config, pipeline: Pipeline) -> dict[str, Any]:
