@@ -48,6 +48,8 @@ def run_values(storage_path: Path, **changes: Any) -> dict[str, Any]:
             "prompts_per_step": 4,
             "group_size": 4,
             "checkpoint_every": 1,
+            # Four steps need not improve anything, and the runs must differ from what they start from.
+            "keep_best": False,
             "optimizer": {"learning_rate": 1e-4},
             # Scores that are a function of their request alone: the runs are compared to the last bit.
             "reward": {"k": 5, "batch_wait_ms": 0, "cached_scores": 0, "pool": {"cpus_per_worker": 0.5}},
