@@ -21,7 +21,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: $(VENV)/.installed ## two rounds on the synthetic catalogue: table, report (about 7 minutes on 2 cores)
+demo: $(VENV)/.installed ## two rounds on the synthetic catalogue: table, report (about 8 minutes on 2 cores)
 	$(BIN)/python jobs/run_cit.py --config jobs/configs/demo.yaml
 
 demo-grocery: $(VENV)/.installed ## the same on real photographs: make demo-grocery CATALOGUE=products.parquet
