@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 
 from tqdm import tqdm
 
-from afmrl_ray import storage
 from afmrl_ray.config import Config, dump_yaml, load_config
 from afmrl_ray.errors import UserError
+from afmrl_ray.user_name import user_name
 
 EXIT_SUCCESS, EXIT_FAILURE, EXIT_USER_ERROR = 0, 1, 2
 
@@ -61,7 +61,7 @@ def job_main(
         arguments(parser)
     options = parser.parse_intermixed_args(argv)
     # Libraries ask for the user's name too, and fail where the system knows none.
-    os.environ.setdefault("LOGNAME", storage.user_name())
+    os.environ.setdefault("LOGNAME", user_name())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
         config = load_config(options.config, options.overrides)

@@ -6,7 +6,6 @@ object stores (which publish whole objects), so a reader never sees a partial fi
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from typing import Any
 from pyarrow import fs as pafs
 
 from afmrl_ray.errors import StorageError
+from afmrl_ray.user_name import user_name
 
 _CHUNK_BYTES = 2**22
 
@@ -159,14 +159,6 @@ def copy_dir(source: str, target: str) -> None:
     to_fs, to_path = resolve(target)
     to_fs.create_dir(to_path, recursive=True)
     pafs.copy_files(from_path, to_path, source_filesystem=from_fs, destination_filesystem=to_fs)
-
-
-def user_name() -> str:
-    """The user's name, or `uid<number>` where the system knows none, as in containers with a uid of their own."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError, ImportError):
-        return f"uid{os.getuid()}"
 
 
 def user_cache(*parts: str) -> str:

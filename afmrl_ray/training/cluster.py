@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from afmrl_ray import storage
 from afmrl_ray.config.cluster import PoolConfig, RayConfig, WorkersConfig
 from afmrl_ray.errors import ResourceError
+from afmrl_ray.user_name import user_name
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         return
     address = config.address or ("auto" if os.environ.get("RAY_ADDRESS") else None)
     common = {"namespace": config.namespace, "log_to_driver": True, "logging_level": logging.WARNING}
-    environment = {"env_vars": {**_WORKER_ENVIRONMENT, "LOGNAME": storage.user_name()}}
+    environment = {"env_vars": {**_WORKER_ENVIRONMENT, "LOGNAME": user_name()}}
     if address is not None:
         _wait_for_head(config, address)
         try:
